@@ -1,0 +1,7 @@
+//! What every daemon of Orlop needs: supervised tasks, durable files, telemetry, failpoints and a test kit.
+
+pub mod durable;
+pub mod failpoint;
+pub mod supervise;
+pub mod telemetry;
+pub mod testkit;
