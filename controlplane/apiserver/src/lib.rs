@@ -1,1 +1,3 @@
+//! The Kubernetes API server: TLS, authentication, authorization and admission around a generic registry.
 
+pub mod request_info;
