@@ -1,1 +1,19 @@
+//! Container images on one node: a content store, pulls from registries, layers as overlay file systems, and garbage
+//! collection. See `docs/ARCHITECTURE.md` for how the CRI server uses it.
+//!
+//! What a crash may leave, and who repairs it: everything unfinished lies in `ingest/` or `trash/`, which
+//! [`ImageStore::open`] empties; a layer that the disk may not hold yet after a power cut says so in its own record
+//! and is dropped, with its images, by the next open.
 
+mod error;
+mod image;
+mod options;
+mod reference;
+mod store;
+pub mod unpack;
+
+pub use error::{Error, Result};
+pub use image::{GcReport, Image, Usage};
+pub use options::{Auth, Options, RootfsOptions};
+pub use reference::{Digest, Reference};
+pub use store::ImageStore;
