@@ -1,1 +1,14 @@
+//! How Orlop's daemons talk to the Kubernetes API: connection, informers, work queues, leader election and events,
+//! thin over kube-rs.
 
+pub mod connect;
+pub mod election;
+pub mod events;
+pub mod informer;
+pub mod workqueue;
+
+pub use connect::{ConnectError, client_from_kubeconfig};
+pub use election::{Election, ElectionConfig};
+pub use events::Recorder;
+pub use informer::{Change, Informer};
+pub use workqueue::{Outcome, Queue};
