@@ -1,0 +1,95 @@
+//! What ADD did, on disk, so that DEL and CHECK work after a restart and after the configuration changed.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use orlop_base::durable;
+use orlop_cni_types::NetworkConfig;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::{Error, PodNetwork};
+
+const VERSION: u32 = 1;
+
+/// One attachment. `result` is missing from the beginning of ADD until it succeeded.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Entry {
+    pub pod: PodNetwork,
+    /// The network as it was when the pod was added.
+    pub network: Value,
+    pub result: Option<Value>,
+}
+
+impl Entry {
+    pub(crate) fn network(&self) -> Option<NetworkConfig> {
+        NetworkConfig::parse_list(self.network.to_string().as_bytes()).ok()
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Cache {
+    dir: PathBuf,
+}
+
+impl Cache {
+    pub(crate) fn new(dir: &Path) -> Cache {
+        Cache { dir: dir.to_owned() }
+    }
+
+    /// Ids and interface names have no '/', and ids no ':', so that names cannot meet.
+    fn path(&self, container_id: &str, ifname: &str) -> PathBuf {
+        self.dir.join(format!("{container_id}:{ifname}.json"))
+    }
+
+    /// Not synced to disk: a network namespace does not outlive the kernel that a power cut ends.
+    pub(crate) fn put(&self, entry: &Entry) -> Result<(), Error> {
+        let failed = |source| Error::Cache { container_id: entry.pod.container_id.clone(), source };
+        let path = self.path(&entry.pod.container_id, &entry.pod.ifname);
+        match durable::write_json(&path, VERSION, entry, durable::Sync::PageCache) {
+            Err(durable::Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                fs::create_dir_all(&self.dir).map_err(|source| {
+                    failed(durable::Error::Io { what: "create", path: self.dir.clone(), source })
+                })?;
+                durable::write_json(&path, VERSION, entry, durable::Sync::PageCache).map_err(failed)
+            }
+            other => other.map_err(failed),
+        }
+    }
+
+    /// A file that cannot be read counts as none: the plugins' DEL works without it.
+    pub(crate) fn get(&self, container_id: &str, ifname: &str) -> Option<Entry> {
+        let path = self.path(container_id, ifname);
+        match durable::read_json(&path, VERSION) {
+            Ok(entry) => entry,
+            Err(e) => {
+                tracing::warn!(path = %path.display(), "ignoring a network result: {e}");
+                None
+            }
+        }
+    }
+
+    pub(crate) fn remove(&self, container_id: &str, ifname: &str) -> Result<(), Error> {
+        let path = self.path(container_id, ifname);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Cache {
+                container_id: container_id.to_owned(),
+                source: durable::Error::Io { what: "remove", path, source },
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// All attachments on record.
+    pub(crate) fn all(&self) -> Vec<Entry> {
+        let Ok(entries) = fs::read_dir(&self.dir) else { return Vec::new() };
+        entries
+            .filter_map(|e| e.ok()?.file_name().into_string().ok())
+            .filter_map(|name| {
+                let (id, ifname) = name.strip_suffix(".json")?.split_once(':')?;
+                self.get(id, ifname)
+            })
+            .collect()
+    }
+}
