@@ -104,12 +104,23 @@ impl Status {
     pub fn success(group: &str, resource: &str, name: &str, uid: &str) -> Status {
         let mut status = Status::failure(200, "", "");
         status.status = "Success".into();
-        status.details = Some(Details { name: name.into(), group: group.into(), kind: resource.into(), uid: uid.into(), ..Details::default() });
+        status.details = Some(Details {
+            name: name.into(),
+            group: group.into(),
+            kind: resource.into(),
+            uid: uid.into(),
+            ..Details::default()
+        });
         status
     }
 
     fn about(mut self, group: &str, resource: &str, name: &str) -> Status {
-        self.details = Some(Details { name: name.into(), group: group.into(), kind: resource.into(), ..Details::default() });
+        self.details = Some(Details {
+            name: name.into(),
+            group: group.into(),
+            kind: resource.into(),
+            ..Details::default()
+        });
         self
     }
 
@@ -127,7 +138,8 @@ impl Status {
 
     /// 404: the named object does not exist.
     pub fn not_found(group: &str, resource: &str, name: &str) -> Status {
-        Status::failure(404, "NotFound", format!("{} {name:?} not found", qualified(group, resource))).about(group, resource, name)
+        Status::failure(404, "NotFound", format!("{} {name:?} not found", qualified(group, resource)))
+            .about(group, resource, name)
     }
 
     /// 404: there is nothing at this path.
@@ -137,13 +149,18 @@ impl Status {
 
     /// 409: an object of this name exists.
     pub fn already_exists(group: &str, resource: &str, name: &str) -> Status {
-        Status::failure(409, "AlreadyExists", format!("{} {name:?} already exists", qualified(group, resource)))
-            .about(group, resource, name)
+        Status::failure(
+            409,
+            "AlreadyExists",
+            format!("{} {name:?} already exists", qualified(group, resource)),
+        )
+        .about(group, resource, name)
     }
 
     /// 409: the operation does not fit the present state of the object.
     pub fn conflict(group: &str, resource: &str, name: &str, why: &str) -> Status {
-        let message = format!("Operation cannot be fulfilled on {} {name:?}: {why}", qualified(group, resource));
+        let message =
+            format!("Operation cannot be fulfilled on {} {name:?}: {why}", qualified(group, resource));
         Status::failure(409, "Conflict", message).about(group, resource, name)
     }
 
@@ -158,8 +175,12 @@ impl Status {
     pub fn invalid(group: &str, kind: &str, name: &str, causes: Vec<Cause>) -> Status {
         let list: Vec<String> = causes.iter().map(|c| format!("{}: {}", c.field, c.message)).collect();
         let text = if list.len() == 1 { list[0].clone() } else { format!("[{}]", list.join(", ")) };
-        let mut status =
-            Status::failure(422, "Invalid", format!("{} {name:?} is invalid: {text}", qualified(group, kind))).about(group, kind, name);
+        let mut status = Status::failure(
+            422,
+            "Invalid",
+            format!("{} {name:?} is invalid: {text}", qualified(group, kind)),
+        )
+        .about(group, kind, name);
         if let Some(details) = &mut status.details {
             details.causes = causes;
         }
@@ -169,7 +190,11 @@ impl Status {
     /// 403: the user may not do this.
     pub fn forbidden(group: &str, resource: &str, name: &str, why: &str) -> Status {
         let what = qualified(group, resource);
-        let message = if name.is_empty() { format!("{what} is forbidden: {why}") } else { format!("{what} {name:?} is forbidden: {why}") };
+        let message = if name.is_empty() {
+            format!("{what} is forbidden: {why}")
+        } else {
+            format!("{what} {name:?} is forbidden: {why}")
+        };
         Status::failure(403, "Forbidden", message).about(group, resource, name)
     }
 
@@ -195,7 +220,8 @@ impl Status {
 
     /// 405: the resource does not support the method.
     pub fn method_not_allowed(group: &str, resource: &str, verb: &str) -> Status {
-        let message = format!("{verb} is not supported on resources of kind {:?}", qualified(group, resource));
+        let message =
+            format!("{verb} is not supported on resources of kind {:?}", qualified(group, resource));
         Status::failure(405, "MethodNotAllowed", message).about(group, resource, "")
     }
 
@@ -222,7 +248,8 @@ impl Status {
     /// 500: something inside broke.
     pub fn internal(message: impl std::fmt::Display) -> Status {
         let text = message.to_string();
-        Status::failure(500, "InternalError", format!("Internal error occurred: {text}")).with_cause("", &text)
+        Status::failure(500, "InternalError", format!("Internal error occurred: {text}"))
+            .with_cause("", &text)
     }
 
     /// 503: a part that is needed does not answer now.
@@ -297,19 +324,30 @@ mod tests {
 
     #[test]
     fn messages_read_as_upstream_writes_them() {
-        assert_eq!(Status::not_found("apps", "deployments", "web").message, "deployments.apps \"web\" not found");
+        assert_eq!(
+            Status::not_found("apps", "deployments", "web").message,
+            "deployments.apps \"web\" not found"
+        );
         assert_eq!(Status::already_exists("", "pods", "a").message, "pods \"a\" already exists");
-        let one = Cause { reason: "FieldValueRequired".into(), message: "Required value".into(), field: "spec.x".into() };
+        let one = Cause {
+            reason: "FieldValueRequired".into(),
+            message: "Required value".into(),
+            field: "spec.x".into(),
+        };
         let status = Status::invalid("", "Pod", "a", vec![one.clone()]);
         assert_eq!(status.message, "Pod \"a\" is invalid: spec.x: Required value");
         let status = Status::invalid("apps", "Deployment", "a", vec![one.clone(), one]);
-        assert_eq!(status.message, "Deployment.apps \"a\" is invalid: [spec.x: Required value, spec.x: Required value]");
+        assert_eq!(
+            status.message,
+            "Deployment.apps \"a\" is invalid: [spec.x: Required value, spec.x: Required value]"
+        );
         assert_eq!(status.code, 422);
     }
 
     #[test]
     fn json_form_has_the_standard_fields() {
-        let v: serde_json::Value = serde_json::from_slice(&Status::not_found("", "pods", "a").to_json()).expect("json");
+        let v: serde_json::Value =
+            serde_json::from_slice(&Status::not_found("", "pods", "a").to_json()).expect("json");
         assert_eq!(v["kind"], "Status");
         assert_eq!(v["apiVersion"], "v1");
         assert_eq!(v["details"]["kind"], "pods");

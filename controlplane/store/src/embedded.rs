@@ -4,10 +4,18 @@
 //! that wait at the same time share one flush. Reads go straight to the database's snapshots. Old revisions are dropped
 //! every [`Options::compact_interval`], and earlier when more than [`Options::max_history`] of them have piled up.
 
-use std::{fs, path::{Path, PathBuf}, sync::Arc, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
-use orlop_base::{durable::{self, DirLock}, supervise::TaskGroup};
+use orlop_base::{
+    durable::{self, DirLock},
+    supervise::TaskGroup,
+};
 use redb::{Database, ReadableDatabase, ReadableTableMetadata};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -81,7 +89,10 @@ impl Embedded {
         let file = dir.join("store.redb");
         let path = file.clone();
         let (db, (current, compacted)) = blocking(move || {
-            let db = Database::builder().set_cache_size(options.cache_bytes).create(&path).map_err(storage("open the database"))?;
+            let db = Database::builder()
+                .set_cache_size(options.cache_bytes)
+                .create(&path)
+                .map_err(storage("open the database"))?;
             let revisions = prepare(&db)?;
             Ok((Arc::new(db), revisions))
         })
@@ -95,7 +106,15 @@ impl Embedded {
             .stack_size(512 << 10)
             .spawn(move || writer.run())
             .map_err(storage("start the writer thread"))?;
-        let inner = Arc::new(Inner { db, jobs, current: current_rx, compacted: compacted_rx, tasks: tasks.clone(), file, _lock: lock });
+        let inner = Arc::new(Inner {
+            db,
+            jobs,
+            current: current_rx,
+            compacted: compacted_rx,
+            tasks: tasks.clone(),
+            file,
+            _lock: lock,
+        });
         tasks.spawn(maintain(Arc::downgrade(&inner), options, tasks.stop_token()));
         Ok(Embedded { inner })
     }
@@ -109,7 +128,9 @@ impl Embedded {
     }
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
     tokio::task::spawn_blocking(work).await.unwrap_or(Err(Error::Stopped))
 }
 
@@ -130,7 +151,10 @@ fn check_version(dir: &Path) -> Result<(), Error> {
             if fs::exists(dir.join("store.redb")).unwrap_or(false) {
                 return Err(Error::Storage {
                     what: "recognise the store",
-                    why: format!("{} holds a database but no version.json; restore the file or choose another --data-dir", dir.display()),
+                    why: format!(
+                        "{} holds a database but no version.json; restore the file or choose another --data-dir",
+                        dir.display()
+                    ),
                 });
             }
             durable::write_json(&path, FORMAT, &Marker { engine: "embedded".into() }, durable::Sync::Disk)
@@ -141,7 +165,11 @@ fn check_version(dir: &Path) -> Result<(), Error> {
 }
 
 /// Compacts and expires until the store is dropped or told to stop.
-async fn maintain(inner: std::sync::Weak<Inner>, options: Options, stop: tokio_util::sync::CancellationToken) {
+async fn maintain(
+    inner: std::sync::Weak<Inner>,
+    options: Options,
+    stop: tokio_util::sync::CancellationToken,
+) {
     let mut since_compaction = Duration::ZERO;
     // Revision at the previous compaction time: what is older than one whole interval goes.
     let mut mark = 0;
@@ -224,7 +252,11 @@ impl Store for Embedded {
             return Err(Error::TooLarge { what: "a value", bytes: value.len(), limit: MAX_VALUE });
         }
         let (reply, answer) = oneshot::channel();
-        self.inner.jobs.send(Job::Write { key: key.to_owned(), expect, write, reply }).await.map_err(|_| Error::Stopped)?;
+        self.inner
+            .jobs
+            .send(Job::Write { key: key.to_owned(), expect, write, reply })
+            .await
+            .map_err(|_| Error::Stopped)?;
         answer.await.unwrap_or(Err(Error::Stopped))
     }
 

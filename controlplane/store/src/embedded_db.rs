@@ -57,7 +57,10 @@ impl Version {
             Some((1, rest)) if rest.len() >= 8 => {
                 let mut created = [0u8; 8];
                 created.copy_from_slice(&rest[..8]);
-                Ok(Version::Live { created: u64::from_be_bytes(created), value: Bytes::copy_from_slice(&rest[8..]) })
+                Ok(Version::Live {
+                    created: u64::from_be_bytes(created),
+                    value: Bytes::copy_from_slice(&rest[8..]),
+                })
             }
             _ => Err(Error::Storage { what: "read a stored version", why: "its header is damaged".into() }),
         }
@@ -94,7 +97,10 @@ pub(crate) fn newest(
 }
 
 /// Numbers kept beside the data.
-pub(crate) fn meta(meta: &impl ReadableTable<&'static str, u64>, name: &'static str) -> Result<Option<u64>, Error> {
+pub(crate) fn meta(
+    meta: &impl ReadableTable<&'static str, u64>,
+    name: &'static str,
+) -> Result<Option<u64>, Error> {
     Ok(meta.get(name).map_err(storage("read the revision"))?.map(|v| v.value()))
 }
 
@@ -110,7 +116,9 @@ pub(crate) fn record(
     key: &str,
 ) -> Result<Option<Record>, Error> {
     Ok(match newest(versions, key, Revision::MAX)? {
-        Some((revision, Version::Live { created, value })) => Some(Record { key: key.into(), value, revision, created }),
+        Some((revision, Version::Live { created, value })) => {
+            Some(Record { key: key.into(), value, revision, created })
+        }
         _ => None,
     })
 }
@@ -184,7 +192,12 @@ impl Collect<'_> {
 }
 
 /// Up to `limit` changes under `prefix` after `after`, and the revision up to which the log has been read.
-pub(crate) fn events(read: &ReadTransaction, prefix: &str, after: Revision, limit: usize) -> Result<(Vec<Event>, Revision), Error> {
+pub(crate) fn events(
+    read: &ReadTransaction,
+    prefix: &str,
+    after: Revision,
+    limit: usize,
+) -> Result<(Vec<Event>, Revision), Error> {
     let log = read.open_table(LOG).map_err(storage("open the log"))?;
     let versions = read.open_table(VERSIONS).map_err(storage("open the versions"))?;
     let mut events = Vec::new();
@@ -198,10 +211,15 @@ pub(crate) fn events(read: &ReadTransaction, prefix: &str, after: Revision, limi
         }
         let raw = versions.get((key, revision)).map_err(storage("read a version"))?;
         let Some(raw) = raw else {
-            return Err(Error::Storage { what: "replay the log", why: format!("revision {revision} of {key} is missing") });
+            return Err(Error::Storage {
+                what: "replay the log",
+                why: format!("revision {revision} of {key} is missing"),
+            });
         };
         events.push(match Version::decode(raw.value())? {
-            Version::Live { created, value } => Event { key: key.into(), value: Some(value), revision, created },
+            Version::Live { created, value } => {
+                Event { key: key.into(), value: Some(value), revision, created }
+            }
             Version::Deleted => Event { key: key.into(), value: None, revision, created: 0 },
         });
         if events.len() >= limit {

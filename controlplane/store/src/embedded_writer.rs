@@ -177,7 +177,13 @@ impl<'tx> Tables<'tx> {
         })
     }
 
-    fn apply(&mut self, key: &str, expect: Expect, write: Write, revision: &mut Revision) -> Result<Outcome, Error> {
+    fn apply(
+        &mut self,
+        key: &str,
+        expect: Expect,
+        write: Write,
+        revision: &mut Revision,
+    ) -> Result<Outcome, Error> {
         let present = record(&self.versions, key)?;
         let holds = match (&expect, &present) {
             (Expect::Absent, None) => true,
@@ -189,7 +195,9 @@ impl<'tx> Tables<'tx> {
         }
         let next = *revision + 1;
         let (version, ttl) = match write {
-            Write::Put { value, ttl } => (Version::Live { created: present.map_or(next, |p| p.created), value }, ttl),
+            Write::Put { value, ttl } => {
+                (Version::Live { created: present.map_or(next, |p| p.created), value }, ttl)
+            }
             Write::Delete => (Version::Deleted, None),
         };
         self.versions.insert((key, next), version.encode().as_slice()).map_err(storage("write a version"))?;
@@ -213,9 +221,13 @@ pub(crate) fn prepare(db: &Database) -> Result<(Revision, Revision), Error> {
     let found;
     {
         let mut tables = Tables::open(&tx)?;
-        let current = tables.meta.get(META_REVISION).map_err(storage("read the revision"))?.map(|v| v.value());
-        let compacted =
-            tables.meta.get(crate::embedded_db::META_COMPACTED).map_err(storage("read the revision"))?.map(|v| v.value());
+        let current =
+            tables.meta.get(META_REVISION).map_err(storage("read the revision"))?.map(|v| v.value());
+        let compacted = tables
+            .meta
+            .get(crate::embedded_db::META_COMPACTED)
+            .map_err(storage("read the revision"))?
+            .map(|v| v.value());
         if current.is_none() {
             tables.meta.insert(META_REVISION, 1).map_err(storage("store the revision"))?;
         }

@@ -143,7 +143,9 @@ pub enum Error {
         dir: String,
     },
     /// The data was written by another version.
-    #[error("the store in {dir} has format version {found}, this program reads {wanted}; use the release that wrote it, or an empty --data-dir")]
+    #[error(
+        "the store in {dir} has format version {found}, this program reads {wanted}; use the release that wrote it, or an empty --data-dir"
+    )]
     Version {
         /// The data directory.
         dir: String,

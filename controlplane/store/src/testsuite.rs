@@ -72,7 +72,11 @@ async fn compare_and_swap(store: &dyn Store) {
     assert_eq!((record.revision, record.created), (second, first));
     let stale = store.compare_and_swap("/r/a", Expect::Revision(first), Write::Delete).await.expect("answer");
     assert_eq!(stale, Outcome::Conflict(Some(record)));
-    assert_eq!(store.current_revision().await.expect("revision"), second, "a refused write takes no revision");
+    assert_eq!(
+        store.current_revision().await.expect("revision"),
+        second,
+        "a refused write takes no revision"
+    );
 
     let gone = write(store, "/r/a", Expect::Revision(second), Write::Delete).await;
     assert_eq!(gone, second + 1, "a deletion takes a revision");
@@ -125,7 +129,11 @@ async fn watches(store: &dyn Store) {
     let mut live = store.watch("/r/", 0).await.expect("watch");
     let got = events(&mut replay, 1).await;
     assert_eq!((got[0].revision, got[0].created, got[0].value.as_deref()), (two, base, Some(&b"2"[..])));
-    assert_eq!(next(&mut replay).await.expect("item"), WatchItem::Progress(two), "the end of the history is told");
+    assert_eq!(
+        next(&mut replay).await.expect("item"),
+        WatchItem::Progress(two),
+        "the end of the history is told"
+    );
 
     let elsewhere = write(store, "/q/x", Expect::Absent, put("q")).await;
     let three = write(store, "/r/b", Expect::Absent, put("b")).await;
@@ -184,7 +192,10 @@ async fn concurrent_writers(store: &dyn Store) {
                 let now = store.get("/r/n").await.expect("get").expect("there");
                 let n: u64 = String::from_utf8_lossy(&now.value).parse().expect("number");
                 let next = put(&(n + 1).to_string());
-                let done = store.compare_and_swap("/r/n", Expect::Revision(now.revision), next).await.expect("answer");
+                let done = store
+                    .compare_and_swap("/r/n", Expect::Revision(now.revision), next)
+                    .await
+                    .expect("answer");
                 if matches!(done, Outcome::Committed(_)) {
                     break;
                 }

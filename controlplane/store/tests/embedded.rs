@@ -43,7 +43,8 @@ async fn a_second_owner_and_another_version_are_refused() {
     tasks.stop_token().cancel();
     tasks.run_until_stopped(Duration::from_secs(5)).await.expect("stop");
 
-    std::fs::write(dir.path().join("version.json"), r#"{"version":99,"data":{"engine":"embedded"}}"#).expect("write");
+    std::fs::write(dir.path().join("version.json"), r#"{"version":99,"data":{"engine":"embedded"}}"#)
+        .expect("write");
     let tasks = TaskGroup::new(&CancellationToken::new());
     let refused = Embedded::open(dir.path(), quick(), &tasks).await.err().expect("refused");
     assert!(matches!(refused, Error::Version { found: 99, wanted: 1, .. }), "{refused}");
@@ -59,11 +60,16 @@ async fn data_and_revisions_survive_a_restart() {
             // The writer thread of the previous round lets go of the file a moment after the last handle is dropped.
             match Embedded::open(dir.path(), quick(), &tasks).await {
                 Ok(store) => break store,
-                Err(Error::InUse { .. } | Error::Storage { .. }) => tokio::time::sleep(Duration::from_millis(10)).await,
+                Err(Error::InUse { .. } | Error::Storage { .. }) => {
+                    tokio::time::sleep(Duration::from_millis(10)).await
+                }
                 Err(e) => panic!("{e}"),
             }
         };
-        assert_eq!(store.list(&Range { prefix: "/".into(), ..Range::default() }).await.expect("list").records.len(), round);
+        assert_eq!(
+            store.list(&Range { prefix: "/".into(), ..Range::default() }).await.expect("list").records.len(),
+            round
+        );
         assert!(store.current_revision().await.expect("revision") >= revision);
         let write = Write::Put { value: Bytes::from_static(b"v"), ttl: None };
         let done = store.compare_and_swap(&format!("/{round}"), Expect::Absent, write).await.expect("write");
