@@ -1,0 +1,28 @@
+//! What the agent's parts share.
+
+use std::sync::Arc;
+
+use orlop_base::supervise::TaskGroup;
+use orlop_base::telemetry::Metrics;
+
+use crate::config::Config;
+use crate::cri::Cri;
+use crate::events::Events;
+use crate::metrics::AgentMetrics;
+use crate::pods::manager::Pods;
+
+/// Handles for the parts of one agent; everything in it is cheap to clone.
+#[derive(Clone)]
+pub struct Context {
+    pub config: Arc<Config>,
+    pub cri: Cri,
+    /// `None` when the agent runs without an API server.
+    pub client: Option<kube::Client>,
+    /// Pods of this node and what runs of them.
+    pub pods: Pods,
+    pub events: Events,
+    /// What /metrics encodes.
+    pub registry: Arc<Metrics>,
+    pub metrics: AgentMetrics,
+    pub tasks: TaskGroup,
+}

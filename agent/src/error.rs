@@ -1,0 +1,29 @@
+//! Why the agent cannot start or go on.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Errors that end the agent; what goes wrong with one pod becomes an event and a status instead.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot {what} {path}", path = path.display())]
+    Io { what: &'static str, path: PathBuf, source: io::Error },
+    #[error("{path} is no KubeletConfiguration: {message}", path = path.display())]
+    ConfigFile { path: PathBuf, message: String },
+    #[error(transparent)]
+    Connect(#[from] orlop_client::ConnectError),
+    #[error(transparent)]
+    Durable(#[from] orlop_base::durable::Error),
+    #[error(transparent)]
+    Cri(#[from] crate::cri::Error),
+    #[error("the node's address is not known; pass it as the node IP")]
+    NoNodeIp,
+    #[error(transparent)]
+    Task(#[from] orlop_base::supervise::Failure),
+}
+
+impl Error {
+    pub fn io(what: &'static str, path: &Path, source: io::Error) -> Error {
+        Error::Io { what, path: path.to_owned(), source }
+    }
+}
