@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, ResourceRequirements};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use crate::quantity::{Amount, amount_or_zero};
 
@@ -27,9 +28,7 @@ impl QosClass {
     }
 }
 
-fn amounts<'a>(
-    map: Option<&'a BTreeMap<String, k8s_openapi::apimachinery::pkg::api::resource::Quantity>>,
-) -> impl Iterator<Item = (&'a String, Amount)> {
+fn amounts(map: Option<&BTreeMap<String, Quantity>>) -> impl Iterator<Item = (&String, Amount)> {
     map.into_iter().flatten().map(|(k, v)| (k, amount_or_zero(v)))
 }
 

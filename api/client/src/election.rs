@@ -179,12 +179,12 @@ mod tests {
 
     #[test]
     fn a_live_lease_of_another_is_left_alone_until_it_expires() {
-        let mut l = Lease::default();
-        l.spec = Some(LeaseSpec {
+        let spec = LeaseSpec {
             holder_identity: Some("other".into()),
             lease_duration_seconds: Some(15),
             ..Default::default()
-        });
+        };
+        let l = Lease { spec: Some(spec), ..Default::default() };
         assert_eq!(step(None, "me", Duration::ZERO), Step::Create);
         assert_eq!(step(Some(&l), "me", Duration::from_secs(14)), Step::Wait);
         assert_eq!(step(Some(&l), "me", Duration::from_secs(15)), Step::Take);

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Builds the three programs into target/release. The companions are linked statically: they start often, or live in every pod.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
+host=$(rustc -vV | sed -n 's/^host: //p')
+
+cargo build --release -p orlop
+RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" \
+LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/$(uname -m)-linux-gnu \
+    cargo build --release --target "$host" -p orlop-monitor -p orlop-cni
+for program in orlop-monitor orlop-cni; do
+    install -m 0755 "target/$host/release/$program" "target/release/.$program.new"
+    mv -f "target/release/.$program.new" "target/release/$program"
+done

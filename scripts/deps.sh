@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Installs what is missing: `deps.sh build` for building, `deps.sh test` for the gate as well. Idempotent, quiet when there is nothing to do.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+build_packages=(rustc-web rust-web-src llvm-22-dev libpolly-22-dev libseccomp-dev pkg-config)
+test_packages=(busybox-static docker-registry qemu-system-x86 linux-image-cloud-amd64 cpio curl iproute2 jq socat bind9-dnsutils)
+bpf_linker_version=0.13.0
+
+die() { echo "deps: $*" >&2; exit 1; }
+
+[ "$(id -u)" -eq 0 ] || die "not root; run make as root"
+command -v cargo >/dev/null || die "cargo is not on PATH; install rustup's stable Rust first"
+command -v cc >/dev/null || die "no C compiler; apt-get install gcc"
+
+want=("${build_packages[@]}")
+[ "${1:-build}" = test ] && want+=("${test_packages[@]}")
+missing=()
+for p in "${want[@]}"; do
+    dpkg-query -W -f='${db:Status-Abbrev}' "$p" 2>/dev/null | grep -q '^ii' || missing+=("$p")
+done
+if [ "${#missing[@]}" -gt 0 ]; then
+    echo "deps: installing Debian packages: ${missing[*]}"
+    apt-get update -qq >/dev/null || die "apt-get update failed; check the package sources"
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
+        die "apt-get install failed for: ${missing[*]}"
+fi
+
+PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
+if ! bpf-linker --version 2>/dev/null | grep -q "$bpf_linker_version"; then
+    echo "deps: building bpf-linker $bpf_linker_version (a few minutes, once)"
+    LLVM_PREFIX=/usr/lib/llvm-22 cargo install bpf-linker --version "$bpf_linker_version" \
+        --no-default-features --features llvm-22 --locked --quiet || die "bpf-linker did not build"
+fi
+
+[ "${1:-build}" = test ] || exit 0
+
+# Test clients that Debian does not have are built once from their Go modules.
+tools=${ORLOP_TOOLS:-/var/cache/orlop-tools}
+mkdir -p "$tools"
+go_tool() { # name, package, module, version, ldflags
+    [ -x "$tools/$1-$4" ] && { ln -sfn "$1-$4" "$tools/$1"; return; }
+    command -v go >/dev/null || die "$1 is not on PATH and Go is missing to build it; apt-get install golang, or put $1 on PATH"
+    echo "deps: building $1 $4"
+    local work
+    work=$(mktemp -d)
+    (
+        cd "$work"
+        printf 'module tool\ngo 1.24.0\nrequire %s %s\n' "$3" "$4" >go.mod
+        target=$2
+        if [ "$1" = kubectl ]; then
+            # The module has the command but no main package.
+            target=.
+            cat >main.go <<'GO'
+package main
+
+import (
+	"os"
+
+	"k8s.io/component-base/cli"
+	"k8s.io/kubectl/pkg/cmd"
+)
+
+func main() { os.Exit(cli.Run(cmd.NewDefaultKubectlCommand())) }
+GO
+        else
+            printf '//go:build tools\npackage tool\nimport _ "%s"\n' "$2" >tool.go
+        fi
+        go mod tidy >log 2>&1 && CGO_ENABLED=0 go build -ldflags "-s -w $5" -o "$tools/$1-$4" "$target" >>log 2>&1 ||
+            { tail -5 log >&2; exit 1; }
+    ) || die "$1 did not build from $3 $4"
+    rm -rf "$work"
+    ln -sfn "$1-$4" "$tools/$1"
+}
+go_tool crictl sigs.k8s.io/cri-tools/cmd/crictl sigs.k8s.io/cri-tools v1.36.0 "-X sigs.k8s.io/cri-tools/pkg/version.Version=1.36.0"
+if ! command -v kubectl >/dev/null; then
+    go_tool kubectl kubectl k8s.io/kubectl v0.36.3 ""
+fi
