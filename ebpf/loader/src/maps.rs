@@ -1,0 +1,75 @@
+//! The maps as user space sees them: single changes, and a dump of all that is in them.
+
+use std::collections::HashMap;
+
+use orlop_ebpf_common::{Addr, Backend, FrontendKey, FrontendValue, MaglevTable, SlotKey, maglev};
+
+mod fake;
+mod real;
+
+pub use fake::{FakeMaps, FaultyMaps};
+pub use real::RealMaps;
+
+/// One change of one map. Deleting what is not there succeeds.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Op {
+    PutBackend(u32, Backend),
+    DelBackend(u32),
+    PutSlot(SlotKey, u32),
+    DelSlot(SlotKey),
+    PutMember(SlotKey),
+    DelMember(SlotKey),
+    PutMaglev(u32, Box<[u32; maglev::SIZE]>),
+    DelMaglev(u32),
+    PutFrontend(FrontendKey, FrontendValue),
+    DelFrontend(FrontendKey),
+    PutLocal(Addr, u32),
+    DelLocal(Addr),
+}
+
+impl Op {
+    /// The map that it changes.
+    pub fn map(&self) -> &'static str {
+        match self {
+            Op::PutBackend(..) | Op::DelBackend(_) => "BACKENDS",
+            Op::PutSlot(..) | Op::DelSlot(_) => "SLOTS",
+            Op::PutMember(_) | Op::DelMember(_) => "MEMBERS",
+            Op::PutMaglev(..) | Op::DelMaglev(_) => "MAGLEV",
+            Op::PutFrontend(..) | Op::DelFrontend(_) => "FRONTENDS",
+            Op::PutLocal(..) | Op::DelLocal(_) => "LOCAL_ADDRS",
+        }
+    }
+}
+
+/// All entries of the maps that user space writes.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Dump {
+    pub frontends: HashMap<FrontendKey, FrontendValue>,
+    pub slots: HashMap<SlotKey, u32>,
+    pub members: HashMap<SlotKey, u32>,
+    /// Sets that have a Maglev table.
+    pub maglev: Vec<u32>,
+    pub backends: HashMap<u32, Backend>,
+    pub locals: HashMap<Addr, u32>,
+}
+
+/// A map that would not change or be read.
+#[derive(Debug, thiserror::Error)]
+pub enum MapFailure {
+    #[error("BPF map {map} is full; raise its size and run `orlop proxy purge` once")]
+    Full { map: &'static str },
+    #[error("BPF map {map}")]
+    Syscall { map: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
+}
+
+/// The maps, real or not.
+pub trait Maps {
+    /// Carries out one change.
+    fn apply(&mut self, op: &Op) -> Result<(), MapFailure>;
+    /// Reads everything back.
+    fn dump(&self) -> Result<Dump, MapFailure>;
+}
+
+fn table(t: &[u32; maglev::SIZE]) -> MaglevTable {
+    MaglevTable(*t)
+}

@@ -1,0 +1,169 @@
+//! The bpf(2) calls that aya does not offer: links as plain descriptors that are created, updated and inspected.
+#![allow(unsafe_code)]
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+const OBJ_PIN: libc::c_int = 6;
+const OBJ_GET: libc::c_int = 7;
+const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const LINK_CREATE: libc::c_int = 28;
+const LINK_UPDATE: libc::c_int = 29;
+
+/// Attach points (enum bpf_attach_type).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum AttachType {
+    Connect4 = 10,
+    Connect6 = 11,
+    Sendmsg4 = 14,
+    Sendmsg6 = 15,
+    Recvmsg4 = 19,
+    Recvmsg6 = 20,
+    Peername4 = 29,
+    Peername6 = 30,
+    TcxIngress = 46,
+    TcxEgress = 47,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Create {
+    prog_fd: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    rest: [u64; 4],
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Update {
+    link_fd: u32,
+    new_prog_fd: u32,
+    flags: u32,
+    old_prog_fd: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Object {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct InfoByFd {
+    fd: u32,
+    info_len: u32,
+    info: u64,
+}
+
+/// The head of struct bpf_link_info.
+#[repr(C)]
+#[derive(Default, Clone, Copy, Debug)]
+pub struct LinkInfo {
+    pub kind: u32,
+    pub id: u32,
+    pub program: u32,
+    pad: u32,
+    /// For cgroup links the cgroup's id; for tcx links the interface index in the lower half, 0 when it is gone.
+    pub target: u64,
+    pub attach_type: u32,
+    rest: [u32; 13],
+}
+
+fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<RawFd> {
+    // SAFETY: attr is a plain C struct that lives through the call and whose size is given; pointers inside it are
+    // made from references that outlive the call in the functions below.
+    let r =
+        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), std::mem::size_of::<T>()) };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(r as RawFd) }
+}
+
+fn owned(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just returned this descriptor to us.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
+}
+
+/// Attaches a program; `target` is a cgroup's descriptor or an interface index. Detached when the last descriptor and
+/// pin are gone.
+pub fn link_create(program: BorrowedFd<'_>, target: u32, attach: AttachType) -> io::Result<OwnedFd> {
+    let mut attr = Create {
+        prog_fd: program.as_raw_fd() as u32,
+        target,
+        attach_type: attach as u32,
+        ..Create::default()
+    };
+    bpf(LINK_CREATE, &mut attr).map(owned)
+}
+
+/// Replaces a link's program in one step. ENOLINK: what it was attached to is gone.
+pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = Update {
+        link_fd: link.as_raw_fd() as u32,
+        new_prog_fd: program.as_raw_fd() as u32,
+        ..Update::default()
+    };
+    bpf(LINK_UPDATE, &mut attr).map(drop)
+}
+
+pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    let mut info = LinkInfo::default();
+    let mut attr = InfoByFd {
+        fd: link.as_raw_fd() as u32,
+        info_len: std::mem::size_of::<LinkInfo>() as u32,
+        info: std::ptr::from_mut(&mut info) as u64,
+    };
+    bpf(OBJ_GET_INFO_BY_FD, &mut attr)?;
+    Ok(info)
+}
+
+pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attr = Object { path: path.as_ptr() as u64, fd: object.as_raw_fd() as u32, flags: 0 };
+    bpf(OBJ_PIN, &mut attr).map(drop)
+}
+
+pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attr = Object { path: path.as_ptr() as u64, ..Object::default() };
+    bpf(OBJ_GET, &mut attr).map(owned)
+}
+
+/// The cookie of this process's network namespace, which programs compare with that of a socket.
+pub fn netns_cookie() -> io::Result<u64> {
+    let socket =
+        std::net::UdpSocket::bind("127.0.0.1:0").or_else(|_| std::net::UdpSocket::bind("[::1]:0"))?;
+    let mut cookie = 0u64;
+    let mut len = std::mem::size_of::<u64>() as libc::socklen_t;
+    // SAFETY: value and length describe `cookie`.
+    let r = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            std::ptr::from_mut(&mut cookie).cast(),
+            &mut len,
+        )
+    };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}
+
+/// Gives memory that loading took (the programs' object, type information) back to the system.
+pub fn release_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: no preconditions.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

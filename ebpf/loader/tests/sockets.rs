@@ -1,0 +1,151 @@
+//! The programs in this kernel: attached to a cgroup of the test's own, with maps written by hand.
+
+mod place;
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::time::Duration;
+
+use orlop_ebpf_common::*;
+use orlop_ebpf_loader::{Datapath, Maps, Op, purge};
+use place::Place;
+
+fn service(dp: &mut Datapath, vip: SocketAddr, proto: u8, set: u32, backends: &[SocketAddr]) {
+    let id = |i: usize| set * 100 + i as u32 + 1;
+    for (i, b) in backends.iter().enumerate() {
+        let backend = Backend { addr: addr_from(b.ip()), port: b.port(), proto, flags: backend_flags::LOCAL };
+        dp.maps.apply(&Op::PutBackend(id(i), backend)).unwrap();
+        dp.maps.apply(&Op::PutSlot(SlotKey { set, slot: i as u32 }, id(i))).unwrap();
+        dp.maps.apply(&Op::PutMember(SlotKey { set, slot: id(i) })).unwrap();
+    }
+    let key = FrontendKey { addr: addr_from(vip.ip()), port: vip.port(), proto, scope: SCOPE_INTERNAL };
+    let value = FrontendValue {
+        set,
+        count: backends.len() as u32,
+        service: set,
+        affinity_seconds: 0,
+        flags: frontend_flags::MEMBERS,
+    };
+    dp.maps.apply(&Op::PutFrontend(key, value)).unwrap();
+}
+
+fn tcp_server(name: &'static str) -> SocketAddr {
+    let l = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = l.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for s in l.incoming().flatten() {
+            let mut s = s;
+            let _ = s.write_all(name.as_bytes());
+        }
+    });
+    at
+}
+
+fn ask(vip: SocketAddr) -> io::Result<String> {
+    let mut s = TcpStream::connect_timeout(&vip, Duration::from_secs(2))?;
+    assert_eq!(s.peer_addr()?, vip, "the peer keeps the name that was asked for");
+    let mut text = String::new();
+    s.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+#[test]
+fn tcp_is_spread_refused_and_survives_the_daemon() {
+    let place = Place::new("lt");
+    let config = place.config();
+    let vip: SocketAddr = "127.201.7.1:80".parse().unwrap();
+    let empty: SocketAddr = "127.201.7.2:80".parse().unwrap();
+    let (a, b) = (tcp_server("a"), tcp_server("b"));
+    let mut dp = Datapath::open(&config).unwrap();
+    service(&mut dp, vip, TCP, 1, &[a, b]);
+    service(&mut dp, empty, TCP, 2, &[]);
+    let answers: std::collections::BTreeSet<_> = (0..40).map(|_| ask(vip).unwrap()).collect();
+    assert_eq!(answers.len(), 2, "both backends answer");
+    assert_eq!(ask(empty).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+
+    // Without the daemon, and while a new one replaces the programs.
+    drop(dp);
+    ask(vip).unwrap();
+    let dp = Datapath::open(&config).unwrap();
+    assert_eq!(dp.maps.dump().unwrap().backends.len(), 2, "maps are adopted");
+    ask(vip).unwrap();
+    drop(dp);
+    purge(&config).unwrap();
+    assert!(
+        TcpStream::connect_timeout(&vip, Duration::from_millis(200)).is_err(),
+        "nothing translates any more"
+    );
+    assert!(!config.pins.join("links").exists());
+}
+
+#[test]
+fn udp_answers_carry_the_service_address() {
+    let place = Place::new("lu");
+    let config = place.config();
+    let vip: SocketAddr = "127.201.8.1:53".parse().unwrap();
+    let mut dp = Datapath::open(&config).unwrap();
+    let mut backends = Vec::new();
+    for _ in 0..3 {
+        let s = UdpSocket::bind("127.0.0.1:0").unwrap();
+        backends.push(s.local_addr().unwrap());
+        std::thread::spawn(move || {
+            let mut buf = [0; 64];
+            while let Ok((n, from)) = s.recv_from(&mut buf) {
+                let port = s.local_addr().unwrap().port().to_string();
+                assert!(n > 0);
+                let _ = s.send_to(port.as_bytes(), from);
+            }
+        });
+    }
+    service(&mut dp, vip, UDP, 3, &backends);
+
+    let client = UdpSocket::bind("0.0.0.0:0").unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    let mut seen = std::collections::BTreeSet::new();
+    for _ in 0..20 {
+        client.send_to(b"x", vip).unwrap();
+        let mut buf = [0; 64];
+        let (n, from) = client.recv_from(&mut buf).unwrap();
+        assert_eq!(from, vip);
+        seen.insert(buf[..n].to_vec());
+    }
+    assert_eq!(seen.len(), 1, "one socket stays with one backend");
+
+    let connected = UdpSocket::bind("0.0.0.0:0").unwrap();
+    connected.connect(vip).unwrap();
+    assert_eq!(connected.peer_addr().unwrap(), vip);
+    connected.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    connected.send(b"x").unwrap();
+    let mut buf = [0; 64];
+    connected.recv(&mut buf).unwrap();
+    purge(&config).unwrap();
+}
+
+#[test]
+fn node_ports_answer_on_loopback_and_node_addresses_only() {
+    let place = Place::new("ln");
+    let config = place.config();
+    let mut dp = Datapath::open(&config).unwrap();
+    // Multicast: without a translation connecting fails at once and no packet leaves the machine.
+    let node: IpAddr = "224.0.201.9".parse().unwrap();
+    let port = 31_907;
+    service(&mut dp, SocketAddr::new("0.0.0.0".parse().unwrap(), port), TCP, 4, &[tcp_server("np")]);
+    dp.maps.apply(&Op::PutLocal(addr_from(node), local_flags::NODE_PORT)).unwrap();
+    assert_eq!(ask(SocketAddr::new(node, port)).unwrap(), "np");
+    assert_eq!(ask(SocketAddr::new("127.0.0.1".parse().unwrap(), port)).unwrap(), "np");
+    let other = SocketAddr::new("224.0.201.10".parse().unwrap(), port);
+    assert!(TcpStream::connect_timeout(&other, Duration::from_millis(200)).is_err());
+    purge(&config).unwrap();
+}
+
+#[test]
+fn dual_stack_sockets_reach_ipv4_services() {
+    let place = Place::new("l6");
+    let config = place.config();
+    let mut dp = Datapath::open(&config).unwrap();
+    let vip: SocketAddr = "127.201.10.1:80".parse().unwrap();
+    service(&mut dp, vip, TCP, 5, &[tcp_server("six")]);
+    let mapped: SocketAddr = "[::ffff:127.201.10.1]:80".parse().unwrap();
+    assert_eq!(ask(mapped).unwrap(), "six");
+    purge(&config).unwrap();
+}

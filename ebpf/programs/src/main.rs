@@ -1,0 +1,18 @@
+//! Orlop's service load balancer in the kernel. Built for bpfel-unknown-none by the loader's build script.
+#![no_std]
+#![no_main]
+
+mod maps;
+mod packet;
+mod select;
+mod sock;
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,116 @@
+//! From an address to a backend: shared by the socket and the packet programs.
+
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns};
+use orlop_ebpf_common::*;
+
+use crate::maps::*;
+
+/// The frontend at this address: its own, or a node port when the address is the node's.
+/// `on_node`: loopback addresses mean the node (the asker lives in its network namespace).
+#[inline(always)]
+pub fn frontend(addr: &Addr, port: u16, proto: u8, scope: u8, on_node: bool) -> Option<FrontendValue> {
+    let mut key = FrontendKey { addr: *addr, port, proto, scope };
+    let unspecified = is_unspecified(addr);
+    if !unspecified {
+        // SAFETY: values are copied out; a concurrent update replaces whole elements.
+        if let Some(v) = unsafe { FRONTENDS.get(&key) } {
+            return Some(*v);
+        }
+        key.addr = any_addr(is_v4(addr));
+    }
+    // SAFETY: as above.
+    let v = unsafe { FRONTENDS.get(&key) }?;
+    let ours = if unspecified || is_loopback(addr) {
+        on_node
+    } else {
+        // SAFETY: as above.
+        matches!(unsafe { LOCAL_ADDRS.get(addr) }, Some(f) if *f & local_flags::NODE_PORT != 0)
+    };
+    if ours { Some(*v) } else { None }
+}
+
+#[inline(always)]
+pub fn backend(id: u32) -> Option<Backend> {
+    // SAFETY: copied out; elements are replaced as a whole.
+    unsafe { BACKENDS.get(&id) }.copied()
+}
+
+#[inline(always)]
+pub fn is_member(set: u32, backend: u32) -> bool {
+    MEMBERS.get_ptr(&SlotKey { set, slot: backend }).is_some()
+}
+
+/// Chooses a backend for a new connection. `hash` is `None` for a random choice.
+#[inline(always)]
+pub fn choose(v: &FrontendValue, kind: u32, client: &Addr, hash: Option<u32>) -> Option<(u32, Backend)> {
+    if v.count == 0 {
+        return None;
+    }
+    let affinity = v.flags & frontend_flags::AFFINITY != 0;
+    let akey = AffinityKey { service: v.service, kind, client: *client };
+    if affinity {
+        // SAFETY: copied out; elements are replaced as a whole.
+        if let Some(a) = unsafe { AFFINITY.get(&akey) }.copied() {
+            // SAFETY: no arguments.
+            let now = unsafe { bpf_ktime_get_ns() };
+            let limit = v.affinity_seconds as u64 * 1_000_000_000;
+            if now.wrapping_sub(a.last_seen_ns) <= limit
+                && is_member(v.set, a.backend)
+                && let Some(b) = backend(a.backend)
+            {
+                remember(&akey, a.backend);
+                return Some((a.backend, b));
+            }
+        }
+    }
+    let (id, b) = match hash {
+        Some(h) if v.flags & frontend_flags::MAGLEV != 0 => by_maglev(v.set, h),
+        _ => None,
+    }
+    .or_else(|| by_slot(v, hash))?;
+    if affinity {
+        remember(&akey, id);
+    }
+    Some((id, b))
+}
+
+#[inline(always)]
+fn remember(key: &AffinityKey, backend: u32) {
+    // SAFETY: no arguments.
+    let now = unsafe { bpf_ktime_get_ns() };
+    // A full table evicts its oldest entry; failing leaves the client without affinity, not without service.
+    let _ = AFFINITY.insert(key, AffinityValue { last_seen_ns: now, backend, reserved: 0 }, 0);
+}
+
+#[inline(always)]
+fn by_maglev(set: u32, hash: u32) -> Option<(u32, Backend)> {
+    let table = MAGLEV.get_ptr(&set)?;
+    let index = hash as usize % maglev::SIZE;
+    // The verifier does not follow a remainder: it must see a comparison, which the compiler must not drop.
+    // SAFETY: reads a local.
+    let index = unsafe { core::ptr::read_volatile(&index) };
+    if index >= maglev::SIZE {
+        return None;
+    }
+    // SAFETY: the table is a valid element and the index is below its length.
+    let id = unsafe { (*table).0[index] };
+    Some((id, backend(id)?))
+}
+
+#[inline(always)]
+fn by_slot(v: &FrontendValue, hash: Option<u32>) -> Option<(u32, Backend)> {
+    let h = match hash {
+        Some(h) => h,
+        // SAFETY: no arguments.
+        None => unsafe { bpf_get_prandom_u32() },
+    };
+    // The first slot is the second try: while user space shrinks a set, a slot may go between two look-ups.
+    slot(v.set, h % v.count).or_else(|| slot(v.set, 0))
+}
+
+#[inline(always)]
+fn slot(set: u32, slot: u32) -> Option<(u32, Backend)> {
+    // SAFETY: copied out; elements are replaced as a whole.
+    let id = unsafe { SLOTS.get(&SlotKey { set, slot }) }.copied()?;
+    Some((id, backend(id)?))
+}

@@ -1,0 +1,164 @@
+//! Socket hooks: the address is translated once, when a process connects or sends; packets are never touched.
+
+use aya_ebpf::EbpfContext;
+use aya_ebpf::bindings::bpf_sock_addr;
+use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
+use aya_ebpf::macros::cgroup_sock_addr;
+use aya_ebpf::programs::SockAddrContext;
+use core::ptr::{addr_of, addr_of_mut, read_volatile, write_volatile};
+use orlop_ebpf_common::*;
+
+use crate::maps::*;
+use crate::select;
+
+const ALLOW: i32 = 1;
+const REFUSE: i32 = 0;
+const ECONNREFUSED: i32 = 111;
+const EHOSTUNREACH: i32 = 113;
+
+/// Clients of [`AffinityKey`] that are network namespaces.
+const KIND_NETNS: u32 = 1;
+
+// Volatile, one word each: the verifier allows these widths only, and the compiler must not merge or narrow them.
+macro_rules! get {
+    ($sa:expr, $($field:tt)+) => { unsafe { read_volatile(addr_of!((*$sa).$($field)+)) } };
+}
+macro_rules! set {
+    ($sa:expr, $value:expr, $($field:tt)+) => { unsafe { write_volatile(addr_of_mut!((*$sa).$($field)+), $value) } };
+}
+
+#[inline(always)]
+fn address(sa: *mut bpf_sock_addr, v6: bool) -> Addr {
+    if v6 {
+        [get!(sa, user_ip6[0]), get!(sa, user_ip6[1]), get!(sa, user_ip6[2]), get!(sa, user_ip6[3])]
+    } else {
+        addr4(get!(sa, user_ip4))
+    }
+}
+
+#[inline(always)]
+fn set_address(sa: *mut bpf_sock_addr, v6: bool, addr: &Addr, port: u16) {
+    if v6 {
+        set!(sa, addr[0], user_ip6[0]);
+        set!(sa, addr[1], user_ip6[1]);
+        set!(sa, addr[2], user_ip6[2]);
+        set!(sa, addr[3], user_ip6[3]);
+    } else {
+        set!(sa, addr[3], user_ip4);
+    }
+    set!(sa, port.to_be() as u32, user_port);
+}
+
+#[inline(always)]
+fn port(sa: *mut bpf_sock_addr) -> u16 {
+    u16::from_be(get!(sa, user_port) as u16)
+}
+
+#[inline(always)]
+fn refuse(v: &FrontendValue) -> i32 {
+    count(counters::SOCK_REFUSED);
+    let errno = if v.flags & frontend_flags::DROP_WHEN_EMPTY != 0 { EHOSTUNREACH } else { ECONNREFUSED };
+    // SAFETY: sets the errno of this call; a kernel without the helper refuses the program when it is loaded.
+    unsafe { bpf_set_retval(-errno) };
+    REFUSE
+}
+
+#[inline(always)]
+fn outgoing(ctx: &SockAddrContext, v6: bool, connected: bool) -> i32 {
+    let sa = ctx.sock_addr;
+    let proto = get!(sa, protocol) as u8;
+    if proto != TCP && proto != UDP {
+        return ALLOW;
+    }
+    let addr = address(sa, v6);
+    let port = port(sa);
+    // SAFETY: the context is valid while the program runs.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let on_node = matches!(CONFIG.get(0), Some(c) if c.netns_cookie == netns);
+    let Some(v) = select::frontend(&addr, port, proto, SCOPE_INTERNAL, on_node) else { return ALLOW };
+
+    // SAFETY: as above.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let asked = SockKey { cookie, addr, port, proto, pad: 0, reserved: 0 };
+    // Datagrams of one unconnected socket stay with one backend, as a flow through connection tracking would.
+    let sticky = !connected && v.flags & frontend_flags::MEMBERS != 0;
+    let mut chosen = None;
+    if sticky {
+        // SAFETY: copied out; elements are replaced as a whole.
+        if let Some(f) = unsafe { SOCK_FLOWS.get(&asked) }.copied()
+            && select::is_member(v.set, f.backend)
+        {
+            chosen = select::backend(f.backend).map(|b| (f.backend, b));
+        }
+    }
+    if chosen.is_none() {
+        let client = [netns as u32, (netns >> 32) as u32, 0, 0];
+        chosen = select::choose(&v, KIND_NETNS, &client, None);
+        if sticky && let Some((backend, _)) = chosen {
+            // A full table evicts; without an entry the next datagram chooses again.
+            let _ = SOCK_FLOWS.insert(&asked, SockFlow { backend, set: v.set }, 0);
+        }
+    }
+    let Some((_, b)) = chosen else { return refuse(&v) };
+    if !v6 && !is_v4(&b.addr) {
+        return ALLOW;
+    }
+
+    let seen = SockKey { cookie, addr: b.addr, port: b.port, proto, pad: 0, reserved: 0 };
+    // Without the entry the peer's name is the backend's, which TCP does not mind.
+    let _ = SOCK_REVERSE.insert(&seen, SockReverse { addr, port, pad: 0, service: v.service }, 0);
+    set_address(sa, v6, &b.addr, b.port);
+    count(counters::SOCK_TRANSLATED);
+    ALLOW
+}
+
+/// Gives a peer the name under which the socket's owner knows it.
+#[inline(always)]
+fn incoming(ctx: &SockAddrContext, v6: bool) -> i32 {
+    let sa = ctx.sock_addr;
+    let proto = get!(sa, protocol) as u8;
+    if proto != TCP && proto != UDP {
+        return ALLOW;
+    }
+    // SAFETY: the context is valid while the program runs.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let key = SockKey { cookie, addr: address(sa, v6), port: port(sa), proto, pad: 0, reserved: 0 };
+    // SAFETY: copied out; elements are replaced as a whole.
+    if let Some(r) = unsafe { SOCK_REVERSE.get(&key) }.copied() {
+        set_address(sa, v6, &r.addr, r.port);
+    }
+    ALLOW
+}
+
+#[cgroup_sock_addr(connect4)]
+pub fn lb_connect4(ctx: SockAddrContext) -> i32 {
+    outgoing(&ctx, false, true)
+}
+#[cgroup_sock_addr(connect6)]
+pub fn lb_connect6(ctx: SockAddrContext) -> i32 {
+    outgoing(&ctx, true, true)
+}
+#[cgroup_sock_addr(sendmsg4)]
+pub fn lb_sendmsg4(ctx: SockAddrContext) -> i32 {
+    outgoing(&ctx, false, false)
+}
+#[cgroup_sock_addr(sendmsg6)]
+pub fn lb_sendmsg6(ctx: SockAddrContext) -> i32 {
+    outgoing(&ctx, true, false)
+}
+#[cgroup_sock_addr(recvmsg4)]
+pub fn lb_recvmsg4(ctx: SockAddrContext) -> i32 {
+    incoming(&ctx, false)
+}
+#[cgroup_sock_addr(recvmsg6)]
+pub fn lb_recvmsg6(ctx: SockAddrContext) -> i32 {
+    incoming(&ctx, true)
+}
+#[cgroup_sock_addr(getpeername4)]
+pub fn lb_peername4(ctx: SockAddrContext) -> i32 {
+    incoming(&ctx, false)
+}
+#[cgroup_sock_addr(getpeername6)]
+pub fn lb_peername6(ctx: SockAddrContext) -> i32 {
+    incoming(&ctx, true)
+}
