@@ -3,12 +3,14 @@
 
 mod conf;
 mod error;
+mod names;
 mod node;
 mod result;
 mod version;
 
 pub use conf::{ConfError, NetworkConfig, PluginConfig};
 pub use error::{ErrorResult, code};
+pub use names::HOST_INTERFACE_PREFIX;
 pub use node::{Attachment, Bandwidth, DnsConfig, IpRange, OrlopNetwork, PortMapping, render_conflist};
 pub use result::{CniResult, Dns, Interface, IpConfig, ResultError, Route};
 pub use version::{SpecVersion, UnknownVersion, VersionResult};

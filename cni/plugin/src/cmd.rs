@@ -1,0 +1,264 @@
+//! The commands of the specification.
+
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+use orlop_cni_types::{
+    Attachment, CniResult, Command, Dns, Interface, IpConfig, Route, SpecVersion, VersionResult,
+};
+use serde_json::Value;
+
+use crate::conf::Conf;
+use crate::error::Error;
+use crate::ipam::Store;
+use crate::links;
+use crate::wire::{self, Netns, Wiring};
+
+/// The parameters that come by the environment.
+#[derive(Clone, Debug)]
+pub struct Env {
+    pub container_id: String,
+    pub netns: PathBuf,
+    pub ifname: String,
+    pub args: String,
+}
+
+/// Carries `command` out; what is to be printed, if anything.
+pub fn run(command: Command, env: &Env, conf: &Conf) -> Result<Option<Value>, Error> {
+    if conf.version < command.since() {
+        return Err(Error::NotInVersion(conf.version, command.as_str()));
+    }
+    let loopback = conf.plugin_type == "loopback";
+    match command {
+        Command::Add if loopback => loopback_add(env, conf).map(Some),
+        Command::Add => add(env, conf).map(Some),
+        Command::Del if loopback => Ok(None),
+        Command::Del => del(env, conf).map(|()| None),
+        Command::Check if loopback => loopback_check(env).map(|()| None),
+        Command::Check => check(env, conf).map(|()| None),
+        Command::Status | Command::Gc if loopback => Ok(None),
+        Command::Status => status(conf).map(|()| None),
+        Command::Gc => gc(conf).map(|()| None),
+        Command::Version => Ok(Some(version())),
+    }
+}
+
+/// The answer to VERSION.
+pub fn version() -> Value {
+    let answer = VersionResult {
+        cni_version: SpecVersion::V1_1_0.as_str().to_owned(),
+        supported_versions: SpecVersion::SUPPORTED.iter().map(|v| v.as_str().to_owned()).collect(),
+    };
+    serde_json::to_value(answer).unwrap_or_default()
+}
+
+impl Env {
+    fn attachment(&self) -> Result<Attachment, Error> {
+        if self.container_id.is_empty() {
+            return Err(Error::Environment("CNI_CONTAINERID"));
+        }
+        if self.ifname.is_empty() || self.ifname.len() > 15 || self.ifname.contains(['/', ' ']) {
+            return Err(Error::Environment("CNI_IFNAME"));
+        }
+        Ok(Attachment { container_id: self.container_id.clone(), ifname: self.ifname.clone() })
+    }
+
+    fn open_netns(&self) -> Result<Netns, Error> {
+        if self.netns.as_os_str().is_empty() {
+            return Err(Error::Environment("CNI_NETNS"));
+        }
+        Netns::open(&self.netns)
+    }
+
+    /// How an operator sees the host's interface: the pod, else the container.
+    fn alias(&self) -> String {
+        let arg = |name: &str| {
+            self.args.split(';').filter_map(|a| a.split_once('=')).find(|(k, _)| *k == name).map(|(_, v)| v)
+        };
+        match (arg("K8S_POD_NAMESPACE"), arg("K8S_POD_NAME")) {
+            (Some(namespace), Some(name)) if !name.is_empty() => format!("{namespace}/{name}"),
+            _ => self.container_id.clone(),
+        }
+    }
+}
+
+fn add(env: &Env, conf: &Conf) -> Result<Value, Error> {
+    if conf.previous.is_some() {
+        return Err(Error::NotFirst);
+    }
+    let attachment = env.attachment()?;
+    let netns = env.open_netns()?;
+    let mut host = links::open()?;
+
+    let mut store = Store::open(&conf.data_dir, &conf.network)?;
+    let had_addresses = !store.state.ips_of(&attachment).is_empty();
+    let ips = store.state.allocate(&attachment, &conf.ranges, &conf.wanted_ips)?;
+    store.save()?;
+    // Others need not wait for the links.
+    drop(store);
+
+    let wiring = Wiring {
+        attachment: &attachment,
+        host_name: attachment.host_interface(),
+        ips: &ips,
+        mtu: conf.mtu,
+        mac: conf.mac,
+        alias: &env.alias(),
+    };
+    let wired = match wiring.attach(&mut host, &netns) {
+        Ok(wired) => wired,
+        Err(e) => {
+            // A second ADD must not destroy what the first made; the runtime has to send DEL.
+            if !had_addresses {
+                undo(&mut host, conf, &attachment);
+            }
+            return Err(e);
+        }
+    };
+    let mac = |m: [u8; 6]| m.map(|b| format!("{b:02x}")).join(":");
+    let result = CniResult {
+        interfaces: vec![
+            Interface {
+                name: wiring.host_name.clone(),
+                mac: mac(wired.host_mac),
+                mtu: Some(wired.mtu),
+                ..Interface::default()
+            },
+            Interface {
+                name: attachment.ifname.clone(),
+                mac: mac(wired.pod_mac),
+                mtu: Some(wired.mtu),
+                sandbox: env.netns.to_string_lossy().into_owned(),
+                ..Interface::default()
+            },
+        ],
+        ips: ips
+            .iter()
+            .map(|&ip| IpConfig {
+                address: IpNet::from(ip),
+                interface: Some(1),
+                gateway: Some(wire::gateway(ip)),
+            })
+            .collect(),
+        routes: default_routes(&ips),
+        dns: Dns::default(),
+    };
+    Ok(result.to_value(conf.version))
+}
+
+fn default_routes(ips: &[std::net::IpAddr]) -> Vec<Route> {
+    [(true, "0.0.0.0/0", wire::GATEWAY_V4), (false, "::/0", wire::GATEWAY_V6)]
+        .into_iter()
+        .filter(|(v4, ..)| ips.iter().any(|ip| ip.is_ipv4() == *v4))
+        .filter_map(|(_, dst, gateway)| {
+            Some(Route {
+                dst: dst.parse().ok()?,
+                gw: Some(gateway),
+                mtu: None,
+                advmss: None,
+                priority: None,
+                table: None,
+                scope: None,
+            })
+        })
+        .collect()
+}
+
+/// Best effort: the runtime sends DEL after a failed ADD in any case.
+fn undo(host: &mut crate::netlink::Netlink, conf: &Conf, attachment: &Attachment) {
+    let freed = links::delete(host, &attachment.host_interface()).and_then(|_| release(conf, attachment));
+    if let Err(e) = freed {
+        eprintln!("cannot undo yet: {}", orlop_base::telemetry::chain(&e));
+    }
+}
+
+fn release(conf: &Conf, attachment: &Attachment) -> Result<(), Error> {
+    let mut store = Store::open(&conf.data_dir, &conf.network)?;
+    if store.state.release(attachment) {
+        store.save()?;
+    }
+    Ok(())
+}
+
+/// First the link, then the address: nobody may get an address that still leads to this pod.
+fn del(env: &Env, conf: &Conf) -> Result<(), Error> {
+    let attachment = env.attachment()?;
+    links::delete(&mut links::open()?, &attachment.host_interface())?;
+    release(conf, &attachment)
+}
+
+fn check(env: &Env, conf: &Conf) -> Result<(), Error> {
+    let attachment = env.attachment()?;
+    let netns = env.open_netns()?;
+    let Some(previous) = conf.previous_result()? else {
+        return Err(Error::Field { field: "prevResult", problem: "is missing; CHECK needs it".to_owned() });
+    };
+    let ours = previous.interfaces.iter().position(|i| i.name == env.ifname && !i.sandbox.is_empty());
+    let ips: Vec<_> = previous
+        .ips
+        .iter()
+        .filter(|ip| ip.interface.is_none() || ip.interface == ours)
+        .map(|ip| ip.address.addr())
+        .collect();
+    let store = Store::open(&conf.data_dir, &conf.network)?;
+    let own = store.state.ips_of(&attachment);
+    drop(store);
+    if let Some(ip) = ips.iter().find(|ip| !own.contains(ip)) {
+        return Err(Error::Check(format!("address {ip} is not recorded as this container's")));
+    }
+    wire::check(&attachment.host_interface(), &attachment.ifname, &ips, &netns)
+}
+
+/// Whether an ADD can be served: the ranges are read already, so what remains is the record. A full range is no reason to
+/// say no: the node would be reported as not ready for that.
+fn status(conf: &Conf) -> Result<(), Error> {
+    let store = Store::open(&conf.data_dir, &conf.network)?;
+    store.save()?;
+    Ok(())
+}
+
+fn gc(conf: &Conf) -> Result<(), Error> {
+    let Some(valid) = &conf.valid else {
+        // Taking a missing list for an empty one would cut every pod off.
+        return Err(Error::Field {
+            field: orlop_cni_types::VALID_ATTACHMENTS,
+            problem: "is missing; GC needs the list of attachments to keep".to_owned(),
+        });
+    };
+    let mut host = links::open()?;
+    let mut store = Store::open(&conf.data_dir, &conf.network)?;
+    for owner in store.state.owners_not_in(valid) {
+        links::delete(&mut host, &owner.host_interface())?;
+        store.state.release(&owner);
+        store.save()?;
+    }
+    Ok(())
+}
+
+fn loopback_add(env: &Env, conf: &Conf) -> Result<Value, Error> {
+    wire::loopback_up(&env.open_netns()?)?;
+    if let Some(previous) = conf.previous_result()? {
+        return Ok(previous.to_value(conf.version));
+    }
+    let result = CniResult {
+        interfaces: vec![Interface {
+            name: "lo".to_owned(),
+            mac: "00:00:00:00:00:00".to_owned(),
+            sandbox: env.netns.to_string_lossy().into_owned(),
+            ..Interface::default()
+        }],
+        ips: ["127.0.0.1/8", "::1/128"]
+            .iter()
+            .filter_map(|a| Some(IpConfig { address: a.parse().ok()?, interface: Some(0), gateway: None }))
+            .collect(),
+        ..CniResult::default()
+    };
+    Ok(result.to_value(conf.version))
+}
+
+fn loopback_check(env: &Env) -> Result<(), Error> {
+    match wire::loopback_is_up(&env.open_netns()?)? {
+        true => Ok(()),
+        false => Err(Error::Check("interface lo of the pod is down".to_owned())),
+    }
+}

@@ -1,0 +1,7 @@
+//! Addresses of pods: which are given, to whom.
+
+mod plan;
+mod store;
+
+pub use plan::{IpamError, Range, RangeSet};
+pub use store::Store;

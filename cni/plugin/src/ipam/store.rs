@@ -1,0 +1,137 @@
+//! The record of addresses on disk: one file for each boot, replaced in one step under a lock.
+//!
+//! Pods and their links do not outlive the kernel, so allocations are valid for the boot whose id is in the file's name.
+//! For the same reason nothing is synced to disk: a killed process loses nothing, and after a power cut nothing counts.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use orlop_base::durable;
+
+use super::plan::{IpamError, State};
+
+const VERSION: u32 = 1;
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Exclusive access to a network's record until dropped.
+#[derive(Debug)]
+pub struct Store {
+    path: PathBuf,
+    _lock: File,
+    pub state: State,
+}
+
+fn failed(what: &'static str, path: &Path, source: io::Error) -> IpamError {
+    IpamError::State(durable::Error::Io { what, path: path.to_owned(), source })
+}
+
+impl Store {
+    /// Opens the record of `network` below `data_dir`, waiting for whoever has it.
+    pub fn open(data_dir: &Path, network: &str) -> Result<Store, IpamError> {
+        let boot = Path::new(BOOT_ID);
+        let id = fs::read_to_string(boot).map_err(|e| failed("read", boot, e))?;
+        Self::open_for_boot(data_dir, network, id.trim())
+    }
+
+    fn open_for_boot(data_dir: &Path, network: &str, boot_id: &str) -> Result<Store, IpamError> {
+        let dir = data_dir.join(network);
+        let lock_path = dir.join("lock");
+        let open = || File::options().create(true).truncate(false).write(true).open(&lock_path);
+        let lock = match open() {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                fs::create_dir_all(&dir).map_err(|e| failed("create", &dir, e))?;
+                open()
+            }
+            other => other,
+        }
+        .map_err(|e| failed("open", &lock_path, e))?;
+        // Blocking: a holder takes well below a millisecond, and its death frees the lock.
+        rustix::io::retry_on_intr(|| rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive))
+            .map_err(|e| failed("lock", &lock_path, e.into()))?;
+        let path = dir.join(format!("{boot_id}.json"));
+        let state = match durable::read_json(&path, VERSION).map_err(IpamError::State)? {
+            Some(state) => state,
+            None => {
+                remove_others(&dir, &path).map_err(|e| failed("clear", &dir, e))?;
+                State::default()
+            }
+        };
+        Ok(Store { path, _lock: lock, state })
+    }
+
+    /// Makes the state the valid one.
+    pub fn save(&self) -> Result<(), IpamError> {
+        durable::write_json(&self.path, VERSION, &self.state, durable::Sync::PageCache)
+            .map_err(IpamError::State)
+    }
+}
+
+/// Removes records of former boots and temporary files of killed writers.
+fn remove_others(dir: &Path, keep: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path != keep && path.file_name().is_some_and(|n| n != "lock") && path.is_file() {
+            fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::plan::Range;
+    use super::*;
+    use orlop_cni_types::Attachment;
+
+    fn owner(n: usize) -> Attachment {
+        Attachment { container_id: format!("c{n}"), ifname: "eth0".into() }
+    }
+
+    #[test]
+    fn survives_a_restart_but_not_a_boot() {
+        let dir = tempfile::tempdir().unwrap();
+        let sets = [vec![Range::new("10.0.0.0/24".parse().unwrap(), None, None).unwrap()]];
+        let mut s = Store::open_for_boot(dir.path(), "n", "boot1").unwrap();
+        s.state.allocate(&owner(1), &sets, &[]).unwrap();
+        s.save().unwrap();
+        s.state.allocate(&owner(2), &sets, &[]).unwrap();
+        drop(s); // not saved: as if killed
+        let s = Store::open_for_boot(dir.path(), "n", "boot1").unwrap();
+        assert_eq!(s.state.allocations.len(), 1);
+        drop(s);
+        let s = Store::open_for_boot(dir.path(), "n", "boot2").unwrap();
+        assert!(s.state.allocations.is_empty());
+        assert!(!dir.path().join("n/boot1.json").exists());
+    }
+
+    #[test]
+    fn parallel_writers_never_share_an_address() {
+        let dir = tempfile::tempdir().unwrap();
+        let sets = [vec![Range::new("10.0.0.0/24".parse().unwrap(), None, None).unwrap()]];
+        std::thread::scope(|scope| {
+            for t in 0..8 {
+                let (dir, sets) = (dir.path(), &sets);
+                scope.spawn(move || {
+                    for n in 0..20 {
+                        let mut s = Store::open_for_boot(dir, "n", "boot").unwrap();
+                        s.state.allocate(&owner(t * 100 + n), sets, &[]).unwrap();
+                        s.save().unwrap();
+                    }
+                });
+            }
+        });
+        let s = Store::open_for_boot(dir.path(), "n", "boot").unwrap();
+        let all: std::collections::HashSet<_> = s.state.allocations.iter().map(|a| a.ip).collect();
+        assert_eq!(all.len(), 160);
+    }
+
+    #[test]
+    fn a_damaged_record_is_an_error_that_names_it() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("n")).unwrap();
+        fs::write(dir.path().join("n/boot.json"), "{").unwrap();
+        let e = Store::open_for_boot(dir.path(), "n", "boot").unwrap_err();
+        assert!(orlop_base::telemetry::chain(&e).contains("boot.json"), "{e}");
+    }
+}
