@@ -5,10 +5,13 @@ pub mod controller_roles;
 pub mod node;
 pub mod policy_table;
 pub mod rbac;
+mod sync;
 
 use parking_lot::RwLock;
 
 use crate::request_info::{RequestInfo, UserInfo};
+
+pub use sync::follow;
 
 /// One question: may `user` do this?
 #[derive(Clone, Debug)]
@@ -110,7 +113,7 @@ impl Decision {
     }
 }
 
-/// All authorizers over state that `sync::follow` keeps current.
+/// All authorizers over state that [`follow`] keeps current.
 #[derive(Default)]
 pub struct Authorizer {
     pub(crate) rbac: RwLock<rbac::Policy>,

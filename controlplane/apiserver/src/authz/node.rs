@@ -140,6 +140,21 @@ impl Graph {
         self.pods.insert((namespace, name), PodEntry { node, references: wanted });
     }
 
+    /// Forgets all that was learnt from a resource, before it is listed anew.
+    pub fn forget(&mut self, resource: &str) {
+        match resource {
+            "pods" => {
+                self.pods.clear();
+                self.needed.clear();
+            }
+            "persistentvolumeclaims" => {
+                self.claims.clear();
+                self.volumes.clear();
+            }
+            _ => self.attachments.clear(),
+        }
+    }
+
     /// Forgets a pod.
     pub fn remove_pod(&mut self, namespace: &str, name: &str) {
         let Some(entry) = self.pods.remove(&(namespace.to_owned(), name.to_owned())) else { return };

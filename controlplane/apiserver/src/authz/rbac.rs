@@ -195,8 +195,36 @@ pub fn selector_matches(selector: &Value, labels: &BTreeMap<String, String>) -> 
 }
 
 impl Policy {
+    /// Makes `items` all that there is of `resource`.
+    pub fn replace(&mut self, resource: &str, items: &[Value]) {
+        match resource {
+            "clusterroles" => self.cluster_roles.clear(),
+            "roles" => self.roles.clear(),
+            "clusterrolebindings" | "rolebindings" => {
+                let cluster = resource == "clusterrolebindings";
+                let old: Vec<_> =
+                    self.bindings.keys().filter(|(ns, _)| ns.is_empty() == cluster).cloned().collect();
+                for (namespace, name) in old {
+                    self.remove(resource, &namespace, &name);
+                }
+            }
+            _ => {}
+        }
+        for item in items {
+            self.put_one(resource, item);
+        }
+        self.aggregate();
+    }
+
     /// Takes in an object of kind ClusterRole, Role, ClusterRoleBinding or RoleBinding, replacing its former version.
     pub fn put(&mut self, resource: &str, object: &Value) {
+        self.put_one(resource, object);
+        if resource == "clusterroles" {
+            self.aggregate();
+        }
+    }
+
+    fn put_one(&mut self, resource: &str, object: &Value) {
         let namespace = text(object, "/metadata/namespace").to_owned();
         let name = text(object, "/metadata/name").to_owned();
         let rules = || Rule::list_from(object.get("rules").unwrap_or(&Value::Null)).into();
@@ -210,7 +238,6 @@ impl Policy {
                     selectors: selectors.cloned().unwrap_or_default(),
                 };
                 self.cluster_roles.insert(name, role);
-                self.aggregate();
             }
             "roles" => {
                 self.roles.insert((namespace, name), rules());
