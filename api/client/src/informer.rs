@@ -135,8 +135,13 @@ where
     /// Called for each change after the local copy has it, in order, on the informer's task: it must be quick and not
     /// block (put a key into a [`crate::Queue`]).
     pub fn on_change(mut self, handler: impl Fn(&Change<K>) + Send + Sync + 'static) -> Self {
-        self.handlers.push(Box::new(handler));
+        self.add_handler(handler);
         self
+    }
+
+    /// [`Builder::on_change`] for a builder that several parts share.
+    pub fn add_handler(&mut self, handler: impl Fn(&Change<K>) + Send + Sync + 'static) {
+        self.handlers.push(Box::new(handler));
     }
 
     /// An index by what `of` says of an object.
