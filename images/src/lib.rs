@@ -5,15 +5,30 @@
 //! [`ImageStore::open`] empties; a layer that the disk may not hold yet after a power cut says so in its own record
 //! and is dropped, with its images, by the next open.
 
+mod build;
 mod error;
+mod export;
 mod image;
+mod import;
+mod ingest;
+mod layout;
+mod manifest;
 mod options;
+mod overlay;
+mod pack;
+mod pull;
 mod reference;
+mod registry;
+mod snapshot;
+mod state;
 mod store;
-pub mod unpack;
+mod unpack;
+mod unshare;
 
+pub use build::{Build, build};
 pub use error::{Error, Result};
 pub use image::{GcReport, Image, Usage};
 pub use options::{Auth, Options, RootfsOptions};
 pub use reference::{Digest, Reference};
 pub use store::ImageStore;
+pub use unpack::Error as UnpackError;

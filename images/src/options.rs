@@ -35,7 +35,7 @@ impl Default for Options {
 }
 
 /// Credentials for one pull (CRI `AuthConfig`).
-#[derive(Clone, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub struct Auth {
     pub username: String,
     pub password: String,

@@ -1,0 +1,227 @@
+//! Where things lie below the store's folder.
+//!
+//! ```text
+//! lock                         held while a process has the store open
+//! images.json                  the images and their names
+//! content/<sha256>             manifests, configs, and layers as transferred where they are kept
+//! layers/<id>/fs, layer.json   one unpacked layer; the id is the first 24 digits of its chain id
+//! layers/empty/{a,b}           a second lower layer for read-only mounts of one layer
+//! rootfs/<key>/upper, work, rootfs.json
+//! ingest/                      what is being made
+//! trash/                       what is being deleted
+//! ```
+
+use std::fs;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Digest, Error, Result, Usage, unpack};
+
+/// Version of the files below.
+pub(crate) const VERSION: u32 = 1;
+
+#[derive(Debug)]
+pub(crate) struct Layout {
+    pub root: PathBuf,
+    next: AtomicU64,
+}
+
+/// `layers/<id>/layer.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct LayerRecord {
+    pub chain: Digest,
+    pub diff: Digest,
+    pub parent: Option<Digest>,
+    pub usage: Usage,
+    /// The boot in which it was unpacked, while its data may not be on disk; `None` once it is.
+    pub unsynced_since: Option<String>,
+}
+
+/// `rootfs/<key>/rootfs.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct RootfsRecord {
+    pub image: String,
+    pub chain: Vec<Digest>,
+    pub target: PathBuf,
+    /// Without a writable layer.
+    pub readonly: bool,
+    #[serde(default)]
+    pub extra: Vec<(String, String)>,
+}
+
+/// One image in `images.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct ImageRecord {
+    /// Digest of the config.
+    pub id: Digest,
+    pub tags: Vec<String>,
+    pub digests: Vec<String>,
+    pub manifest: Digest,
+    pub layers: Vec<LayerBlob>,
+    pub chain: Vec<Digest>,
+}
+
+/// A layer as the manifest describes it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct LayerBlob {
+    pub digest: Digest,
+    pub size: u64,
+    pub media_type: String,
+}
+
+/// A new file or folder in `ingest/` that vanishes unless it is moved to its place.
+#[derive(Debug)]
+pub(crate) struct Ingest {
+    pub path: PathBuf,
+}
+
+impl Drop for Ingest {
+    fn drop(&mut self) {
+        // The next open empties the folder anyway.
+        let _ = fs::remove_file(&self.path).or_else(|_| fs::remove_dir_all(&self.path));
+    }
+}
+
+impl Layout {
+    /// Makes the folders that are missing.
+    pub fn create(root: &Path) -> Result<Layout> {
+        // Mounts and records keep the path, so it must not depend on the working directory.
+        fs::create_dir_all(root).map_err(Error::io("create", root))?;
+        let root = fs::canonicalize(root).map_err(Error::io("find", root))?;
+        for name in ["content", "layers", "layers/empty/a", "layers/empty/b", "rootfs", "ingest", "trash"] {
+            let path = root.join(name);
+            let mut builder = fs::DirBuilder::new();
+            // A container's files are nobody else's business, and some are set-uid.
+            let made = builder
+                .recursive(true)
+                .mode(if name.starts_with("layers/empty") { 0o755 } else { 0o700 })
+                .create(&path);
+            made.map_err(Error::io("create", &path))?;
+        }
+        Ok(Layout { root, next: AtomicU64::new(0) })
+    }
+
+    pub fn images_file(&self) -> PathBuf {
+        self.root.join("images.json")
+    }
+
+    pub fn content(&self, digest: &Digest) -> PathBuf {
+        self.root.join("content").join(digest.hex())
+    }
+
+    pub fn layers(&self) -> PathBuf {
+        self.root.join("layers")
+    }
+
+    /// Short, because all layers of a mount must fit into one page on kernels before 6.5. A name stands for one
+    /// chain id, which is checked when the layer is used.
+    pub fn layer_name(chain: &Digest) -> String {
+        let mut name = chain.hex();
+        name.truncate(24);
+        name
+    }
+
+    pub fn layer(&self, chain: &Digest) -> PathBuf {
+        self.layers().join(Self::layer_name(chain))
+    }
+
+    pub fn layer_fs(&self, chain: &Digest) -> PathBuf {
+        self.layer(chain).join("fs")
+    }
+
+    pub fn rootfs(&self, key: &str) -> PathBuf {
+        self.root.join("rootfs").join(key)
+    }
+
+    /// A name in `ingest/` that nothing has yet.
+    pub fn ingest(&self) -> Ingest {
+        Ingest { path: self.root.join("ingest").join(self.unique()) }
+    }
+
+    fn unique(&self) -> String {
+        self.next.fetch_add(1, Ordering::Relaxed).to_string()
+    }
+
+    /// Keeps a small blob. Not synced: the next open verifies it by its digest.
+    pub fn write_content(&self, digest: &Digest, bytes: &[u8]) -> Result<()> {
+        let path = self.content(digest);
+        if path.exists() {
+            return Ok(());
+        }
+        let temporary = self.ingest();
+        fs::write(&temporary.path, bytes).map_err(Error::io("write", &temporary.path))?;
+        fs::rename(&temporary.path, &path).map_err(Error::io("create", &path))
+    }
+
+    /// Takes `path` away in one step. Returns where it is now, for [`delete`]; a crash in between leaves it in `trash/`.
+    pub fn set_aside(&self, path: &Path) -> Result<Option<PathBuf>> {
+        let to = self.root.join("trash").join(self.unique());
+        match fs::rename(path, &to) {
+            Ok(()) => Ok(Some(to)),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io("remove", path)(e)),
+        }
+    }
+
+    /// Deletes a file or folder, whatever it holds.
+    pub fn discard(&self, path: &Path) -> Result<()> {
+        self.set_aside(path)?.map_or(Ok(()), |p| delete(&p))
+    }
+
+    /// Empties `ingest/` and `trash/`.
+    pub fn clean(&self) -> Result<()> {
+        for name in ["ingest", "trash"] {
+            let path = self.root.join(name);
+            let dir = unpack::open_folder(&path).map_err(Error::sys("open", &path))?;
+            unpack::empty_folder(&dir).map_err(Error::sys("empty", &path))?;
+        }
+        Ok(())
+    }
+}
+
+/// Deletes what [`Layout::set_aside`] gave.
+pub(crate) fn delete(path: &Path) -> Result<()> {
+    match unpack::open_folder(path) {
+        Ok(dir) => {
+            unpack::empty_folder(&dir).map_err(Error::sys("delete", path))?;
+            fs::remove_dir(path).map_err(Error::io("delete", path))
+        }
+        Err(_) => fs::remove_file(path).map_err(Error::io("delete", path)),
+    }
+}
+
+/// Tells this boot from others.
+pub(crate) fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|s| s.trim().to_owned()).unwrap_or_default()
+}
+
+/// Bytes and inodes below `dir`, each hard-linked file once. Goes on where files vanish meanwhile.
+pub(crate) fn measure(dir: &Path) -> Result<Usage> {
+    use std::os::unix::fs::MetadataExt;
+    let mut usage = Usage::default();
+    let mut linked = std::collections::HashSet::new();
+    let mut stack = vec![dir.to_owned()];
+    while let Some(dir) = stack.pop() {
+        let listing = match fs::read_dir(&dir) {
+            Ok(l) => l,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(Error::io("list", &dir)(e)),
+        };
+        for item in listing {
+            let item = item.map_err(Error::io("list", &dir))?;
+            let Ok(meta) = item.metadata() else { continue };
+            if meta.nlink() > 1 && !meta.is_dir() && !linked.insert((meta.dev(), meta.ino())) {
+                continue;
+            }
+            usage.bytes += meta.blocks() * 512;
+            usage.inodes += 1;
+            if meta.is_dir() {
+                stack.push(item.path());
+            }
+        }
+    }
+    Ok(usage)
+}

@@ -1,0 +1,263 @@
+//! From a reference to an image in the store. Identical pulls share one transfer.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use futures::FutureExt;
+use futures::future::{BoxFuture, Shared, WeakShared, try_join_all};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::ingest::{LayerPlan, Origin, commit_layer, unpack_layer};
+use crate::layout::{ImageRecord, LayerBlob, LayerRecord};
+use crate::manifest::{self, Manifest};
+use crate::registry::Session;
+use crate::store::{Inner, blocking};
+use crate::unpack::Stream;
+use crate::{Auth, Digest, Error, Image, Reference, Result};
+
+type Pulling = Shared<BoxFuture<'static, Result<Arc<Image>>>>;
+
+/// Pulls in progress. The number tells a pull from a later one with the same key.
+#[derive(Default)]
+pub(crate) struct Pulls(Mutex<(u64, HashMap<PullKey, (u64, WeakPull)>)>);
+
+type WeakPull = WeakShared<BoxFuture<'static, Result<Arc<Image>>>>;
+type PullKey = (String, Option<Auth>);
+
+/// Chunks between network and unpacking, per layer. A chunk is at most what one read of the connection gives (about
+/// 400 KiB), so a layer holds below 4 MiB.
+const CHUNKS: usize = 8;
+const MAX_CONFIG: u64 = 8 << 20;
+
+/// Takes a pull off the list when it ends, however it ends.
+struct Listed {
+    inner: Arc<Inner>,
+    key: PullKey,
+    number: u64,
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        let mut pulls = self.inner.pulls.0.lock();
+        if pulls.1.get(&self.key).is_some_and(|(n, _)| *n == self.number) {
+            pulls.1.remove(&self.key);
+        }
+    }
+}
+
+/// Joins the pull of the same thing that is under way, or starts one.
+pub(crate) async fn shared(inner: &Arc<Inner>, reference: &str, auth: Option<&Auth>) -> Result<Arc<Image>> {
+    let reference = Reference::parse(reference)?;
+    if let Some(digest) = &reference.digest
+        && let Some(image) = by_name_and_digest(inner, &reference, digest)
+        && reference.tagged().is_none_or(|t| image.repo_tags.contains(&t))
+    {
+        return Ok(image);
+    }
+    let key = (reference.to_string(), auth.cloned());
+    let pulling: Pulling = {
+        let mut pulls = inner.pulls.0.lock();
+        match pulls.1.get(&key).and_then(|(_, weak)| weak.upgrade()) {
+            Some(running) => running,
+            None => {
+                pulls.0 += 1;
+                let listed = Listed { inner: inner.clone(), key: key.clone(), number: pulls.0 };
+                let (auth, number) = (auth.cloned(), pulls.0);
+                let future = async move {
+                    let result = pull(&listed.inner, &reference, auth.as_ref()).await;
+                    drop(listed);
+                    result
+                };
+                let running = future.boxed().shared();
+                if let Some(weak) = running.downgrade() {
+                    pulls.1.insert(key, (number, weak));
+                }
+                running
+            }
+        }
+    };
+    pulling.await
+}
+
+fn by_name_and_digest(inner: &Inner, reference: &Reference, digest: &Digest) -> Option<Arc<Image>> {
+    let name = reference.with_digest(digest);
+    let state = inner.state.read();
+    state.images.values().find(|e| e.record.digests.contains(&name)).map(|e| e.image.clone())
+}
+
+async fn pull(inner: &Arc<Inner>, reference: &Reference, auth: Option<&Auth>) -> Result<Arc<Image>> {
+    let session = {
+        let (reference, auth) = (reference.clone(), auth.cloned());
+        let (certs, config) = (inner.options.certs_dir.clone(), inner.options.docker_config.clone());
+        blocking(move || Session::new(&reference, certs.as_deref(), config.as_deref(), auth.as_ref())).await?
+    };
+    let known = inner.state.read().find(&reference.to_string()).map(|e| e.image.clone());
+    // Asking for the digest alone does not count against a registry's limit of pulls.
+    if let (Some(image), None) = (known, reference.digest)
+        && let Some(now) = session.current_digest().await
+        && image.repo_digests.contains(&reference.with_digest(&now))
+    {
+        return Ok(image);
+    }
+    let text = reference.to_string();
+    let (top, _) = session.resolve().await?;
+    let top_digest = Digest::of(&top);
+    let (manifest_bytes, config_descriptor, layers) = image_manifest(&session, top, &text).await?;
+    let config_bytes = session.small_blob(&config_descriptor.digest, MAX_CONFIG).await?;
+    let (config, diffs) = manifest::parse_config(&config_bytes, layers.len(), &text)?;
+    let chain = manifest::chain_ids(&diffs);
+    let pins = inner.pin(&[&chain[..], &[config_descriptor.digest]].concat());
+    let plans = manifest::plan(&layers, &diffs, &chain);
+    let origin = Origin { reference: text, from: session.origin().to_owned() };
+    let session = Arc::new(session);
+    fetch_layers(inner, plans, &origin, |plan, to| {
+        let session = session.clone();
+        async move {
+            if let Some(digest) = &plan.digest {
+                session.blob(digest, plan.size, &to).await;
+            }
+        }
+    })
+    .await?;
+    let record = ImageRecord {
+        id: config_descriptor.digest,
+        tags: reference.tagged().into_iter().collect(),
+        digests: vec![reference.with_digest(&top_digest)],
+        manifest: Digest::of(&manifest_bytes),
+        layers,
+        chain,
+    };
+    let image = finish(inner, record, config, &manifest_bytes, &config_bytes).await?;
+    drop(pins);
+    Ok(image)
+}
+
+/// Keeps the small blobs and makes the image visible.
+pub(crate) async fn finish(
+    inner: &Arc<Inner>,
+    record: ImageRecord,
+    config: oci_spec::image::ImageConfiguration,
+    manifest_bytes: &[u8],
+    config_bytes: &[u8],
+) -> Result<Arc<Image>> {
+    inner.layout.write_content(&record.manifest, manifest_bytes)?;
+    inner.layout.write_content(&record.id, config_bytes)?;
+    inner.register(record, config, (manifest_bytes.len() + config_bytes.len()) as u64).await
+}
+
+/// Follows indexes to the manifest for this machine.
+async fn image_manifest(
+    session: &Session,
+    top: bytes::Bytes,
+    reference: &str,
+) -> Result<(bytes::Bytes, manifest::Descriptor, Vec<LayerBlob>)> {
+    let mut bytes = top;
+    // An index may hold an index, but there is no use for more.
+    for _ in 0..3 {
+        match manifest::parse(&bytes, reference)? {
+            Manifest::Image { config, layers } => return Ok((bytes, config, layers)),
+            Manifest::Index(entries) => {
+                let chosen = manifest::select(&entries, reference)?;
+                bytes = session.manifest_by_digest(&chosen.digest).await?;
+            }
+        }
+    }
+    Err(Error::Malformed {
+        what: "the index".into(),
+        reference: reference.into(),
+        why: "it is nested too deeply".into(),
+    })
+}
+
+/// Makes all layers available: those that are missing are fetched by `send`, several at a time, and committed in order.
+/// Returns each blob's digest as transferred, where it was transferred.
+pub(crate) async fn fetch_layers<F>(
+    inner: &Arc<Inner>,
+    plans: Vec<LayerPlan>,
+    origin: &Origin,
+    send: impl Fn(LayerPlan, mpsc::Sender<Result<bytes::Bytes>>) -> F,
+) -> Result<Vec<Option<Digest>>>
+where
+    F: Future<Output = ()> + Send,
+{
+    let mut below: Option<oneshot::Receiver<()>> = None;
+    let mut jobs = Vec::with_capacity(plans.len());
+    let chain: Arc<[Digest]> = plans.iter().map(|p| p.chain).collect();
+    for (i, plan) in plans.into_iter().enumerate() {
+        let (done, done_rx) = oneshot::channel();
+        let chain = chain.clone();
+        let below = below.replace(done_rx);
+        let send = |to| send(plan.clone(), to);
+        let transfer = {
+            let (to, chunks) = mpsc::channel(CHUNKS);
+            (send(to), chunks)
+        };
+        let (inner, origin) = (inner.clone(), origin.clone());
+        jobs.push(async move {
+            let result = layer(&inner, plan, chain, i, origin, below, transfer).await;
+            if result.is_ok() {
+                // Nobody waits for the topmost layer.
+                let _ = done.send(());
+            }
+            result
+        });
+    }
+    let fetched = try_join_all(jobs).await?;
+    let records: Vec<LayerRecord> = fetched.iter().flatten().map(|(r, _)| r.clone()).collect();
+    if !records.is_empty() {
+        if inner.options.sync_before_answer {
+            let layout = inner.layout.clone();
+            blocking(move || crate::ingest::settle(&layout, &records)).await?;
+        } else {
+            inner.settle_later(records);
+        }
+    }
+    Ok(fetched.into_iter().map(|f| f.map(|(_, digest)| digest)).collect())
+}
+
+/// One layer: `None` when it is here already. Lock, then permit, then transfer; the permit is given back before waiting
+/// for the layer below, so that whoever holds a permit makes progress.
+async fn layer<F>(
+    inner: &Arc<Inner>,
+    plan: LayerPlan,
+    chain: Arc<[Digest]>,
+    position: usize,
+    origin: Origin,
+    below: Option<oneshot::Receiver<()>>,
+    (send, chunks): (F, mpsc::Receiver<Result<bytes::Bytes>>),
+) -> Result<Option<(LayerRecord, Digest)>>
+where
+    F: Future<Output = ()> + Send,
+{
+    let _lock = inner.layer_locks.lock(plan.chain).await;
+    let here = inner.state.read().layers.get(&plan.chain).cloned();
+    if let Some(record) = here {
+        // Names of folders are cut-off digests.
+        if record.diff != plan.diff {
+            return Err(Error::Malformed {
+                what: format!("layer {}", plan.chain),
+                reference: origin.reference.clone(),
+                why: "another layer has the same short name".into(),
+            });
+        }
+        return Ok(None);
+    }
+    let unfinished = {
+        let _permit = inner.permits.acquire().await.map_err(|_| Error::Cancelled)?;
+        let (layout, plan2, origin2) = (inner.layout.clone(), plan.clone(), origin.clone());
+        let keep = inner.options.keep_layer_blobs;
+        let unpack = blocking(move || unpack_layer(&layout, &plan2, &origin2, keep, Stream::new(chunks)));
+        let ((), unpacked) = tokio::join!(send, unpack);
+        unpacked?
+    };
+    if let Some(below) = below {
+        below.await.map_err(|_| Error::Cancelled)?;
+    }
+    let layout = inner.layout.clone();
+    let digest = unfinished.blob_digest;
+    let record =
+        blocking(move || commit_layer(&layout, &plan, &chain[..position], &origin, unfinished)).await?;
+    inner.state.write().layers.insert(record.chain, record.clone());
+    Ok(Some((record, digest)))
+}

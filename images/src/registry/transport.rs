@@ -1,0 +1,133 @@
+//! One HTTP client per host, because each may have its own certificates.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper_rustls::HttpsConnector;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+
+use super::hosts::Host;
+use crate::{Error, Result};
+
+pub(crate) type Http = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+
+/// Blocks on reading certificates; cheap for plain HTTP hosts.
+pub(crate) fn http_client(host: &Host) -> Result<Http> {
+    let mut connector = HttpConnector::new();
+    connector.enforce_http(false);
+    connector.set_connect_timeout(Some(Duration::from_secs(10)));
+    connector.set_nodelay(true);
+    let tls = tls_config(host)?;
+    // HTTP/1.1 only: layers come over connections of their own, without one window for all of them.
+    let connector = hyper_rustls::HttpsConnectorBuilder::new()
+        .with_tls_config(tls)
+        .https_or_http()
+        .enable_http1()
+        .wrap_connector(connector);
+    Ok(Client::builder(TokioExecutor::new()).pool_idle_timeout(Duration::from_secs(5)).build(connector))
+}
+
+fn tls_config(host: &Host) -> Result<ClientConfig> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|e| Error::Config { path: host.authority.clone().into(), why: e.to_string() })?;
+    let builder = if host.skip_verify {
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(AcceptAny(provider)))
+    } else {
+        builder.with_root_certificates(roots(host)?)
+    };
+    match &host.client {
+        None => Ok(builder.with_no_client_auth()),
+        Some((cert, key)) => {
+            builder.with_client_auth_cert(certificates(cert)?, private_key(key)?).map_err(|e| Error::Config {
+                path: cert.clone(),
+                why: format!("not a usable client certificate: {e}"),
+            })
+        }
+    }
+}
+
+fn roots(host: &Host) -> Result<RootCertStore> {
+    let mut roots = RootCertStore::empty();
+    // Not for plain hosts: reading a hundred certificates costs 10 ms, and one that redirects to https is a mirror of
+    // this machine.
+    if host.base.starts_with("https:") {
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    }
+    for path in &host.ca {
+        for cert in certificates(path)? {
+            roots.add(cert).map_err(|e| Error::Config {
+                path: path.clone(),
+                why: format!("not a CA certificate: {e}"),
+            })?;
+        }
+    }
+    Ok(roots)
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
+    let mut file = BufReader::new(File::open(path).map_err(Error::io("read", path))?);
+    let certs: Vec<_> =
+        rustls_pemfile::certs(&mut file).collect::<Result<_, _>>().map_err(Error::io("read", path))?;
+    if certs.is_empty() {
+        return Err(Error::Config { path: path.to_owned(), why: "holds no PEM certificate".into() });
+    }
+    Ok(certs)
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>> {
+    let mut file = BufReader::new(File::open(path).map_err(Error::io("read", path))?);
+    rustls_pemfile::private_key(&mut file)
+        .map_err(Error::io("read", path))?
+        .ok_or_else(|| Error::Config { path: path.to_owned(), why: "holds no PEM private key".into() })
+}
+
+/// For `skip_verify = true` alone, which the operator wrote for this host.
+#[derive(Debug)]
+struct AcceptAny(Arc<rustls::crypto::CryptoProvider>);
+
+impl ServerCertVerifier for AcceptAny {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
