@@ -1,1 +1,100 @@
+//! The service load balancer's user space: watches Services and EndpointSlices and keeps the BPF maps in step.
+//!
+//! `model` (what the cluster says) -> `desired` (entries of one Service) -> `tables` (difference to the maps) are pure;
+//! this module drives them.
 
+mod addresses;
+mod convert;
+pub mod desired;
+mod health;
+mod metrics;
+pub mod model;
+mod proxy;
+pub mod tables;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+use orlop_base::supervise::Ready;
+use tokio_util::sync::CancellationToken;
+
+pub use desired::Selection;
+pub use orlop_ebpf_loader::{Config as DatapathConfig, Finding, Level, Sizes, check};
+
+/// Everything that the proxy is told.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Needs the rights of the system:node-proxier role.
+    pub kubeconfig: PathBuf,
+    /// This node's name: endpoints on it are local.
+    pub node_name: String,
+    /// Pins, cgroup and map sizes.
+    pub datapath: DatapathConfig,
+    /// Interfaces that clients outside of the node come in by; empty: found by their addresses.
+    pub uplinks: Vec<String>,
+    /// /healthz and /livez. Upstream: 0.0.0.0:10256.
+    pub health_address: Option<SocketAddr>,
+    /// /metrics. Upstream: 127.0.0.1:10249.
+    pub metrics_address: Option<SocketAddr>,
+    /// Where node ports answer; empty: on all of the node's addresses.
+    pub node_port_addresses: Vec<IpNet>,
+    pub selection: Selection,
+}
+
+impl Config {
+    /// The defaults of a node.
+    pub fn new(kubeconfig: PathBuf, node_name: String) -> Config {
+        Config {
+            kubeconfig,
+            node_name,
+            datapath: DatapathConfig::default(),
+            uplinks: Vec::new(),
+            health_address: Some(SocketAddr::from(([0, 0, 0, 0], 10256))),
+            metrics_address: Some(SocketAddr::from(([127, 0, 0, 1], 10249))),
+            node_port_addresses: Vec::new(),
+            selection: Selection::default(),
+        }
+    }
+}
+
+/// Why the proxy cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Connect(#[from] orlop_client::ConnectError),
+    #[error("cannot set up the BPF datapath")]
+    Datapath(#[from] orlop_ebpf_loader::Error),
+    #[error("cannot listen on {address}; is another proxy running on this node?")]
+    Listen { address: SocketAddr, source: std::io::Error },
+    #[error("cannot follow the node's addresses by netlink")]
+    Netlink { source: std::io::Error },
+    #[error("cannot read the node's addresses by netlink")]
+    Addresses { source: rtnetlink::Error },
+    #[error("cannot read the BPF maps of an earlier run; `orlop proxy purge` removes them")]
+    Adopt { source: orlop_ebpf_loader::MapFailure },
+    #[error(transparent)]
+    Task(#[from] orlop_base::supervise::Failure),
+}
+
+/// Runs until `stop`. `ready` is set once the maps hold what the API server said. Stopping leaves programs and maps in
+/// place: Services keep answering; [`purge`] removes them.
+pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Result<(), Error> {
+    let client = orlop_client::client_from_kubeconfig(&config.kubeconfig).await?;
+    run_with_client(config, client, ready, stop).await
+}
+
+/// [`run`] with a client that is there already.
+pub async fn run_with_client(
+    config: Config,
+    client: kube::Client,
+    ready: Ready,
+    stop: CancellationToken,
+) -> Result<(), Error> {
+    proxy::run(config, client, ready, stop).await
+}
+
+/// Removes everything that the proxy left in the kernel. The proxy must not run.
+pub fn purge(config: &Config) -> Result<(), Error> {
+    Ok(orlop_ebpf_loader::purge(&config.datapath)?)
+}

@@ -1,0 +1,207 @@
+//! The node's interfaces and addresses, followed by netlink: where node ports answer, and where packets from outside
+//! come in.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use futures::TryStreamExt;
+use futures::channel::mpsc::UnboundedReceiver;
+use ipnet::IpNet;
+use netlink_packet_route::address::{AddressAttribute, AddressScope};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType};
+use orlop_ebpf_common::{Addr, Uplink, addr_from, local_flags};
+use rtnetlink::{Handle, MulticastGroup};
+
+/// An interface that is up, with its addresses.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Interface {
+    pub index: u32,
+    pub name: String,
+    pub loopback: bool,
+    pub veth: bool,
+    /// Virtual interfaces that no packet from outside comes through.
+    pub internal: bool,
+    pub ethernet: bool,
+    pub addresses: Vec<(IpNet, bool /* global scope */)>,
+}
+
+/// What the datapath is told about the node.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Node {
+    pub locals: HashMap<Addr, u32>,
+    pub uplinks: Vec<(u32, String, Uplink)>,
+}
+
+/// Decides which addresses are node port addresses and which interfaces are uplinks. Empty lists mean: all addresses,
+/// and every interface that others can reach this node by.
+pub fn decide(interfaces: &[Interface], node_port_addresses: &[IpNet], uplinks: &[String]) -> Node {
+    let mut node = Node::default();
+    for i in interfaces {
+        for (net, _) in &i.addresses {
+            let ip = net.addr();
+            let serves =
+                node_port_addresses.is_empty() || node_port_addresses.iter().any(|n| n.contains(&ip));
+            let flags = if serves { local_flags::NODE_PORT } else { 0 };
+            node.locals.insert(addr_from(ip), flags);
+        }
+        let is_uplink = if uplinks.is_empty() {
+            // A pod's veth has no address here, or one for itself alone; a veth into another machine-like namespace
+            // has a subnet.
+            let reachable = i
+                .addresses
+                .iter()
+                .any(|(n, global)| *global && (!i.veth || n.prefix_len() < n.max_prefix_len()));
+            !i.loopback && !i.internal && reachable
+        } else {
+            uplinks.contains(&i.name)
+        };
+        if is_uplink {
+            let first = |v4: bool| {
+                i.addresses
+                    .iter()
+                    .find(|(n, global)| *global && n.addr().is_ipv4() == v4)
+                    .map_or([0; 4], |(n, _)| addr_from(n.addr()))
+            };
+            let uplink = Uplink {
+                addr4: first(true),
+                addr6: first(false),
+                l3_offset: if i.ethernet { 14 } else { 0 },
+                reserved: 0,
+            };
+            node.uplinks.push((i.index, i.name.clone(), uplink));
+        }
+    }
+    node
+}
+
+/// Reads interfaces, and says when they may have changed.
+pub struct Watch {
+    handle: Handle,
+    messages: UnboundedReceiver<(
+        rtnetlink::packet_core::NetlinkMessage<netlink_packet_route::RouteNetlinkMessage>,
+        rtnetlink::sys::SocketAddr,
+    )>,
+}
+
+impl Watch {
+    /// Must be called in the node's network namespace. The future drives the connection: run it as a task.
+    pub fn open() -> std::io::Result<(Watch, impl Future<Output = ()> + Send + 'static)> {
+        let (connection, handle, messages) = rtnetlink::new_multicast_connection(&[
+            MulticastGroup::Link,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
+        ])?;
+        Ok((Watch { handle, messages }, connection))
+    }
+
+    /// Returns after something changed and nothing more came for a moment. Cancel-safe: a change seen before is
+    /// forgotten only when this returns or when more changes follow, which wake it again.
+    pub async fn changed(&mut self) {
+        use futures::StreamExt;
+        if self.messages.next().await.is_none() {
+            return std::future::pending().await;
+        }
+        while let Ok(Some(_)) =
+            tokio::time::timeout(std::time::Duration::from_millis(20), self.messages.next()).await
+        {}
+    }
+
+    /// All interfaces that are up.
+    pub async fn read(&self) -> Result<Vec<Interface>, rtnetlink::Error> {
+        let mut all: Vec<Interface> = Vec::new();
+        let mut links = self.handle.link().get().execute();
+        while let Some(l) = links.try_next().await? {
+            if !l.header.flags.contains(LinkFlags::Up) {
+                continue;
+            }
+            let mut i = Interface {
+                index: l.header.index,
+                name: String::new(),
+                loopback: l.header.flags.contains(LinkFlags::Loopback),
+                veth: false,
+                internal: false,
+                ethernet: l.header.link_layer_type == LinkLayerType::Ether,
+                addresses: Vec::new(),
+            };
+            for a in l.attributes {
+                match a {
+                    LinkAttribute::IfName(n) => i.name = n,
+                    LinkAttribute::LinkInfo(infos) => {
+                        for info in infos {
+                            match info {
+                                LinkInfo::Kind(InfoKind::Veth) => i.veth = true,
+                                LinkInfo::Kind(InfoKind::Dummy | InfoKind::Ifb | InfoKind::Nlmon) => {
+                                    i.internal = true
+                                }
+                                _ => {}
+                            }
+                        }
+                    }
+                    _ => {}
+                }
+            }
+            all.push(i);
+        }
+        let mut addresses = self.handle.address().get().execute();
+        while let Some(a) = addresses.try_next().await? {
+            let Some(i) = all.iter_mut().find(|i| i.index == a.header.index) else { continue };
+            // On point-to-point links `Address` is the peer's and `Local` ours.
+            let mut ip: Option<IpAddr> = None;
+            for attribute in &a.attributes {
+                match attribute {
+                    AddressAttribute::Local(l) => ip = Some(*l),
+                    AddressAttribute::Address(p) => ip = ip.or(Some(*p)),
+                    _ => {}
+                }
+            }
+            if let Some(net) = ip.and_then(|ip| IpNet::new(ip, a.header.prefix_len).ok()) {
+                i.addresses.push((net, a.header.scope == AddressScope::Universe));
+            }
+        }
+        Ok(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn interface(name: &str, addresses: &[&str]) -> Interface {
+        Interface {
+            index: name.len() as u32,
+            name: name.into(),
+            loopback: name == "lo",
+            veth: name.starts_with("veth"),
+            internal: name.starts_with("dummy"),
+            ethernet: true,
+            addresses: addresses.iter().map(|a| (a.parse().unwrap(), !a.starts_with("127"))).collect(),
+        }
+    }
+
+    fn names(n: &Node) -> Vec<&str> {
+        n.uplinks.iter().map(|(_, n, _)| n.as_str()).collect()
+    }
+
+    #[test]
+    fn uplinks_are_what_others_reach() {
+        let all = [
+            interface("lo", &["127.0.0.1/8"]),
+            interface("eth0", &["192.0.2.5/24", "192.0.2.6/24"]),
+            interface("veth1", &[]),
+            interface("veth22", &["10.244.0.1/32"]),
+            interface("veth333", &["10.9.0.1/24"]),
+            interface("dummy0", &["169.254.20.10/32"]),
+            interface("down", &[]),
+        ];
+        let n = decide(&all, &[], &[]);
+        assert_eq!(names(&n), ["eth0", "veth333"]);
+        assert_eq!(n.uplinks[0].2.addr4, addr_from("192.0.2.5".parse().unwrap()));
+        assert!(n.locals.values().all(|f| *f == local_flags::NODE_PORT));
+        assert_eq!(n.locals.len(), 6);
+        assert_eq!(names(&decide(&all, &[], &["veth1".into()])), ["veth1"]);
+
+        let n = decide(&all, &["192.0.2.6/32".parse().unwrap()], &[]);
+        let serving: Vec<_> = n.locals.iter().filter(|(_, f)| **f != 0).map(|(a, _)| *a).collect();
+        assert_eq!(serving, [addr_from("192.0.2.6".parse().unwrap())]);
+    }
+}

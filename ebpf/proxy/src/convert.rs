@@ -1,0 +1,200 @@
+//! From API objects to the model. Pure.
+
+use std::net::IpAddr;
+
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1 as discovery;
+use orlop_ebpf_common::{TCP, UDP};
+
+use crate::model::{Endpoint, Port, Service, Slice, SlicePort};
+
+/// Services and slices with one of these labels are somebody else's; used as a selector at the server too.
+pub const SELECTOR: &str = "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless";
+const FOREIGN: [&str; 2] = ["service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"];
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+/// The API's default of sessionAffinityConfig.clientIP.timeoutSeconds.
+const AFFINITY_SECONDS: u32 = 10_800;
+
+/// `namespace/name`.
+pub fn name(meta: &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta) -> String {
+    format!("{}/{}", meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
+}
+
+fn proto(name: Option<&str>) -> Option<u8> {
+    match name.unwrap_or("TCP") {
+        "TCP" => Some(TCP),
+        "UDP" => Some(UDP),
+        // SCTP: no socket hook of the kernel sees it before connect, and many kernels lack it.
+        _ => None,
+    }
+}
+
+fn port(n: i32) -> u16 {
+    u16::try_from(n).unwrap_or(0)
+}
+
+fn addresses(list: Option<&Vec<String>>) -> Vec<IpAddr> {
+    list.into_iter().flatten().filter_map(|a| a.parse().ok()).collect()
+}
+
+/// `None`: headless, an external name, or handled by another proxy.
+pub fn service(s: &core::Service) -> Option<Service> {
+    let spec = s.spec.as_ref()?;
+    let labels = s.metadata.labels.as_ref();
+    if FOREIGN.iter().any(|l| labels.is_some_and(|m| m.contains_key(*l)))
+        || spec.type_.as_deref() == Some("ExternalName")
+        || matches!(spec.cluster_ip.as_deref(), Some("None" | ""))
+    {
+        return None;
+    }
+    let mut cluster_ips = addresses(spec.cluster_ips.as_ref());
+    if cluster_ips.is_empty() {
+        cluster_ips.extend(spec.cluster_ip.as_ref().and_then(|a| a.parse::<IpAddr>().ok()));
+    }
+    if cluster_ips.is_empty() {
+        return None;
+    }
+    let mut external_ips = addresses(spec.external_ips.as_ref());
+    let ingress = s.status.as_ref().and_then(|s| s.load_balancer.as_ref()).and_then(|l| l.ingress.as_ref());
+    if spec.type_.as_deref() == Some("LoadBalancer") {
+        for i in ingress.into_iter().flatten().filter(|i| i.ip_mode.as_deref() != Some("Proxy")) {
+            external_ips.extend(i.ip.as_ref().and_then(|a| a.parse::<IpAddr>().ok()));
+        }
+    }
+    external_ips.sort_unstable();
+    external_ips.dedup();
+    let ports = spec
+        .ports
+        .iter()
+        .flatten()
+        .filter_map(|p| {
+            Some(Port {
+                name: p.name.as_deref().unwrap_or_default().into(),
+                proto: proto(p.protocol.as_deref())?,
+                port: port(p.port),
+                node_port: port(p.node_port.unwrap_or(0)),
+            })
+        })
+        .collect();
+    let affinity_seconds = if spec.session_affinity.as_deref() == Some("ClientIP") {
+        spec.session_affinity_config
+            .as_ref()
+            .and_then(|c| c.client_ip.as_ref()?.timeout_seconds)
+            .and_then(|t| u32::try_from(t).ok())
+            .unwrap_or(AFFINITY_SECONDS)
+    } else {
+        0
+    };
+    Some(Service {
+        cluster_ips,
+        external_ips,
+        ports,
+        internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+        external_local: spec.external_traffic_policy.as_deref() == Some("Local"),
+        affinity_seconds,
+        health_check_node_port: port(spec.health_check_node_port.unwrap_or(0)),
+    })
+}
+
+/// `None`: of no Service, of names in place of addresses, or handled by another proxy. `node` is this node's name.
+pub fn slice(s: &discovery::EndpointSlice, node: &str) -> Option<Slice> {
+    let labels = s.metadata.labels.as_ref()?;
+    if FOREIGN.iter().any(|l| labels.contains_key(*l)) {
+        return None;
+    }
+    let v4 = match s.address_type.as_str() {
+        "IPv4" => true,
+        "IPv6" => false,
+        _ => return None,
+    };
+    let service = format!("{}/{}", s.metadata.namespace.as_deref()?, labels.get(SERVICE_NAME)?);
+    let ports = s
+        .ports
+        .iter()
+        .flatten()
+        .filter_map(|p| {
+            Some(SlicePort {
+                name: p.name.as_deref().unwrap_or_default().into(),
+                proto: proto(p.protocol.as_deref())?,
+                port: port(p.port?),
+            })
+        })
+        .collect();
+    let endpoints = s
+        .endpoints
+        .iter()
+        .flatten()
+        .filter_map(|e| {
+            let c = e.conditions.as_ref();
+            // An unknown condition counts as the API says: ready, and serving as ready is.
+            let ready = c.and_then(|c| c.ready).unwrap_or(true);
+            Some(Endpoint {
+                ip: e.addresses.first()?.parse().ok().filter(|a: &IpAddr| a.is_ipv4() == v4)?,
+                ready,
+                serving: c.and_then(|c| c.serving).unwrap_or(ready),
+                terminating: c.and_then(|c| c.terminating).unwrap_or(false),
+                local: e.node_name.as_deref() == Some(node),
+            })
+        })
+        .collect();
+    Some(Slice { service: service.into(), v4, ports, endpoints })
+}
+
+/// When the endpoints changed, as their controller noted it: start of network_programming_duration.
+pub fn trigger_time(s: &discovery::EndpointSlice) -> Option<std::time::SystemTime> {
+    let text = s.metadata.annotations.as_ref()?.get("endpoints.kubernetes.io/last-change-trigger-time")?;
+    let t: k8s_openapi::jiff::Timestamp = text.parse().ok()?;
+    Some(t.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn parse(spec: serde_json::Value) -> Option<Service> {
+        let mut o = json!({"metadata": {"name": "s", "namespace": "n"}});
+        o["spec"] = spec;
+        o["status"] = json!({"loadBalancer": {"ingress": [{"ip": "192.0.2.1"}, {"ip": "192.0.2.2", "ipMode": "Proxy"}]}});
+        service(&serde_json::from_value(o).unwrap())
+    }
+
+    #[test]
+    fn services() {
+        let port = json!([{"port": 80, "nodePort": 30080}, {"port": 9, "protocol": "SCTP"}]);
+        for spec in [
+            json!({"clusterIP": "None", "ports": port}),
+            json!({"type": "ExternalName", "externalName": "x"}),
+            json!({"ports": port}),
+        ] {
+            assert_eq!(parse(spec.clone()), None, "{spec}");
+        }
+        let s = parse(json!({"type": "LoadBalancer", "clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1", "fd00::1"], "ports": port,
+            "sessionAffinity": "ClientIP", "externalTrafficPolicy": "Local"}))
+        .unwrap();
+        assert_eq!(s.cluster_ips.len(), 2);
+        assert_eq!(s.external_ips, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
+        assert_eq!(s.ports.len(), 1, "SCTP is left out");
+        assert_eq!(s.affinity_seconds, 10_800);
+        assert!(s.external_local && !s.internal_local);
+    }
+
+    #[test]
+    fn slices() {
+        let s: discovery::EndpointSlice = serde_json::from_value(json!({
+            "metadata": {"name": "s-1", "namespace": "n", "labels": {"kubernetes.io/service-name": "s"}},
+            "addressType": "IPv4", "ports": [{"port": 8080}],
+            "endpoints": [
+                {"addresses": ["10.1.0.1"], "nodeName": "me"},
+                {"addresses": ["10.1.0.2"], "conditions": {"ready": false, "serving": true, "terminating": true}},
+                {"addresses": ["bad"]},
+            ]
+        }))
+        .unwrap();
+        let m = slice(&s, "me").unwrap();
+        assert_eq!(&*m.service, "n/s");
+        let states: Vec<_> =
+            m.endpoints.iter().map(|e| (e.ready, e.serving, e.terminating, e.local)).collect();
+        assert_eq!(states, [(true, true, false, true), (false, true, true, false)]);
+    }
+}

@@ -1,0 +1,275 @@
+//! From the model to the entries that maps should hold for one Service. Pure.
+
+use orlop_ebpf_common::{
+    Backend, FrontendKey, SCOPE_EXTERNAL, SCOPE_INTERNAL, addr_from, any_addr, backend_flags, maglev,
+};
+
+use crate::model::{Endpoint, Model, Port, Service};
+
+/// Identifies a set of backends within a Service, over restarts and updates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SetKey {
+    pub port: u16,
+    pub proto: u8,
+    pub v4: bool,
+    /// Only endpoints on this node (traffic policy Local).
+    pub local: bool,
+}
+
+/// A set and its backends, in a stable order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Set {
+    pub key: SetKey,
+    pub backends: Vec<Backend>,
+    /// Wanted: a Maglev table, for packets from outside.
+    pub maglev: bool,
+    /// Wanted: a list of members, for affinity and datagram sockets.
+    pub members: bool,
+}
+
+/// A frontend and the index of its set.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Frontend {
+    pub key: FrontendKey,
+    pub set: usize,
+    /// There are endpoints, but policy Local hides them all: drop in place of refuse.
+    pub hidden: bool,
+}
+
+/// All entries of one Service.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Desired {
+    pub affinity_seconds: u32,
+    pub sets: Vec<Set>,
+    pub frontends: Vec<Frontend>,
+}
+
+/// How backends are chosen for packets from outside. Sockets choose at random.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Selection {
+    /// By consistent hashing: every node chooses the same, so a client keeps its backend when packets come through
+    /// another node.
+    #[default]
+    Maglev,
+    Random,
+}
+
+/// The entries of a Service; none when the model does not have it.
+pub fn desired(model: &Model, name: &str, selection: Selection) -> Desired {
+    let Some(service) = model.service(name) else { return Desired::default() };
+    let mut d = Desired { affinity_seconds: service.affinity_seconds, ..Desired::default() };
+    for port in &service.ports {
+        for v4 in [true, false] {
+            add_port(&mut d, model, name, service, port, v4, selection);
+        }
+    }
+    d
+}
+
+fn add_port(
+    d: &mut Desired,
+    model: &Model,
+    name: &str,
+    service: &Service,
+    port: &Port,
+    v4: bool,
+    selection: Selection,
+) {
+    if !service.cluster_ips.iter().any(|a| a.is_ipv4() == v4) {
+        return;
+    }
+    let mut addresses = Vec::new();
+    for ip in service.cluster_ips.iter().filter(|a| a.is_ipv4() == v4) {
+        addresses.push((addr_from(*ip), port.port, SCOPE_INTERNAL, service.internal_local));
+    }
+    // Traffic from within the cluster takes the short cut to all endpoints; only what comes from outside is bound to
+    // this node by externalTrafficPolicy.
+    let mut external = |addr, number| {
+        addresses.push((addr, number, SCOPE_INTERNAL, false));
+        addresses.push((addr, number, SCOPE_EXTERNAL, service.external_local));
+    };
+    for ip in service.external_ips.iter().filter(|a| a.is_ipv4() == v4) {
+        external(addr_from(*ip), port.port);
+    }
+    if port.node_port != 0 {
+        external(any_addr(v4), port.node_port);
+    }
+
+    let (cluster, local) = endpoints(model, name, port, v4);
+    let hidden = local.is_empty() && !cluster.is_empty();
+    let first = d.sets.len();
+    for (addr, number, scope, only_local) in addresses {
+        let key = SetKey { port: port.port, proto: port.proto, v4, local: only_local };
+        let set = match d.sets[first..].iter().position(|s| s.key == key) {
+            Some(i) => first + i,
+            None => {
+                let backends = if only_local { &local } else { &cluster };
+                let members = port.proto == orlop_ebpf_common::UDP || service.affinity_seconds > 0;
+                d.sets.push(Set { key, backends: backends.clone(), maglev: false, members });
+                d.sets.len() - 1
+            }
+        };
+        let count = d.sets[set].backends.len();
+        if scope == SCOPE_EXTERNAL
+            && selection == Selection::Maglev
+            && (2..=maglev::MAX_BACKENDS).contains(&count)
+        {
+            d.sets[set].maglev = true;
+        }
+        let key = FrontendKey { addr, port: number, proto: port.proto, scope };
+        d.frontends.push(Frontend { key, set, hidden: only_local && hidden });
+    }
+}
+
+/// The backends of a port: all usable ones, and those on this node. Where none is ready, terminating ones that still
+/// serve are used (KEP-1669), for each of the two by itself.
+fn endpoints(model: &Model, name: &str, port: &Port, v4: bool) -> (Vec<Backend>, Vec<Backend>) {
+    let mut all: Vec<(Backend, Endpoint)> = Vec::new();
+    for slice in model.slices_of(name).filter(|s| s.v4 == v4) {
+        let Some(number) =
+            slice.ports.iter().find(|p| p.name == port.name && p.proto == port.proto).map(|p| p.port)
+        else {
+            continue;
+        };
+        all.extend(slice.endpoints.iter().map(|e| {
+            let flags = if e.local { backend_flags::LOCAL } else { 0 };
+            (Backend { addr: addr_from(e.ip), port: number, proto: port.proto, flags }, *e)
+        }));
+    }
+    // An endpoint may be in two slices for a moment while it moves; the ready one counts.
+    all.sort_by_key(|(b, e)| (b.addr, b.port, !e.ready));
+    all.dedup_by_key(|(b, _)| (b.addr, b.port));
+    let pick = |usable: &dyn Fn(&Endpoint) -> bool| -> Vec<Backend> {
+        all.iter().filter(|(_, e)| usable(e)).map(|(b, _)| *b).collect()
+    };
+    let or_terminating = |place: &dyn Fn(&Endpoint) -> bool| {
+        let ready = pick(&|e| place(e) && e.ready);
+        if ready.is_empty() { pick(&|e| place(e) && e.serving && e.terminating) } else { ready }
+    };
+    (or_terminating(&|_| true), or_terminating(&|e| e.local))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Slice, SlicePort};
+    use orlop_ebpf_common::{TCP, addr_to};
+
+    fn endpoint(ip: &str, state: &str) -> Endpoint {
+        Endpoint {
+            ip: ip.parse().unwrap(),
+            ready: state.contains('r'),
+            serving: state.contains('s'),
+            terminating: state.contains('t'),
+            local: state.contains('l'),
+        }
+    }
+
+    fn model(service: Service, endpoints: &[(&str, &str)]) -> Model {
+        let mut m = Model::default();
+        m.set_service("n/s", Some(service));
+        m.set_slice(
+            "n/s-1",
+            Some(Slice {
+                service: "n/s".into(),
+                v4: true,
+                ports: vec![SlicePort { name: "http".into(), proto: TCP, port: 8080 }],
+                endpoints: endpoints.iter().map(|(ip, s)| endpoint(ip, s)).collect(),
+            }),
+        );
+        m
+    }
+
+    fn service() -> Service {
+        Service {
+            cluster_ips: vec!["10.96.0.10".parse().unwrap()],
+            ports: vec![Port { name: "http".into(), proto: TCP, port: 80, node_port: 30080 }],
+            ..Service::default()
+        }
+    }
+
+    /// `address:port/scope -> backend,backend`, sorted.
+    fn show(d: &Desired) -> Vec<String> {
+        let mut lines: Vec<String> = d
+            .frontends
+            .iter()
+            .map(|f| {
+                let set = &d.sets[f.set];
+                let to: Vec<String> = set.backends.iter().map(|b| addr_to(&b.addr).to_string()).collect();
+                let scope = if f.key.scope == SCOPE_EXTERNAL { "out" } else { "in" };
+                let hidden = if f.hidden { " hidden" } else { "" };
+                format!("{}:{}/{scope} -> {}{hidden}", addr_to(&f.key.addr), f.key.port, to.join(","))
+            })
+            .collect();
+        lines.sort();
+        lines
+    }
+
+    #[test]
+    fn traffic_policies() {
+        let eps = [("10.1.0.1", "rsl"), ("10.1.0.2", "rs")];
+        let m = model(service(), &eps);
+        assert_eq!(
+            show(&desired(&m, "n/s", Selection::Maglev)),
+            [
+                "0.0.0.0:30080/in -> 10.1.0.1,10.1.0.2",
+                "0.0.0.0:30080/out -> 10.1.0.1,10.1.0.2",
+                "10.96.0.10:80/in -> 10.1.0.1,10.1.0.2",
+            ]
+        );
+        let local = Service { external_local: true, internal_local: true, ..service() };
+        assert_eq!(
+            show(&desired(&model(local.clone(), &eps), "n/s", Selection::Maglev)),
+            [
+                "0.0.0.0:30080/in -> 10.1.0.1,10.1.0.2",
+                "0.0.0.0:30080/out -> 10.1.0.1",
+                "10.96.0.10:80/in -> 10.1.0.1",
+            ]
+        );
+        assert_eq!(
+            show(&desired(&model(local, &eps[1..]), "n/s", Selection::Maglev)),
+            ["0.0.0.0:30080/in -> 10.1.0.2", "0.0.0.0:30080/out ->  hidden", "10.96.0.10:80/in ->  hidden"]
+        );
+    }
+
+    #[test]
+    fn terminating_endpoints_serve_when_nothing_is_ready() {
+        let cases: [(&[(&str, &str)], &str); 4] = [
+            (&[("10.1.0.1", "st"), ("10.1.0.2", "rs")], "10.1.0.2"),
+            (&[("10.1.0.1", "st"), ("10.1.0.2", "")], "10.1.0.1"),
+            (&[("10.1.0.1", "t"), ("10.1.0.2", "s")], ""),
+            (&[], ""),
+        ];
+        for (eps, expected) in cases {
+            let d = desired(&model(service(), eps), "n/s", Selection::Random);
+            assert_eq!(show(&d)[2], format!("10.96.0.10:80/in -> {expected}"), "{eps:?}");
+        }
+    }
+
+    #[test]
+    fn only_families_of_the_service_and_matching_ports_count() {
+        let mut m = model(service(), &[("10.1.0.1", "rs")]);
+        m.set_slice(
+            "n/s-2",
+            Some(Slice {
+                service: "n/s".into(),
+                v4: false,
+                ports: vec![SlicePort { name: "http".into(), proto: TCP, port: 8080 }],
+                endpoints: vec![endpoint("fd00::1", "rs")],
+            }),
+        );
+        m.set_slice(
+            "n/s-3",
+            Some(Slice {
+                service: "n/s".into(),
+                v4: true,
+                ports: vec![SlicePort { name: "other".into(), proto: TCP, port: 9090 }],
+                endpoints: vec![endpoint("10.1.0.9", "rs")],
+            }),
+        );
+        let d = desired(&m, "n/s", Selection::Random);
+        assert_eq!(show(&d).len(), 3);
+        assert_eq!(show(&d)[2], "10.96.0.10:80/in -> 10.1.0.1");
+        assert_eq!(desired(&m, "n/none", Selection::Random), Desired::default());
+    }
+}

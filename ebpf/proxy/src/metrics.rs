@@ -1,0 +1,121 @@
+//! Metrics under upstream's names (k8s.io/kubernetes pkg/proxy/metrics), so that dashboards keep working.
+
+use std::time::{Duration, SystemTime};
+
+use orlop_base::telemetry::Metrics;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+
+/// The proxy's own measurements.
+#[derive(Clone)]
+pub struct ProxyMetrics {
+    pub sync_seconds: Histogram,
+    pub programming_seconds: Histogram,
+    pub last_sync: Gauge,
+    pub last_queued: Gauge,
+    pub service_changes: Counter,
+    pub slice_changes: Counter,
+    pub failures: Counter,
+    pub map_writes: Counter,
+    pub frontends: Gauge,
+    pub backends: Gauge,
+    pub sock_translated: Gauge,
+    pub sock_refused: Gauge,
+    pub packet_connections: Gauge,
+    pub packet_dropped: Gauge,
+    pub fragments: Gauge,
+    pub snat_exhausted: Gauge,
+}
+
+impl ProxyMetrics {
+    pub fn register(metrics: &Metrics) -> ProxyMetrics {
+        let m = ProxyMetrics {
+            // From 10 µs to about 5 s: a sync of one service is far below upstream's first bucket.
+            sync_seconds: Histogram::new(exponential_buckets(0.000_01, 2.0, 20)),
+            programming_seconds: Histogram::new(exponential_buckets(0.001, 2.0, 18)),
+            last_sync: Gauge::default(),
+            last_queued: Gauge::default(),
+            service_changes: Counter::default(),
+            slice_changes: Counter::default(),
+            failures: Counter::default(),
+            map_writes: Counter::default(),
+            frontends: Gauge::default(),
+            backends: Gauge::default(),
+            sock_translated: Gauge::default(),
+            sock_refused: Gauge::default(),
+            packet_connections: Gauge::default(),
+            packet_dropped: Gauge::default(),
+            fragments: Gauge::default(),
+            snat_exhausted: Gauge::default(),
+        };
+        metrics.register(|r| {
+            let k = |n: &str| format!("kubeproxy_{n}");
+            r.register(k("sync_proxy_rules_duration_seconds"), "Time of one sync", m.sync_seconds.clone());
+            r.register(
+                k("network_programming_duration_seconds"),
+                "From a change of endpoints to the maps",
+                m.programming_seconds.clone(),
+            );
+            r.register(
+                k("sync_proxy_rules_last_timestamp_seconds"),
+                "When maps were last in step",
+                m.last_sync.clone(),
+            );
+            r.register(
+                k("sync_proxy_rules_last_queued_timestamp_seconds"),
+                "When the last change came",
+                m.last_queued.clone(),
+            );
+            r.register(k("sync_proxy_rules_service_changes"), "Service changes", m.service_changes.clone());
+            r.register(
+                k("sync_proxy_rules_endpoint_changes"),
+                "EndpointSlice changes",
+                m.slice_changes.clone(),
+            );
+            r.register(k("sync_proxy_rules_failures"), "Syncs that failed", m.failures.clone());
+            let o = |n: &str| format!("orlop_proxy_{n}");
+            r.register(o("map_writes"), "Changes of BPF maps", m.map_writes.clone());
+            r.register(o("frontends"), "Service addresses in the maps", m.frontends.clone());
+            r.register(o("backends"), "Endpoints in the maps", m.backends.clone());
+            r.register(
+                o("socket_translations"),
+                "Connects and datagrams translated",
+                m.sock_translated.clone(),
+            );
+            r.register(
+                o("socket_refusals"),
+                "Connects refused for want of an endpoint",
+                m.sock_refused.clone(),
+            );
+            r.register(o("packet_connections"), "Connections from outside", m.packet_connections.clone());
+            r.register(o("packets_dropped"), "Packets dropped", m.packet_dropped.clone());
+            r.register(o("fragments"), "Fragments that were not translated", m.fragments.clone());
+            r.register(
+                o("source_ports_exhausted"),
+                "Connections without a free port",
+                m.snat_exhausted.clone(),
+            );
+        });
+        m
+    }
+
+    pub fn synced(&self, took: Duration, triggers: &[SystemTime]) {
+        self.sync_seconds.observe(took.as_secs_f64());
+        let now = SystemTime::now();
+        self.last_sync.set(seconds(now));
+        for t in triggers {
+            if let Ok(d) = now.duration_since(*t) {
+                self.programming_seconds.observe(d.as_secs_f64());
+            }
+        }
+    }
+
+    pub fn queued(&self) {
+        self.last_queued.set(seconds(SystemTime::now()));
+    }
+}
+
+fn seconds(t: SystemTime) -> i64 {
+    t.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64)
+}

@@ -1,0 +1,143 @@
+//! What the cluster says: Services and endpoints, reduced to what the datapath needs. Pure.
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// `namespace/name`.
+pub type Name = Arc<str>;
+
+/// A Service, without what packets never see.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Service {
+    /// One per family at most.
+    pub cluster_ips: Vec<IpAddr>,
+    /// External IPs, and load balancer IPs whose ipMode is VIP.
+    pub external_ips: Vec<IpAddr>,
+    pub ports: Vec<Port>,
+    /// internalTrafficPolicy: Local.
+    pub internal_local: bool,
+    /// externalTrafficPolicy: Local.
+    pub external_local: bool,
+    /// Seconds of ClientIP affinity; 0 for none.
+    pub affinity_seconds: u32,
+    /// 0 for none.
+    pub health_check_node_port: u16,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Port {
+    pub name: Box<str>,
+    /// IP protocol number.
+    pub proto: u8,
+    pub port: u16,
+    /// 0 for none.
+    pub node_port: u16,
+}
+
+/// An EndpointSlice.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Slice {
+    pub service: Name,
+    pub v4: bool,
+    pub ports: Vec<SlicePort>,
+    pub endpoints: Vec<Endpoint>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct SlicePort {
+    pub name: Box<str>,
+    pub proto: u8,
+    pub port: u16,
+}
+
+/// One endpoint: all of its addresses are interchangeable, so the first stands for it (as upstream does).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Endpoint {
+    pub ip: IpAddr,
+    pub ready: bool,
+    pub serving: bool,
+    pub terminating: bool,
+    /// On this node.
+    pub local: bool,
+}
+
+/// Everything known, and which services changed since they were last taken.
+#[derive(Default)]
+pub struct Model {
+    services: HashMap<Name, Service>,
+    slices: HashMap<Name, Slice>,
+    /// Slices by service. Few each, so a list.
+    of_service: HashMap<Name, Vec<Name>>,
+    dirty: HashSet<Name>,
+}
+
+impl Model {
+    /// Notes a Service's present state; `None` when it is gone or none of our business.
+    pub fn set_service(&mut self, name: &str, service: Option<Service>) {
+        let changed = match service {
+            Some(s) if self.services.get(name) == Some(&s) => false,
+            Some(s) => {
+                self.services.insert(name.into(), s);
+                true
+            }
+            None => self.services.remove(name).is_some(),
+        };
+        if changed {
+            self.dirty.insert(name.into());
+        }
+    }
+
+    /// Notes an EndpointSlice's present state under its `namespace/name`.
+    pub fn set_slice(&mut self, name: &str, slice: Option<Slice>) {
+        if slice.is_some() && self.slices.get(name) == slice.as_ref() {
+            return;
+        }
+        if let Some((key, old)) = self.slices.remove_entry(name) {
+            if let Some(list) = self.of_service.get_mut(&old.service) {
+                list.retain(|s| *s != key);
+                if list.is_empty() {
+                    self.of_service.remove(&old.service);
+                }
+            }
+            self.dirty.insert(old.service);
+        }
+        if let Some(slice) = slice {
+            let key: Name = name.into();
+            self.of_service.entry(slice.service.clone()).or_default().push(key.clone());
+            self.dirty.insert(slice.service.clone());
+            self.slices.insert(key, slice);
+        }
+    }
+
+    pub fn service(&self, name: &str) -> Option<&Service> {
+        self.services.get(name)
+    }
+
+    pub fn services(&self) -> impl Iterator<Item = (&Name, &Service)> {
+        self.services.iter()
+    }
+
+    pub fn slices_of(&self, service: &str) -> impl Iterator<Item = &Slice> {
+        self.of_service.get(service).into_iter().flatten().filter_map(|k| self.slices.get(k))
+    }
+
+    /// Names of all services, and of slices.
+    pub fn names(&self) -> (Vec<Name>, Vec<Name>) {
+        (self.services.keys().cloned().collect(), self.slices.keys().cloned().collect())
+    }
+
+    /// Takes the names of services that changed.
+    pub fn take_dirty(&mut self) -> Vec<Name> {
+        self.dirty.drain().collect()
+    }
+
+    /// Puts a service back among the changed ones.
+    pub fn mark(&mut self, name: Name) {
+        self.dirty.insert(name);
+    }
+
+    pub fn is_clean(&self) -> bool {
+        self.dirty.is_empty()
+    }
+}

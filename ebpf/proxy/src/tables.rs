@@ -1,0 +1,544 @@
+//! What is in the maps, and the changes that bring it to what is desired.
+//!
+//! Order within a Service keeps every moment consistent: backends, then slots, then the frontend that counts them; and
+//! the other way round when something goes. A change that fails leaves the tables knowing exactly what was written, so
+//! trying again does the rest. Pure apart from [`Maps`].
+
+use std::collections::{HashMap, HashSet};
+
+use orlop_ebpf_common::{Addr, Backend, FrontendKey, FrontendValue, SlotKey, frontend_flags, maglev};
+use orlop_ebpf_loader::{Dump, MapFailure, Maps, Op};
+
+use crate::desired::{Desired, Set, SetKey};
+use crate::model::Name;
+
+/// A set in the maps.
+#[derive(Debug)]
+struct InMap {
+    id: u32,
+    /// What each slot holds.
+    slots: Vec<u32>,
+    /// Backends that this set keeps alive, among them all in `slots`.
+    held: Vec<u32>,
+    /// Backends listed as members.
+    members: Vec<u32>,
+    /// The backends in the Maglev table, when there is one.
+    maglev: Option<Vec<u32>>,
+}
+
+#[derive(Debug, Default)]
+struct Programmed {
+    sets: Vec<(SetKey, InMap)>,
+    frontends: Vec<FrontendKey>,
+    /// Numbers of service ports.
+    numbers: Vec<((u16, u8), u32)>,
+}
+
+#[derive(Debug)]
+struct Front {
+    value: FrontendValue,
+    /// `None`: found in the maps at start, not claimed yet.
+    owner: Option<Name>,
+}
+
+type Endpoint = (Addr, u16, u8);
+
+#[derive(Debug)]
+struct InUse {
+    id: u32,
+    flags: u8,
+    /// Sets that hold it.
+    sets: u32,
+}
+
+/// The maps' content as user space knows it.
+#[derive(Default)]
+pub struct Tables {
+    services: HashMap<Name, Programmed>,
+    frontends: HashMap<FrontendKey, Front>,
+    backends: HashMap<Endpoint, InUse>,
+    endpoint_of: HashMap<u32, Endpoint>,
+    /// Sets found at start that no service has claimed yet.
+    orphans: HashMap<u32, InMap>,
+    locals: HashMap<Addr, u32>,
+    /// Services that want a frontend which another one has.
+    contested: HashSet<Name>,
+    last_backend: u32,
+    last_set: u32,
+    last_number: u32,
+    writes: u64,
+}
+
+/// What a sync left to do.
+#[derive(Debug, Default, PartialEq)]
+pub struct Outcome {
+    /// Services that may now get a frontend that was taken before.
+    pub retry: Vec<Name>,
+}
+
+impl Tables {
+    /// Takes over what the maps hold from an earlier process.
+    pub fn adopt(dump: Dump) -> Tables {
+        let mut t = Tables { locals: dump.locals, ..Tables::default() };
+        for (id, b) in dump.backends {
+            t.last_backend = t.last_backend.max(id);
+            let endpoint = (b.addr, b.port, b.proto);
+            t.endpoint_of.insert(id, endpoint);
+            t.backends.insert(endpoint, InUse { id, flags: b.flags, sets: 0 });
+        }
+        let mut slots: Vec<(SlotKey, u32)> = dump.slots.into_iter().collect();
+        slots.sort_by_key(|(k, _)| (k.set, k.slot));
+        let empty = |id| InMap { id, slots: vec![], held: vec![], members: vec![], maglev: None };
+        for (k, backend) in slots {
+            let set = t.orphans.entry(k.set).or_insert_with(|| empty(k.set));
+            // A hole cannot come from us; what lies behind one would never be used, 0 marks it.
+            set.slots.resize(k.slot as usize, 0);
+            set.slots.push(backend);
+        }
+        for k in dump.members.keys() {
+            t.orphans.entry(k.set).or_insert_with(|| empty(k.set)).members.push(k.slot);
+        }
+        for set in dump.maglev {
+            t.orphans.entry(set).or_insert_with(|| empty(set)).maglev = Some(vec![]);
+        }
+        for (key, value) in dump.frontends {
+            t.last_number = t.last_number.max(value.service);
+            t.last_set = t.last_set.max(value.set);
+            t.frontends.insert(key, Front { value, owner: None });
+        }
+        t.last_set = t.orphans.keys().copied().max().unwrap_or(0).max(t.last_set);
+        let orphans: Vec<u32> = t.orphans.keys().copied().collect();
+        for id in orphans {
+            if let Some(mut set) = t.orphans.remove(&id) {
+                for b in set.slots.clone() {
+                    t.hold_id(&mut set, b);
+                }
+                t.orphans.insert(id, set);
+            }
+        }
+        t
+    }
+
+    /// Changes of maps so far.
+    pub fn writes(&self) -> u64 {
+        self.writes
+    }
+
+    /// Number of frontends, sets and backends in the maps.
+    pub fn sizes(&self) -> (usize, usize, usize) {
+        let sets: usize = self.services.values().map(|p| p.sets.len()).sum();
+        (self.frontends.len(), sets, self.backends.len())
+    }
+
+    /// Brings one service's entries to what is desired; an empty `desired` removes them.
+    pub fn sync(
+        &mut self,
+        maps: &mut dyn Maps,
+        name: &Name,
+        desired: &Desired,
+    ) -> Result<Outcome, MapFailure> {
+        let mut p = self.services.remove(name).unwrap_or_default();
+        let result = self.sync_service(maps, name, desired, &mut p);
+        if !(p.sets.is_empty() && p.frontends.is_empty()) {
+            self.services.insert(name.clone(), p);
+        }
+        result
+    }
+
+    fn sync_service(
+        &mut self,
+        maps: &mut dyn Maps,
+        name: &Name,
+        desired: &Desired,
+        p: &mut Programmed,
+    ) -> Result<Outcome, MapFailure> {
+        let mut out = Outcome::default();
+        self.contested.remove(name);
+        let mut mine = Vec::with_capacity(desired.frontends.len());
+        for f in &desired.frontends {
+            match self.frontends.get(&f.key).and_then(|o| o.owner.as_ref()) {
+                Some(other) if other != name => {
+                    self.contested.insert(name.clone());
+                }
+                _ => mine.push(f),
+            }
+        }
+        for (i, set) in desired.sets.iter().enumerate() {
+            let keys: Vec<FrontendKey> = mine.iter().filter(|f| f.set == i).map(|f| f.key).collect();
+            if keys.is_empty() {
+                continue;
+            }
+            let at = self.set_in_map(p, set.key, &keys);
+            let in_map = &mut p.sets[at].1;
+            self.grow(maps, in_map, set)?;
+        }
+        for f in &mine {
+            let set = &desired.sets[f.set];
+            let Some((_, in_map)) = p.sets.iter().find(|(k, _)| *k == set.key) else { continue };
+            let mut flags = 0;
+            if desired.affinity_seconds > 0 {
+                flags |= frontend_flags::AFFINITY;
+            }
+            if f.hidden {
+                flags |= frontend_flags::DROP_WHEN_EMPTY;
+            }
+            if set.maglev && in_map.maglev.is_some() {
+                flags |= frontend_flags::MAGLEV;
+            }
+            if set.members {
+                flags |= frontend_flags::MEMBERS;
+            }
+            let id = in_map.id;
+            let value = FrontendValue {
+                set: id,
+                count: set.backends.len() as u32,
+                service: self.number(p, set.key, &f.key),
+                affinity_seconds: desired.affinity_seconds,
+                flags,
+            };
+            self.put_frontend(maps, name, p, f.key, value)?;
+        }
+        let wanted: HashSet<FrontendKey> = mine.iter().map(|f| f.key).collect();
+        for key in p.frontends.clone() {
+            if !wanted.contains(&key) {
+                self.write(maps, &Op::DelFrontend(key))?;
+                self.frontends.remove(&key);
+                p.frontends.retain(|k| *k != key);
+                out.retry = self.contested.iter().filter(|c| *c != name).cloned().collect();
+            }
+        }
+        self.shrink_sets(maps, desired, &wanted, p)?;
+        Ok(out)
+    }
+
+    fn shrink_sets(
+        &mut self,
+        maps: &mut dyn Maps,
+        desired: &Desired,
+        frontends: &HashSet<FrontendKey>,
+        p: &mut Programmed,
+    ) -> Result<(), MapFailure> {
+        let mut i = 0;
+        while i < p.sets.len() {
+            let key = p.sets[i].0;
+            let set = desired.sets.iter().enumerate().find(|(_, s)| s.key == key).filter(|(at, _)| {
+                desired.frontends.iter().any(|f| f.set == *at && frontends.contains(&f.key))
+            });
+            match set {
+                Some((_, set)) => {
+                    self.shrink(maps, &mut p.sets[i].1, set)?;
+                    i += 1;
+                }
+                None => {
+                    self.clear(maps, &mut p.sets[i].1)?;
+                    p.sets.remove(i);
+                }
+            }
+        }
+        p.numbers.retain(|(n, _)| p.sets.iter().any(|(k, _)| (k.port, k.proto) == *n));
+        Ok(())
+    }
+
+    /// Where the set is in `p`: as it was, as an earlier process left it behind one of its frontends, or new.
+    fn set_in_map(&mut self, p: &mut Programmed, key: SetKey, frontends: &[FrontendKey]) -> usize {
+        if let Some(at) = p.sets.iter().position(|(k, _)| *k == key) {
+            return at;
+        }
+        let mut found = None;
+        for f in frontends {
+            if let Some(front) = self.frontends.get(f).filter(|f| f.owner.is_none()) {
+                // Where a set without backends is shared, either service may keep it; no entry tells them apart.
+                found = self.orphans.remove(&front.value.set);
+                if found.is_some() {
+                    break;
+                }
+            }
+        }
+        let in_map = found.unwrap_or_else(|| {
+            self.last_set += 1;
+            InMap { id: self.last_set, slots: vec![], held: vec![], members: vec![], maglev: None }
+        });
+        p.sets.push((key, in_map));
+        p.sets.len() - 1
+    }
+
+    /// The service port's number, which clients' affinity is filed under; kept over restarts.
+    fn number(&mut self, p: &mut Programmed, set: SetKey, frontend: &FrontendKey) -> u32 {
+        let port = (set.port, set.proto);
+        if let Some((_, n)) = p.numbers.iter().find(|(k, _)| *k == port) {
+            return *n;
+        }
+        let n = match self.frontends.get(frontend) {
+            Some(f) if f.owner.is_none() => f.value.service,
+            _ => {
+                self.last_number += 1;
+                self.last_number
+            }
+        };
+        p.numbers.push((port, n));
+        n
+    }
+
+    /// First half of changing a set: everything that the new frontends will need.
+    fn grow(&mut self, maps: &mut dyn Maps, in_map: &mut InMap, set: &Set) -> Result<(), MapFailure> {
+        let mut ids = Vec::with_capacity(set.backends.len());
+        for b in &set.backends {
+            ids.push(self.hold(maps, in_map, b)?);
+        }
+        if set.members {
+            for id in &ids {
+                if !in_map.members.contains(id) {
+                    self.write(maps, &Op::PutMember(SlotKey { set: in_map.id, slot: *id }))?;
+                    in_map.members.push(*id);
+                }
+            }
+        }
+        for (slot, id) in arrange(&in_map.slots, &ids).into_iter().enumerate() {
+            if in_map.slots.get(slot) != Some(&id) {
+                self.write(maps, &Op::PutSlot(SlotKey { set: in_map.id, slot: slot as u32 }, id))?;
+                if slot < in_map.slots.len() {
+                    in_map.slots[slot] = id;
+                } else {
+                    in_map.slots.push(id);
+                }
+            }
+        }
+        if set.maglev {
+            ids.sort_unstable();
+            if in_map.maglev.as_ref() != Some(&ids) {
+                let table = self.maglev_table(&set.backends);
+                match self.write(maps, &Op::PutMaglev(in_map.id, table)) {
+                    Ok(()) => in_map.maglev = Some(ids),
+                    // Slots serve as well, without agreement between nodes.
+                    Err(e @ MapFailure::Full { .. }) => {
+                        tracing::warn!(error = %e, "a service goes without Maglev")
+                    }
+                    Err(e) => return Err(e),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn maglev_table(&self, backends: &[Backend]) -> Box<[u32; maglev::SIZE]> {
+        let mut seeded: Vec<(u64, u32)> = backends
+            .iter()
+            .filter_map(|b| {
+                let id = self.backends.get(&(b.addr, b.port, b.proto))?.id;
+                Some((seed(b), id))
+            })
+            .collect();
+        seeded.sort_unstable();
+        let seeds: Vec<u64> = seeded.iter().map(|(s, _)| *s).collect();
+        let mut table = Box::new([0; maglev::SIZE]);
+        maglev::fill(&seeds, &mut table);
+        for entry in table.iter_mut() {
+            *entry = seeded.get(*entry as usize).map_or(0, |(_, id)| *id);
+        }
+        table
+    }
+
+    /// Second half: what no frontend uses any more goes.
+    fn shrink(&mut self, maps: &mut dyn Maps, in_map: &mut InMap, set: &Set) -> Result<(), MapFailure> {
+        let keep: HashSet<u32> = set
+            .backends
+            .iter()
+            .filter_map(|b| self.backends.get(&(b.addr, b.port, b.proto)).map(|u| u.id))
+            .collect();
+        self.trim(maps, in_map, set.backends.len(), &keep, set.members, set.maglev)
+    }
+
+    fn clear(&mut self, maps: &mut dyn Maps, in_map: &mut InMap) -> Result<(), MapFailure> {
+        self.trim(maps, in_map, 0, &HashSet::new(), false, false)
+    }
+
+    fn trim(
+        &mut self,
+        maps: &mut dyn Maps,
+        in_map: &mut InMap,
+        count: usize,
+        keep: &HashSet<u32>,
+        members: bool,
+        maglev: bool,
+    ) -> Result<(), MapFailure> {
+        if !maglev && in_map.maglev.is_some() {
+            self.write(maps, &Op::DelMaglev(in_map.id))?;
+            in_map.maglev = None;
+        }
+        while in_map.slots.len() > count {
+            let slot = in_map.slots.len() as u32 - 1;
+            self.write(maps, &Op::DelSlot(SlotKey { set: in_map.id, slot }))?;
+            in_map.slots.pop();
+        }
+        let mut i = 0;
+        while let Some(id) = in_map.members.get(i).copied() {
+            if members && keep.contains(&id) {
+                i += 1;
+                continue;
+            }
+            self.write(maps, &Op::DelMember(SlotKey { set: in_map.id, slot: id }))?;
+            in_map.members.swap_remove(i);
+        }
+        let mut i = 0;
+        while let Some(id) = in_map.held.get(i).copied() {
+            if keep.contains(&id) {
+                i += 1;
+                continue;
+            }
+            self.release(maps, id)?;
+            in_map.held.swap_remove(i);
+        }
+        Ok(())
+    }
+
+    /// Makes sure that the backend is in its map and that this set keeps it there.
+    fn hold(&mut self, maps: &mut dyn Maps, set: &mut InMap, b: &Backend) -> Result<u32, MapFailure> {
+        let endpoint = (b.addr, b.port, b.proto);
+        let known = self.backends.get(&endpoint).map(|u| (u.id, u.flags));
+        let id = match known {
+            Some((id, flags)) if flags == b.flags => id,
+            Some((id, _)) => {
+                self.write(maps, &Op::PutBackend(id, *b))?;
+                id
+            }
+            None => {
+                // Ids are not used again: a connection may remember one for long.
+                let id = self.last_backend + 1;
+                self.write(maps, &Op::PutBackend(id, *b))?;
+                self.last_backend = id;
+                id
+            }
+        };
+        let used = self.backends.entry(endpoint).or_insert(InUse { id, flags: b.flags, sets: 0 });
+        used.flags = b.flags;
+        self.endpoint_of.insert(id, endpoint);
+        self.hold_id(set, id);
+        Ok(id)
+    }
+
+    fn hold_id(&mut self, set: &mut InMap, id: u32) {
+        if set.held.contains(&id) {
+            return;
+        }
+        if let Some(used) = self.endpoint_of.get(&id).and_then(|e| self.backends.get_mut(e)) {
+            used.sets += 1;
+            set.held.push(id);
+        }
+    }
+
+    fn release(&mut self, maps: &mut dyn Maps, id: u32) -> Result<(), MapFailure> {
+        let Some(endpoint) = self.endpoint_of.get(&id).copied() else { return Ok(()) };
+        if self.backends.get(&endpoint).is_some_and(|u| u.sets > 1) {
+            if let Some(u) = self.backends.get_mut(&endpoint) {
+                u.sets -= 1;
+            }
+            return Ok(());
+        }
+        self.write(maps, &Op::DelBackend(id))?;
+        self.backends.remove(&endpoint);
+        self.endpoint_of.remove(&id);
+        Ok(())
+    }
+
+    fn put_frontend(
+        &mut self,
+        maps: &mut dyn Maps,
+        name: &Name,
+        p: &mut Programmed,
+        key: FrontendKey,
+        value: FrontendValue,
+    ) -> Result<(), MapFailure> {
+        if self.frontends.get(&key).is_none_or(|f| f.value != value) {
+            self.write(maps, &Op::PutFrontend(key, value))?;
+        }
+        self.frontends.insert(key, Front { value, owner: Some(name.clone()) });
+        if !p.frontends.contains(&key) {
+            p.frontends.push(key);
+        }
+        Ok(())
+    }
+
+    /// Removes what an earlier process left and no service has claimed. To be called when all services are known.
+    pub fn drop_orphans(&mut self, maps: &mut dyn Maps) -> Result<(), MapFailure> {
+        let stale: Vec<FrontendKey> =
+            self.frontends.iter().filter(|(_, f)| f.owner.is_none()).map(|(k, _)| *k).collect();
+        for key in stale {
+            self.write(maps, &Op::DelFrontend(key))?;
+            self.frontends.remove(&key);
+        }
+        let sets: Vec<u32> = self.orphans.keys().copied().collect();
+        for id in sets {
+            if let Some(mut set) = self.orphans.remove(&id) {
+                let cleared = self.clear(maps, &mut set);
+                if cleared.is_err() {
+                    self.orphans.insert(id, set);
+                }
+                cleared?;
+            }
+        }
+        let unused: Vec<(Endpoint, u32)> =
+            self.backends.iter().filter(|(_, u)| u.sets == 0).map(|(e, u)| (*e, u.id)).collect();
+        for (endpoint, id) in unused {
+            self.write(maps, &Op::DelBackend(id))?;
+            self.backends.remove(&endpoint);
+            self.endpoint_of.remove(&id);
+        }
+        Ok(())
+    }
+
+    /// Brings the node's own addresses, with their flags, to `wanted`.
+    pub fn sync_locals(
+        &mut self,
+        maps: &mut dyn Maps,
+        wanted: &HashMap<Addr, u32>,
+    ) -> Result<(), MapFailure> {
+        for (addr, flags) in wanted {
+            if self.locals.get(addr) != Some(flags) {
+                self.write(maps, &Op::PutLocal(*addr, *flags))?;
+                self.locals.insert(*addr, *flags);
+            }
+        }
+        let gone: Vec<Addr> = self.locals.keys().filter(|a| !wanted.contains_key(*a)).copied().collect();
+        for addr in gone {
+            self.write(maps, &Op::DelLocal(addr))?;
+            self.locals.remove(&addr);
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, maps: &mut dyn Maps, op: &Op) -> Result<(), MapFailure> {
+        self.writes += 1;
+        maps.apply(op)
+    }
+}
+
+/// The wanted ids in an order that leaves as many as possible where they are.
+fn arrange(old: &[u32], wanted: &[u32]) -> Vec<u32> {
+    let set: HashSet<u32> = wanted.iter().copied().collect();
+    let mut kept: HashSet<u32> = HashSet::new();
+    let mut out: Vec<u32> = (0..wanted.len())
+        .map(|i| match old.get(i) {
+            Some(id) if set.contains(id) && kept.insert(*id) => *id,
+            _ => 0,
+        })
+        .collect();
+    let mut rest = wanted.iter().filter(|id| !kept.contains(id));
+    for slot in out.iter_mut().filter(|s| **s == 0) {
+        if let Some(id) = rest.next() {
+            *slot = *id;
+        }
+    }
+    out
+}
+
+/// Stands for a backend in Maglev tables: the same on every node.
+fn seed(b: &Backend) -> u64 {
+    let mut h = 0xcbf2_9ce4_8422_2325_u64;
+    for byte in b.addr.iter().flat_map(|w| w.to_ne_bytes()).chain(b.port.to_be_bytes()).chain([b.proto]) {
+        h = (h ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    h
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,250 @@
+use super::*;
+use crate::desired::{Selection, desired};
+use crate::model::{Endpoint as Ep, Model, Port, Service, Slice, SlicePort};
+use orlop_ebpf_common::{SCOPE_EXTERNAL, TCP, UDP, addr_from};
+use orlop_ebpf_loader::maps::{FakeMaps, FaultyMaps};
+use proptest::prelude::*;
+use std::net::IpAddr;
+
+fn ip(s: &str) -> IpAddr {
+    s.parse().unwrap()
+}
+
+fn service(n: u8) -> Service {
+    Service {
+        cluster_ips: vec![IpAddr::from([10, 96, 0, n])],
+        ports: vec![Port { name: "p".into(), proto: TCP, port: 80, node_port: 30000 + u16::from(n) }],
+        ..Service::default()
+    }
+}
+
+fn slice(service: &str, backends: &[u8]) -> Slice {
+    Slice {
+        service: service.into(),
+        v4: true,
+        ports: vec![
+            SlicePort { name: "p".into(), proto: TCP, port: 8080 },
+            SlicePort { name: "u".into(), proto: UDP, port: 5353 },
+        ],
+        endpoints: backends
+            .iter()
+            .map(|b| Ep {
+                ip: IpAddr::from([10, 244, 0, *b]),
+                ready: true,
+                serving: true,
+                terminating: false,
+                local: b % 2 == 0,
+            })
+            .collect(),
+    }
+}
+
+/// The maps, read as the programs read them: frontend to (backends, flags).
+fn resolve(d: &Dump) -> HashMap<FrontendKey, (Vec<Endpoint>, u32, u32)> {
+    d.frontends
+        .iter()
+        .map(|(k, v)| {
+            let mut to: Vec<Endpoint> = (0..v.count)
+                .map(|slot| {
+                    let id = d.slots[&SlotKey { set: v.set, slot }];
+                    let b = d.backends[&id];
+                    (b.addr, b.port, b.proto)
+                })
+                .collect();
+            to.sort_unstable();
+            (*k, (to, v.flags, v.affinity_seconds))
+        })
+        .collect()
+}
+
+/// The same from the model. Contested frontends go to whoever has them, so they are left out.
+fn expected(m: &Model) -> HashMap<FrontendKey, (Vec<Endpoint>, u32, u32)> {
+    let mut out = HashMap::new();
+    for (name, _) in m.services() {
+        let d = desired(m, name, Selection::Maglev);
+        for f in &d.frontends {
+            let set = &d.sets[f.set];
+            let mut to: Vec<Endpoint> = set.backends.iter().map(|b| (b.addr, b.port, b.proto)).collect();
+            to.sort_unstable();
+            let flags = [
+                (d.affinity_seconds > 0, frontend_flags::AFFINITY),
+                (f.hidden, frontend_flags::DROP_WHEN_EMPTY),
+                (set.maglev, frontend_flags::MAGLEV),
+                (set.members, frontend_flags::MEMBERS),
+            ];
+            let flags = flags.iter().filter(|(on, _)| *on).map(|(_, f)| f).sum();
+            out.insert(f.key, (to, flags, d.affinity_seconds));
+        }
+    }
+    out
+}
+
+/// Nothing in the maps that no frontend leads to.
+fn no_garbage(d: &Dump) {
+    let sets: HashMap<u32, u32> = d.frontends.values().map(|v| (v.set, v.count)).collect();
+    for k in d.slots.keys() {
+        assert!(k.slot < sets[&k.set], "stray slot {k:?}");
+    }
+    let used: HashSet<u32> = d.slots.values().copied().collect();
+    assert_eq!(used, d.backends.keys().copied().collect::<HashSet<_>>(), "stray backends");
+    let with_members: HashSet<u32> =
+        d.frontends.values().filter(|v| v.flags & frontend_flags::MEMBERS != 0).map(|v| v.set).collect();
+    for k in d.members.keys() {
+        assert!(with_members.contains(&k.set) && used.contains(&k.slot), "stray member {k:?}");
+    }
+    for set in &d.maglev {
+        assert!(sets.contains_key(set), "stray table");
+    }
+}
+
+fn sync_all(t: &mut Tables, maps: &mut dyn Maps, m: &mut Model) -> bool {
+    let mut clean = true;
+    for name in m.take_dirty() {
+        let d = desired(m, &name, Selection::Maglev);
+        match t.sync(maps, &name, &d) {
+            Ok(o) => o.retry.into_iter().for_each(|n| m.mark(n)),
+            Err(_) => {
+                m.mark(name);
+                clean = false;
+            }
+        }
+    }
+    clean && m.is_clean()
+}
+
+#[test]
+fn a_sync_touches_only_what_changed() {
+    let (mut t, mut maps, mut m) = (Tables::default(), FakeMaps::default(), Model::default());
+    for n in 1..=20 {
+        m.set_service(
+            &format!("n/s{n}"),
+            Some(Service { ports: vec![Port { node_port: 0, ..service(n).ports[0].clone() }], ..service(n) }),
+        );
+        m.set_slice(&format!("n/s{n}-x"), Some(slice(&format!("n/s{n}"), &[n, n + 100])));
+    }
+    assert!(sync_all(&mut t, &mut maps, &mut m));
+    no_garbage(&maps.content);
+    let before = maps.writes;
+    m.set_slice("n/s3-x", Some(slice("n/s3", &[3, 103, 200])));
+    assert!(sync_all(&mut t, &mut maps, &mut m));
+    assert_eq!(maps.writes - before, 3, "one backend, one slot, one frontend");
+    let before = maps.writes;
+    m.set_slice("n/s3-x", Some(slice("n/s3", &[103, 200])));
+    assert!(sync_all(&mut t, &mut maps, &mut m));
+    assert_eq!(maps.writes - before, 4, "slot moved, frontend, last slot, backend");
+    m.set_slice("n/s3-x", Some(slice("n/s3", &[103, 200])));
+    assert!(m.is_clean(), "an unchanged object changes nothing");
+}
+
+#[test]
+fn a_contested_frontend_moves_on_when_its_owner_goes() {
+    let (mut t, mut maps, mut m) = (Tables::default(), FakeMaps::default(), Model::default());
+    let shared = ip("192.0.2.1");
+    for n in 1..=2 {
+        m.set_service(&format!("n/s{n}"), Some(Service { external_ips: vec![shared], ..service(n) }));
+        m.set_slice(&format!("n/s{n}-x"), Some(slice(&format!("n/s{n}"), &[n])));
+        assert!(sync_all(&mut t, &mut maps, &mut m));
+    }
+    let key = FrontendKey { addr: addr_from(shared), port: 80, proto: TCP, scope: SCOPE_EXTERNAL };
+    assert_eq!(resolve(&maps.content)[&key].0[0].0, addr_from(ip("10.244.0.1")));
+    m.set_service("n/s1", None);
+    assert!(!sync_all(&mut t, &mut maps, &mut m));
+    assert!(sync_all(&mut t, &mut maps, &mut m));
+    assert_eq!(resolve(&maps.content)[&key].0[0].0, addr_from(ip("10.244.0.2")));
+}
+
+#[test]
+fn a_restart_without_changes_writes_nothing() {
+    let (mut t, mut maps, mut m) = (Tables::default(), FakeMaps::default(), Model::default());
+    for n in 1..=5 {
+        let affinity_seconds = if n == 2 { 10800 } else { 0 };
+        m.set_service(
+            &format!("n/s{n}"),
+            Some(Service { affinity_seconds, external_local: n == 3, ..service(n) }),
+        );
+        m.set_slice(&format!("n/s{n}-x"), Some(slice(&format!("n/s{n}"), &[n, 50, 51])));
+    }
+    assert!(sync_all(&mut t, &mut maps, &mut m));
+    let before = maps.content.clone();
+    let mut t = Tables::adopt(maps.dump().unwrap());
+    let (names, _) = m.names();
+    names.into_iter().for_each(|n| m.mark(n));
+    maps.writes = 0;
+    assert!(sync_all(&mut t, &mut maps, &mut m));
+    t.drop_orphans(&mut maps).unwrap();
+    // Tables of backends are the same but are not read back, so each is written once.
+    assert_eq!(maps.writes, before.maglev.len());
+    maps.content.maglev.sort_unstable();
+    let mut before = before;
+    before.maglev.sort_unstable();
+    assert_eq!(maps.content, before);
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Service(u8, Option<(bool, bool, bool, bool)>),
+    Slice(u8, u8, Option<Vec<u8>>),
+    Restart,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        4 => (1..6u8, prop::option::weighted(0.8, any::<(bool, bool, bool, bool)>()))
+            .prop_map(|(n, s)| Step::Service(n, s)),
+        6 => (1..6u8, 0..2u8, prop::option::weighted(0.8, prop::collection::vec(1..12u8, 0..6)))
+            .prop_map(|(n, i, s)| Step::Slice(n, i, s)),
+        1 => Just(Step::Restart),
+    ];
+    prop::collection::vec(step, 1..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// Any changes, restarts and failing writes: in the end the maps say what the model says, and nothing else.
+    #[test]
+    fn maps_follow_the_model(steps in steps(), faults in prop::collection::vec(0..400usize, 0..20)) {
+        let mut m = Model::default();
+        let mut t = Tables::default();
+        let fails = move |n: usize| faults.contains(&n);
+        let mut maps = FaultyMaps { inner: FakeMaps::default(), fails, seen: 0 };
+        for step in steps {
+            match step {
+                Step::Service(n, s) => {
+                    let s = s.map(|(affinity, internal, external, udp)| {
+                        let mut s = service(n);
+                        s.affinity_seconds = if affinity { 60 } else { 0 };
+                        s.internal_local = internal;
+                        s.external_local = external;
+                        if udp {
+                            s.ports.push(Port { name: "u".into(), proto: UDP, port: 53, node_port: 0 });
+                        }
+                        s
+                    });
+                    m.set_service(&format!("n/s{n}"), s);
+                }
+                Step::Slice(n, i, s) => {
+                    let name = format!("n/s{n}");
+                    m.set_slice(&format!("{name}-{i}"), s.map(|b| slice(&name, &b)));
+                }
+                Step::Restart => {
+                    t = Tables::adopt(maps.dump().unwrap());
+                    let (names, _) = m.names();
+                    names.into_iter().for_each(|n| m.mark(n));
+                    sync_all(&mut t, &mut maps, &mut m);
+                    // Only when all are known to be in: a failed service may not have claimed its entries.
+                    while !m.is_clean() {
+                        sync_all(&mut t, &mut maps, &mut m);
+                    }
+                    while t.drop_orphans(&mut maps).is_err() {}
+                }
+            }
+            sync_all(&mut t, &mut maps, &mut m);
+            // At any moment every frontend leads to backends that exist.
+            resolve(&maps.inner.content);
+        }
+        while !sync_all(&mut t, &mut maps, &mut m) {}
+        prop_assert_eq!(resolve(&maps.inner.content), expected(&m));
+        no_garbage(&maps.inner.content);
+    }
+}
