@@ -51,7 +51,8 @@ impl<M: Maps, F: FnMut(usize) -> bool> Maps for FaultyMaps<M, F> {
         let n = self.seen;
         self.seen += 1;
         if (self.fails)(n) {
-            return Err(MapFailure::Full { map: op.map() });
+            let source = std::io::Error::other("injected").into();
+            return Err(MapFailure::Syscall { map: op.map(), source });
         }
         self.inner.apply(op)
     }
