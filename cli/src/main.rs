@@ -1,1 +1,50 @@
-fn main() {}
+//! `orlop`: one binary, several roles. This crate parses arguments and wires the parts; it decides nothing else.
+
+mod args;
+mod server;
+mod shutdown;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+
+/// An error as the user sees it: one line that says what, where and what to do.
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(e) = orlop_base::failpoint::init_from_env() {
+        eprintln!("orlop: {e}");
+        return ExitCode::FAILURE;
+    }
+    // Both ring and another provider may be linked in; one has to be chosen before the first handshake.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("orlop: {}", orlop_base::telemetry::chain(&*e));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Failure> {
+    match cli.command {
+        Command::Server(a) => {
+            orlop_base::telemetry::init("info");
+            runtime()?.block_on(server::run(a))
+        }
+    }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    let cores = std::thread::available_parallelism().map_or(2, |n| n.get());
+    Ok(tokio::runtime::Builder::new_multi_thread()
+        // More threads than this cost memory and gain nothing for what these daemons do.
+        .worker_threads(cores.clamp(2, 8))
+        .thread_stack_size(1 << 20)
+        .enable_all()
+        .build()?)
+}
