@@ -1,1 +1,31 @@
+//! The CRI v1 server: sandboxes and containers over a unix socket, run by one `orlop-monitor` per pod.
+//!
+//! It knows neither the OCI runtime nor the monitor's code; it starts the monitor program and speaks `monitor.proto` with it.
 
+mod config;
+mod container;
+mod error;
+mod events;
+mod facts;
+mod filter;
+mod image;
+mod monitor;
+mod mounts;
+mod network;
+mod recover;
+mod runtime;
+mod sandbox;
+mod serve;
+mod service;
+mod stats;
+mod status;
+mod store;
+mod streaming;
+
+pub use config::{CgroupDriver, Config};
+pub use error::Error;
+pub use monitor::Error as MonitorError;
+pub use serve::{purge, run};
+
+use container::create::image_ref as container_image_ref;
+use sandbox::run::hostname as sandbox_hostname;

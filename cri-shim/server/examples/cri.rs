@@ -1,0 +1,76 @@
+//! Runs the CRI server alone: `cri --root DIR --monitor FILE [--cni-conf DIR] [--cni-bin DIR] [--purge]`. Everything is below the
+//! root folder; the socket is DIR/cri.sock.
+
+use std::path::PathBuf;
+
+use orlop_base::supervise::Ready;
+use orlop_cri::Config;
+use tokio_util::sync::CancellationToken;
+
+fn config(mut args: impl Iterator<Item = String>) -> Result<(Config, bool), String> {
+    let mut root = None;
+    let mut config = Config::default();
+    let mut purge = false;
+    while let Some(flag) = args.next() {
+        if flag == "--purge" {
+            purge = true;
+            continue;
+        }
+        let value = args.next().ok_or_else(|| format!("{flag} needs a value"))?;
+        match flag.as_str() {
+            "--root" => root = Some(PathBuf::from(value)),
+            "--monitor" => config.monitor = value.into(),
+            "--cni-conf" => config.cni_conf_dir = value.into(),
+            "--cni-bin" => config.cni_bin_dirs = vec![value.into()],
+            "--cgroup-parent" => config.default_cgroup_parent = value,
+            other => return Err(format!("unknown flag {other}")),
+        }
+    }
+    let root = root.ok_or("--root is missing")?;
+    config.listen = root.join("cri.sock");
+    config.state_dir = root.join("state");
+    config.run_dir = root.join("run");
+    config.images_dir = root.join("images");
+    config.cni_cache_dir = root.join("cni");
+    Ok((config, purge))
+}
+
+#[tokio::main]
+async fn main() {
+    orlop_base::telemetry::init("info");
+    let failed = |text: String| -> ! {
+        eprintln!("cri: {text}");
+        std::process::exit(1)
+    };
+    if let Err(e) = orlop_base::failpoint::init_from_env() {
+        failed(e);
+    }
+    let (config, purge) = config(std::env::args().skip(1)).unwrap_or_else(|e| failed(e));
+    let done = if purge {
+        orlop_cri::purge(config).await
+    } else {
+        let stop = CancellationToken::new();
+        let token = stop.clone();
+        // Owned by the runtime, which ends with this program.
+        let signal = async move {
+            let mut term = match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+                Ok(t) => t,
+                Err(e) => return tracing::error!(error = %e, "cannot listen for SIGTERM"),
+            };
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = tokio::signal::ctrl_c() => {}
+            }
+            token.cancel();
+        };
+        let serve = orlop_cri::run(config, Ready::default(), stop);
+        tokio::pin!(serve);
+        tokio::select! {
+            done = &mut serve => done,
+            () = signal => serve.await,
+        }
+    };
+    if let Err(e) = done {
+        failed(orlop_base::telemetry::chain(&e));
+    }
+}

@@ -1,0 +1,85 @@
+//! Everything the CRI server is told from outside.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Who makes cgroups: the runtime itself, or systemd on its request (`RuntimeConfig` tells the kubelet which).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum CgroupDriver {
+    /// Folders below each hierarchy's mount; `cgroup_parent` is a path.
+    #[default]
+    Cgroupfs,
+    /// Transient scopes; `cgroup_parent` is a slice.
+    Systemd,
+}
+
+/// The server's configuration. Nothing else is read from the environment.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The unix socket of both CRI services.
+    pub listen: PathBuf,
+    /// Records of sandboxes and containers. Outlives a reboot.
+    pub state_dir: PathBuf,
+    /// Monitors' sockets, namespaces, bundles. Does not outlive a reboot. Keep it short: `<run_dir>/s/<64>/monitor.sock` should
+    /// stay below 108 bytes for other tools that want to connect.
+    pub run_dir: PathBuf,
+    /// The image store's folder.
+    pub images_dir: PathBuf,
+    /// How registries are reached.
+    pub images: orlop_images::Options,
+    /// The `orlop-monitor` program.
+    pub monitor: PathBuf,
+    pub cni_conf_dir: PathBuf,
+    pub cni_bin_dirs: Vec<PathBuf>,
+    pub cni_cache_dir: PathBuf,
+    /// Where exec, attach and port-forward connections arrive. Loopback unless the kubelet is elsewhere; port 0 takes a free one.
+    pub streaming_listen: SocketAddr,
+    /// A stream without traffic in either direction is ended after this long.
+    pub streaming_idle_timeout: Duration,
+    pub cgroup_driver: CgroupDriver,
+    /// The parent of cgroups of sandboxes that name none: a path, or a slice with the systemd driver.
+    pub default_cgroup_parent: String,
+    /// Where `Localhost` seccomp profiles with a relative name are looked up.
+    pub seccomp_profile_root: PathBuf,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            listen: "/run/orlop/cri.sock".into(),
+            state_dir: "/var/lib/orlop/cri".into(),
+            run_dir: "/run/orlop/cri".into(),
+            images_dir: "/var/lib/orlop/images".into(),
+            images: orlop_images::Options::default(),
+            monitor: "/usr/local/bin/orlop-monitor".into(),
+            cni_conf_dir: "/etc/cni/net.d".into(),
+            cni_bin_dirs: vec!["/opt/cni/bin".into()],
+            cni_cache_dir: "/var/lib/orlop/cri/cni".into(),
+            streaming_listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            streaming_idle_timeout: Duration::from_secs(4 * 3600),
+            cgroup_driver: CgroupDriver::Cgroupfs,
+            default_cgroup_parent: "/orlop".into(),
+            seccomp_profile_root: "/var/lib/kubelet/seccomp".into(),
+        }
+    }
+}
+
+impl Config {
+    pub(crate) fn sandbox_state_dir(&self, id: &str) -> PathBuf {
+        self.state_dir.join("sandboxes").join(id)
+    }
+
+    pub(crate) fn container_state_dir(&self, id: &str) -> PathBuf {
+        self.state_dir.join("containers").join(id)
+    }
+
+    /// The folder handed to the monitor.
+    pub(crate) fn sandbox_run_dir(&self, id: &str) -> PathBuf {
+        self.run_dir.join("s").join(id)
+    }
+
+    pub(crate) fn bundle_dir(&self, sandbox: &str, container: &str) -> PathBuf {
+        self.sandbox_run_dir(sandbox).join("bundles").join(container)
+    }
+}

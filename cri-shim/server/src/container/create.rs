@@ -1,0 +1,424 @@
+//! CreateContainer: root file system, spec, and the OCI "create" in the pod's monitor. Whatever fails, all of it is taken back.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use oci_spec::image::ImageConfiguration;
+use orlop_base::durable::{self, Sync};
+use orlop_base::failpoint;
+use orlop_images::{Image, RootfsOptions};
+use orlop_proto::{cri, monitor as proto};
+
+use super::signal;
+use super::spec::mounts::Resolved;
+use super::spec::{
+    self, Input, Namespaces, PidNamespace, SandboxFiles, cgroups_path, devices, seccomp, security, user,
+};
+use crate::config::CgroupDriver;
+use crate::error::{Error, Result};
+use crate::mounts::{self, Propagation};
+use crate::runtime::{Runtime, new_id, now_ns};
+use crate::store::names::container_name;
+use crate::store::{
+    Container, ContainerPhase, ContainerRecord, Encoded, RECORD_VERSION, Sandbox, SandboxPhase,
+};
+
+/// What is known of the image's own config without the rest of it.
+fn image_user(image: &ImageConfiguration) -> String {
+    image.config().as_ref().and_then(|c| c.user().clone()).unwrap_or_default()
+}
+
+/// A reference by digest where there is one: what the kubelet shows as imageID.
+pub(crate) fn image_ref(image: &Image) -> String {
+    image.repo_digests.first().unwrap_or(&image.id).clone()
+}
+
+/// A log path that stays below the pod's log directory.
+fn log_path(sandbox: &cri::PodSandboxConfig, config: &cri::ContainerConfig) -> Result<String> {
+    if sandbox.log_directory.is_empty() || config.log_path.is_empty() {
+        return Ok(String::new());
+    }
+    let below = Path::new(&config.log_path);
+    if below
+        .components()
+        .any(|c| !matches!(c, std::path::Component::Normal(_) | std::path::Component::CurDir))
+    {
+        return Err(Error::Invalid(format!(
+            "log path {:?} leads out of the pod's log directory",
+            config.log_path
+        )));
+    }
+    Ok(Path::new(&sandbox.log_directory).join(below).to_string_lossy().into_owned())
+}
+
+impl Runtime {
+    pub async fn create_container(
+        self: &Arc<Self>,
+        request: cri::CreateContainerRequest,
+    ) -> Result<cri::CreateContainerResponse> {
+        let sandbox = self.store.sandbox(&request.pod_sandbox_id)?;
+        let config = request.config.unwrap_or_default();
+        let meta = config
+            .metadata
+            .clone()
+            .filter(|m| !m.name.is_empty())
+            .ok_or_else(|| Error::Invalid("the container config has no name".into()))?;
+        let wanted = config.image.as_ref().map(|i| i.image.clone()).unwrap_or_default();
+        let image = self.images.get(&wanted).ok_or(Error::NoImage(wanted))?;
+        let pod = sandbox.record();
+        let id = new_id();
+        let parent = pod.config.linux.as_ref().map(|l| l.cgroup_parent.clone()).unwrap_or_default();
+        let stop_signal = signal::stop_signal(&config, &image.config)?;
+        let record = ContainerRecord {
+            id: id.clone(),
+            sandbox_id: sandbox.id.clone(),
+            phase: ContainerPhase::Creating,
+            resources: Encoded(config.linux.as_ref().and_then(|l| l.resources.clone()).unwrap_or_default()),
+            image_id: image.id.clone(),
+            image_ref: image_ref(&image),
+            log_path: log_path(&pod.config, &config)?,
+            cgroups_path: cgroups_path(
+                self.config.cgroup_driver,
+                &parent,
+                &self.config.default_cgroup_parent,
+                &id,
+            ),
+            user: Default::default(),
+            stop_signal,
+            image_volumes: Vec::new(),
+            pid: 0,
+            created_at_ns: now_ns(),
+            started_at_ns: 0,
+            finished_at_ns: 0,
+            exit_code: 0,
+            reason: String::new(),
+            message: String::new(),
+            config: Encoded(config),
+        };
+        self.store.names.reserve(&container_name(&meta, &pod.metadata()), &id)?;
+        let this = self.clone();
+        self.detached(async move {
+            // Against a stop of the sandbox in the middle.
+            let _held = sandbox.op.lock().await;
+            match this.make_container(&sandbox, record, &image).await {
+                Ok(container) => {
+                    this.emit(&container, cri::ContainerEventType::ContainerCreatedEvent);
+                    Ok(cri::CreateContainerResponse { container_id: id })
+                }
+                Err(e) => {
+                    this.store.names.release(&id);
+                    Err(e)
+                }
+            }
+        })
+        .await
+    }
+
+    async fn make_container(
+        &self,
+        sandbox: &Arc<Sandbox>,
+        record: ContainerRecord,
+        image: &Image,
+    ) -> Result<Arc<Container>> {
+        if sandbox.record().phase != SandboxPhase::Ready {
+            return Err(Error::WrongState {
+                what: "sandbox",
+                id: sandbox.id.clone(),
+                state: "not ready",
+                wanted: "create a container in it",
+            });
+        }
+        let state_dir = self.config.container_state_dir(&record.id);
+        let file = state_dir.join("container.json");
+        let container = Container::new(record, file.clone());
+        let built = async {
+            fs::create_dir_all(&state_dir).map_err(Error::io("create", &state_dir))?;
+            durable::write_json(&file, RECORD_VERSION, &*container.record(), Sync::PageCache)?;
+            self.build_container(sandbox, &container, image).await
+        }
+        .await;
+        if let Err(e) = built {
+            if let Err(again) = self.unmake_container(&container, Some(sandbox)).await {
+                tracing::warn!(container = %container.id, error = %again, "could not take back all of a failed container; the next start will");
+            }
+            return Err(e);
+        }
+        Ok(container)
+    }
+
+    async fn build_container(
+        &self,
+        sandbox: &Arc<Sandbox>,
+        container: &Arc<Container>,
+        image: &Image,
+    ) -> Result<()> {
+        let bundle = self.config.bundle_dir(&sandbox.id, &container.id);
+        let rootfs = bundle.join("rootfs");
+        fs::create_dir_all(&rootfs).map_err(Error::io("create", &rootfs))?;
+        failpoint::pass("create-container-before-rootfs")?;
+        // Always with a writable layer: mount points must be made in it; the spec makes it read-only afterwards.
+        self.images.prepare_rootfs(&container.id, image, &rootfs, &RootfsOptions::default()).await?;
+        let record = container.record();
+        let volumes = self.mount_image_volumes(container, &bundle).await?;
+        let spec = self.spec(sandbox, &record, image, &rootfs, &volumes)?;
+        let path = bundle.join("config.json");
+        let text =
+            serde_json::to_vec(&spec.0).map_err(|e| Error::Internal(format!("cannot write a spec: {e}")))?;
+        fs::write(&path, text).map_err(Error::io("write", &path))?;
+        failpoint::pass("create-container-before-create")?;
+        if !record.log_path.is_empty()
+            && let Some(dir) = Path::new(&record.log_path).parent()
+        {
+            fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+        }
+        let config = &*record.config;
+        let pid = sandbox
+            .monitor
+            .create_container(proto::CreateContainer {
+                container_id: container.id.clone(),
+                bundle: bundle.to_string_lossy().into_owned(),
+                log_path: record.log_path.clone(),
+                stdin: config.stdin,
+                stdin_once: config.stdin_once,
+                tty: config.tty,
+                systemd_cgroup: self.config.cgroup_driver == CgroupDriver::Systemd,
+                log_line_limit: 0,
+            })
+            .await?;
+        failpoint::pass("create-container-before-record")?;
+        // Before the record says so, for the monitor's events find it by id.
+        container.update(|r| {
+            r.phase = ContainerPhase::Created;
+            r.pid = pid;
+            r.user = spec.1;
+            r.created_at_ns = now_ns();
+        })?;
+        self.store.add_container(container.clone());
+        Ok(())
+    }
+
+    /// Mounts each image volume and returns the content's place by the index of its mount (KEP-4639).
+    async fn mount_image_volumes(
+        &self,
+        container: &Container,
+        bundle: &Path,
+    ) -> Result<Vec<Option<PathBuf>>> {
+        let record = container.record();
+        let mut out = Vec::with_capacity(record.config.mounts.len());
+        for (i, mount) in record.config.mounts.iter().enumerate() {
+            let Some(wanted) = mount.image.as_ref().filter(|s| !s.image.is_empty()) else {
+                out.push(None);
+                continue;
+            };
+            let image = self.images.get(&wanted.image).ok_or_else(|| Error::NoImage(wanted.image.clone()))?;
+            let key = format!("{}-volume{i}", container.id);
+            let target = bundle.join(format!("volume{i}"));
+            fs::create_dir_all(&target).map_err(Error::io("create", &target))?;
+            container.update(|r| r.image_volumes.push(key.clone()))?;
+            self.images.mount_image(&key, &image, &target).await?;
+            out.push(Some(inside(&target, &mount.image_sub_path)?));
+        }
+        Ok(out)
+    }
+
+    fn spec(
+        &self,
+        sandbox: &Sandbox,
+        record: &ContainerRecord,
+        image: &Image,
+        rootfs: &Path,
+        volumes: &[Option<PathBuf>],
+    ) -> Result<(oci_spec::runtime::Spec, crate::store::records::User)> {
+        let config = &*record.config;
+        let pod = sandbox.record();
+        let security = security(config);
+        let run_dir = self.config.sandbox_run_dir(&sandbox.id);
+        let state_dir = self.config.sandbox_state_dir(&sandbox.id);
+        let accounts = user::Accounts::read(rootfs)?;
+        let user = user::resolve(&security, &image_user(&image.config), &accounts)?;
+        let mounts = self.resolve_mounts(config, volumes)?;
+        let mut found = if security.privileged { devices::of_host()? } else { Vec::new() };
+        found.extend(devices::requested(&config.devices)?);
+        let host_ipc = pod.namespaces().ipc() == cri::NamespaceMode::Node;
+        let hostname = crate::sandbox_hostname(&pod.config);
+        let spec = spec::generate(&Input {
+            sandbox_id: &sandbox.id,
+            config,
+            sandbox: &pod.config,
+            image: &image.config,
+            rootfs,
+            namespaces: self.namespaces(&pod, &security, &run_dir)?,
+            files: SandboxFiles {
+                resolv_conf: state_dir.join("resolv.conf"),
+                hostname: state_dir.join("hostname"),
+                hosts: state_dir.join("hosts"),
+                shm: if host_ipc { "/dev/shm".into() } else { run_dir.join("shm") },
+            },
+            hostname: &hostname,
+            user: &user,
+            mounts: &mounts,
+            devices: &found,
+            cgroups_path: &record.cgroups_path,
+            localhost_seccomp: seccomp::read_localhost(&security, &self.config.seccomp_profile_root)?,
+            facts: &self.facts,
+        })?;
+        Ok((spec, user))
+    }
+
+    fn namespaces(
+        &self,
+        pod: &crate::store::SandboxRecord,
+        security: &cri::LinuxContainerSecurityContext,
+        run_dir: &Path,
+    ) -> Result<Namespaces> {
+        let sandbox = pod.namespaces();
+        // The container may only differ in the PID namespace.
+        let own = security.namespace_options.clone().unwrap_or_else(|| sandbox.clone());
+        let pin = |name: &str| run_dir.join("ns").join(name);
+        let node = cri::NamespaceMode::Node;
+        let own_network = sandbox.network() != node;
+        let pid = match own.pid() {
+            cri::NamespaceMode::Container => PidNamespace::Own,
+            cri::NamespaceMode::Node => PidNamespace::Host,
+            cri::NamespaceMode::Pod if sandbox.pid() == cri::NamespaceMode::Pod => {
+                PidNamespace::Join(pin("pid"))
+            }
+            // The pod has no shared one to join.
+            cri::NamespaceMode::Pod if sandbox.pid() == node => PidNamespace::Host,
+            cri::NamespaceMode::Pod => PidNamespace::Own,
+            cri::NamespaceMode::Target => {
+                let target = self.store.container(&own.target_id)?.record();
+                if target.sandbox_id != pod.id {
+                    return Err(Error::Invalid(format!(
+                        "target container {} is in another pod",
+                        own.target_id
+                    )));
+                }
+                if target.phase != ContainerPhase::Running || target.pid == 0 {
+                    return Err(Error::WrongState {
+                        what: "container",
+                        id: target.id.clone(),
+                        state: target.phase.name(),
+                        wanted: "share its PID namespace",
+                    });
+                }
+                PidNamespace::Join(format!("/proc/{}/ns/pid", target.pid).into())
+            }
+        };
+        let userns = sandbox.userns_options.as_ref().is_some_and(|u| u.mode() == cri::NamespaceMode::Pod);
+        Ok(Namespaces {
+            net: own_network.then(|| pin("net")),
+            ipc: (sandbox.ipc() != node).then(|| pin("ipc")),
+            uts: own_network.then(|| pin("uts")),
+            pid,
+            user: userns.then(|| pin("user")),
+        })
+    }
+
+    fn resolve_mounts(
+        &self,
+        config: &cri::ContainerConfig,
+        volumes: &[Option<PathBuf>],
+    ) -> Result<Vec<Resolved>> {
+        let mut out = Vec::with_capacity(config.mounts.len());
+        for (i, mount) in config.mounts.iter().enumerate() {
+            if let Some(place) = volumes.get(i).cloned().flatten() {
+                let readonly = cri::Mount { readonly: true, ..mount.clone() };
+                out.push(Resolved::new(&readonly, place)?);
+                continue;
+            }
+            let host = Path::new(&mount.host_path);
+            if !host.is_absolute() {
+                return Err(Error::Invalid(format!("mount source {:?} is not absolute", mount.host_path)));
+            }
+            // As runtimes before us: a host path that is missing becomes a folder.
+            match fs::symlink_metadata(host) {
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                    fs::create_dir_all(host).map_err(Error::io("create", host))?;
+                }
+                other => drop(other),
+            }
+            let source = fs::canonicalize(host).map_err(Error::io("find mount source", host))?;
+            let resolved = Resolved::new(mount, source)?;
+            check_propagation(&resolved)?;
+            out.push(resolved);
+        }
+        Ok(out)
+    }
+}
+
+/// Propagation that the host's mount cannot give is an error, not silence.
+fn check_propagation(mount: &Resolved) -> Result<()> {
+    let needs_shared = match mount.propagation {
+        cri::MountPropagation::PropagationPrivate => return Ok(()),
+        cri::MountPropagation::PropagationHostToContainer => false,
+        cri::MountPropagation::PropagationBidirectional => true,
+    };
+    let has = mounts::propagation_of(&mount.source);
+    if has == Propagation::Shared || (!needs_shared && has == Propagation::Slave) {
+        return Ok(());
+    }
+    let kind = if needs_shared { "shared" } else { "shared or slave" };
+    Err(Error::Invalid(format!(
+        "{} is not on a {kind} mount, which its mount propagation needs; run `mount --make-rshared` on it",
+        mount.source.display()
+    )))
+}
+
+/// `sub` below `root`, without leaving it through links or dots.
+fn inside(root: &Path, sub: &str) -> Result<PathBuf> {
+    if sub.is_empty() {
+        return Ok(root.to_owned());
+    }
+    let bad = |why: &str| Error::Invalid(format!("image sub path {sub:?} {why}"));
+    let below = Path::new(sub);
+    if below.is_absolute() || below.components().any(|c| c == std::path::Component::ParentDir) {
+        return Err(bad("leads out of the image"));
+    }
+    let joined = root.join(below);
+    let real = fs::canonicalize(&joined).map_err(|_| bad("is not in the image"))?;
+    if !real.starts_with(root) {
+        return Err(bad("leads out of the image"));
+    }
+    Ok(real)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn log_paths_stay_in_the_pods_folder() {
+        let sandbox = cri::PodSandboxConfig { log_directory: "/var/log/pods/x".into(), ..Default::default() };
+        for (path, want) in [
+            ("c/0.log", Some("/var/log/pods/x/c/0.log")),
+            ("", Some("")),
+            ("../0.log", None),
+            ("/etc/shadow", None),
+        ] {
+            let config = cri::ContainerConfig { log_path: path.into(), ..Default::default() };
+            assert_eq!(log_path(&sandbox, &config).ok().as_deref(), want, "{path}");
+        }
+        assert_eq!(
+            log_path(
+                &Default::default(),
+                &cri::ContainerConfig { log_path: "x".into(), ..Default::default() }
+            )
+            .unwrap(),
+            ""
+        );
+    }
+
+    #[test]
+    fn sub_paths_stay_in_the_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(dir.path()).unwrap();
+        fs::create_dir(root.join("a")).unwrap();
+        std::os::unix::fs::symlink("/etc", root.join("out")).unwrap();
+        assert_eq!(inside(&root, "a").unwrap(), root.join("a"));
+        for bad in ["../x", "/a", "out", "missing"] {
+            assert!(inside(&root, bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! Containers, one file per RPC.
+
+pub(crate) mod create;
+pub(crate) mod exec_sync;
+mod list;
+mod log;
+mod remove;
+pub(crate) mod signal;
+pub(crate) mod spec;
+mod start;
+mod status;
+mod stop;
+mod update;

@@ -1,0 +1,74 @@
+//! RemoveContainer: kills it if needed, takes its files away.
+
+use std::sync::Arc;
+
+use orlop_proto::cri;
+
+use crate::error::Result;
+use crate::mounts;
+use crate::runtime::{Runtime, now_ns};
+use crate::store::{Container, Sandbox};
+
+impl Runtime {
+    pub async fn remove_container(
+        self: &Arc<Self>,
+        request: cri::RemoveContainerRequest,
+    ) -> Result<cri::RemoveContainerResponse> {
+        let container = match self.store.container(&request.container_id) {
+            // Removing what is gone succeeds.
+            Err(e) if e.is_not_found() => return Ok(cri::RemoveContainerResponse {}),
+            other => other?,
+        };
+        let this = self.clone();
+        self.detached(async move {
+            this.remove_one(&container).await?;
+            Ok(cri::RemoveContainerResponse {})
+        })
+        .await
+    }
+
+    /// Idempotent, and repeatable after any failure.
+    pub async fn remove_one(&self, container: &Arc<Container>) -> Result<()> {
+        let _held = container.op.lock().await;
+        if self.store.container(&container.id).is_err() {
+            return Ok(());
+        }
+        let sandbox = self.store.sandbox(&container.sandbox_id).ok();
+        let alive = sandbox.filter(|s| !s.record().stopped);
+        if let Some(sandbox) = &alive {
+            sandbox.monitor.delete_container(&container.id).await?;
+        }
+        if !container.record().phase.has_ended() {
+            container.update(|r| r.exited(137, false, now_ns()))?;
+            self.emit(container, cri::ContainerEventType::ContainerStoppedEvent);
+        }
+        self.remove_files(container).await?;
+        self.store.drop_container(&container.id);
+        self.store.names.release(&container.id);
+        self.emit(container, cri::ContainerEventType::ContainerDeletedEvent);
+        Ok(())
+    }
+
+    /// Takes back a container that was never announced. The monitor is asked only where there is one.
+    pub async fn unmake_container(
+        &self,
+        container: &Container,
+        sandbox: Option<&Arc<Sandbox>>,
+    ) -> Result<()> {
+        if let Some(sandbox) = sandbox {
+            sandbox.monitor.delete_container(&container.id).await?;
+        }
+        self.store.drop_container(&container.id);
+        self.remove_files(container).await
+    }
+
+    /// Root file system, image volumes, bundle, record; the record last, so that a crash in between is made good later.
+    async fn remove_files(&self, container: &Container) -> Result<()> {
+        for key in &container.record().image_volumes {
+            self.images.remove_rootfs(key).await?;
+        }
+        self.images.remove_rootfs(&container.id).await?;
+        mounts::remove_tree(&self.config.bundle_dir(&container.sandbox_id, &container.id))?;
+        mounts::remove_tree(&self.config.container_state_dir(&container.id))
+    }
+}

@@ -1,0 +1,60 @@
+//! StartContainer.
+
+use std::sync::Arc;
+
+use orlop_proto::cri;
+
+use crate::error::{Error, Result};
+use crate::runtime::{Runtime, now_ns};
+use crate::store::ContainerPhase;
+
+impl Runtime {
+    pub async fn start_container(
+        self: &Arc<Self>,
+        request: cri::StartContainerRequest,
+    ) -> Result<cri::StartContainerResponse> {
+        let container = self.store.container(&request.container_id)?;
+        let sandbox = self.store.sandbox(&container.sandbox_id)?;
+        let this = self.clone();
+        self.detached(async move {
+            let _held = container.op.lock().await;
+            let phase = container.record().phase;
+            if phase != ContainerPhase::Created {
+                return Err(Error::WrongState {
+                    what: "container",
+                    id: container.id.clone(),
+                    state: phase.name(),
+                    wanted: "start it",
+                });
+            }
+            if let Err(e) = sandbox.monitor.start_container(&container.id).await {
+                let text = orlop_base::telemetry::chain(&e);
+                container.update(|r| {
+                    if !r.phase.has_ended() {
+                        r.exited(128, false, now_ns());
+                    }
+                    "StartError".clone_into(&mut r.reason);
+                    r.message = text;
+                })?;
+                this.emit(&container, cri::ContainerEventType::ContainerStoppedEvent);
+                return Err(e.into());
+            }
+            let mut news = false;
+            container.update(|r| {
+                // It may have ended by now, or its event may have been faster than the answer.
+                if r.phase == ContainerPhase::Created {
+                    r.phase = ContainerPhase::Running;
+                    r.started_at_ns = now_ns();
+                    news = true;
+                } else if r.started_at_ns == 0 {
+                    r.started_at_ns = now_ns();
+                }
+            })?;
+            if news {
+                this.emit(&container, cri::ContainerEventType::ContainerStartedEvent);
+            }
+            Ok(cri::StartContainerResponse {})
+        })
+        .await
+    }
+}

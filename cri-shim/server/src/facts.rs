@@ -1,0 +1,145 @@
+//! What this kernel and machine can do, read once at the start.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::Capability;
+
+/// See the module.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Facts {
+    /// Only the unified hierarchy.
+    pub cgroup_v2: bool,
+    pub apparmor: bool,
+    /// The memory controller counts swap.
+    pub swap_accounting: bool,
+    /// Capabilities this process may hand on.
+    pub capabilities: HashSet<Capability>,
+    /// The least oom_score_adj that may be given to a container. Without CAP_SYS_RESOURCE it is our own.
+    pub least_oom_score_adj: i32,
+}
+
+/// Every capability in the kernel's order (`linux/capability.h`).
+pub(crate) const CAPABILITIES: [Capability; 41] = [
+    Capability::Chown,
+    Capability::DacOverride,
+    Capability::DacReadSearch,
+    Capability::Fowner,
+    Capability::Fsetid,
+    Capability::Kill,
+    Capability::Setgid,
+    Capability::Setuid,
+    Capability::Setpcap,
+    Capability::LinuxImmutable,
+    Capability::NetBindService,
+    Capability::NetBroadcast,
+    Capability::NetAdmin,
+    Capability::NetRaw,
+    Capability::IpcLock,
+    Capability::IpcOwner,
+    Capability::SysModule,
+    Capability::SysRawio,
+    Capability::SysChroot,
+    Capability::SysPtrace,
+    Capability::SysPacct,
+    Capability::SysAdmin,
+    Capability::SysBoot,
+    Capability::SysNice,
+    Capability::SysResource,
+    Capability::SysTime,
+    Capability::SysTtyConfig,
+    Capability::Mknod,
+    Capability::Lease,
+    Capability::AuditWrite,
+    Capability::AuditControl,
+    Capability::Setfcap,
+    Capability::MacOverride,
+    Capability::MacAdmin,
+    Capability::Syslog,
+    Capability::WakeAlarm,
+    Capability::BlockSuspend,
+    Capability::AuditRead,
+    Capability::Perfmon,
+    Capability::Bpf,
+    Capability::CheckpointRestore,
+];
+
+const SYS_RESOURCE: u32 = 24;
+
+/// The sets of `/proc/self/status`, as bit masks.
+fn mask(status: &str, field: &str) -> u64 {
+    status
+        .lines()
+        .find_map(|l| l.strip_prefix(field))
+        .and_then(|v| u64::from_str_radix(v.trim_start_matches(':').trim(), 16).ok())
+        .unwrap_or(0)
+}
+
+fn capabilities_of(mask: u64) -> HashSet<Capability> {
+    CAPABILITIES.iter().enumerate().filter(|(i, _)| mask & (1 << i) != 0).map(|(_, c)| *c).collect()
+}
+
+impl Facts {
+    pub fn read() -> Facts {
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let own: i32 = fs::read_to_string("/proc/self/oom_score_adj")
+            .ok()
+            .and_then(|s| s.trim().parse().ok())
+            .unwrap_or(0);
+        let may_lower = mask(&status, "CapEff") & (1 << SYS_RESOURCE) != 0;
+        if !may_lower {
+            tracing::warn!(
+                own,
+                "no CAP_SYS_RESOURCE: a container's oom_score_adj cannot be below this process's own"
+            );
+        }
+        let v2 = cgroup_v2_only();
+        Facts {
+            cgroup_v2: v2,
+            apparmor: fs::read_to_string("/sys/module/apparmor/parameters/enabled")
+                .is_ok_and(|s| s.trim() == "Y"),
+            swap_accounting: swap_accounting(v2),
+            capabilities: capabilities_of(mask(&status, "CapBnd") & mask(&status, "CapEff")),
+            least_oom_score_adj: if may_lower { -1000 } else { own },
+        }
+    }
+}
+
+/// Whether `/sys/fs/cgroup` itself is the unified hierarchy.
+pub(crate) fn cgroup_v2_only() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
+
+fn swap_accounting(v2: bool) -> bool {
+    if v2 {
+        // The root group has no memory.* files; any child of it does when the controller is on.
+        fs::read_dir("/sys/fs/cgroup")
+            .map(|d| d.flatten().any(|e| e.path().join("memory.swap.max").exists()))
+            .unwrap_or(false)
+    } else {
+        Path::new("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes").exists()
+    }
+}
+
+/// The folder of `controller`'s group `path` (absolute within the hierarchy).
+pub(crate) fn cgroup_dir(v2: bool, controller: &str, path: &str) -> PathBuf {
+    let base =
+        if v2 { PathBuf::from("/sys/fs/cgroup") } else { Path::new("/sys/fs/cgroup").join(controller) };
+    base.join(path.trim_start_matches('/'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capability_masks_are_read_in_the_kernels_order() {
+        let status = "Name:\tx\nCapEff:\t0000000000200001\nCapBnd:\t000001ffffffffff\n";
+        assert_eq!(
+            capabilities_of(mask(status, "CapEff")),
+            HashSet::from([Capability::Chown, Capability::SysAdmin])
+        );
+        assert_eq!(capabilities_of(mask(status, "CapBnd")).len(), 41);
+    }
+}

@@ -1,0 +1,272 @@
+//! The client of `orlop-monitor`: starts one, and speaks the protocol of `monitor.proto` with it.
+//!
+//! Every request has a connection of its own: a unix connect costs some ten microseconds, and neither a slow
+//! answer nor a dropped future can then disturb another request.
+
+mod frame;
+
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use orlop_proto::monitor::{self as proto, server_frame};
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::time::timeout;
+
+pub(crate) use proto::FailureKind as Kind;
+pub(crate) use proto::client_frame::Body as Request;
+pub(crate) use proto::server_frame::Body as Reply;
+
+/// The only protocol version there is.
+const VERSION: u32 = 1;
+/// How long anything but an exec may take. Container creation on a machine under load is the slowest.
+const CALL_LIMIT: Duration = Duration::from_secs(120);
+
+/// Why a monitor did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot start {program}; is it installed?", program = program.display())]
+    Spawn { program: PathBuf, source: std::io::Error },
+    #[error("{program} --dir {dir} failed: {message}", program = program.display(), dir = dir.display())]
+    Start { program: PathBuf, dir: PathBuf, message: String },
+    #[error("cannot reach the pod's monitor at {socket}", socket = socket.display())]
+    Connect { socket: PathBuf, source: std::io::Error },
+    #[error("the connection to the pod's monitor broke")]
+    Broken(#[source] std::io::Error),
+    #[error(
+        "the pod's monitor speaks protocol version {0}, this server speaks {VERSION}; upgrade the older of the two"
+    )]
+    Version(u32),
+    #[error("the pod's monitor answered {got} to {to}")]
+    Unexpected { to: &'static str, got: String },
+    #[error("the pod's monitor did not answer {0} in time")]
+    Timeout(&'static str),
+    #[error("{message}{}", stage_suffix(.stage, .errno))]
+    Refused { kind: Kind, message: String, stage: String, errno: i32 },
+}
+
+fn stage_suffix(stage: &str, errno: &i32) -> String {
+    match (stage.is_empty(), *errno) {
+        (true, 0) => String::new(),
+        (true, n) => format!(" ({})", std::io::Error::from_raw_os_error(n)),
+        (false, 0) => format!(" (at stage {stage})"),
+        (false, n) => format!(" (at stage {stage}: {})", std::io::Error::from_raw_os_error(n)),
+    }
+}
+
+impl Error {
+    /// The monitor's own verdict; `None` when it could not be asked.
+    pub(crate) fn kind(&self) -> Option<Kind> {
+        match self {
+            Error::Refused { kind, .. } => Some(*kind),
+            _ => None,
+        }
+    }
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// A monitor, named by its folder. Holds no connection.
+#[derive(Clone, Debug)]
+pub(crate) struct Monitor {
+    dir: PathBuf,
+}
+
+/// A connection after Hello.
+pub(crate) struct Connection {
+    pub reader: FrameReader,
+    pub writer: FrameWriter,
+}
+
+pub(crate) use frame::{FrameReader, FrameWriter};
+
+impl Monitor {
+    /// The monitor that works, or worked, in `dir`.
+    pub fn at(dir: PathBuf) -> Monitor {
+        Monitor { dir }
+    }
+
+    /// Starts `program` in `dir` and returns when it listens.
+    pub async fn start(program: &Path, dir: PathBuf) -> Result<Monitor> {
+        let spawn_err = |source| Error::Spawn { program: program.to_owned(), source };
+        let mut child = tokio::process::Command::new(program)
+            .arg("--dir")
+            .arg(&dir)
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(spawn_err)?;
+        let status = match timeout(Duration::from_secs(20), child.wait()).await {
+            Ok(s) => s.map_err(spawn_err)?,
+            Err(_) => return Err(Error::Timeout("its start")),
+        };
+        if !status.success() {
+            let mut message = Vec::new();
+            if let Some(stderr) = child.stderr.take() {
+                // Whoever still holds the pipe's other end must not hold this one up.
+                let _ = timeout(Duration::from_secs(1), stderr.take(4096).read_to_end(&mut message)).await;
+            }
+            let message = String::from_utf8_lossy(&message).trim().to_owned();
+            let message = if message.is_empty() { status.to_string() } else { message };
+            return Err(Error::Start { program: program.to_owned(), dir, message });
+        }
+        Ok(Monitor { dir })
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.join("monitor.sock")
+    }
+
+    /// Connects and says Hello.
+    pub async fn connect(&self) -> Result<Connection> {
+        let socket = self.socket();
+        let connect_err = |source| Error::Connect { socket: socket.clone(), source };
+        let stream = if socket.as_os_str().len() < 100 {
+            UnixStream::connect(&socket).await.map_err(connect_err)?
+        } else {
+            // sun_path holds 108 bytes; a descriptor of the folder makes a long path short.
+            let dir = std::fs::File::open(&self.dir).map_err(connect_err)?;
+            let short = format!("/proc/self/fd/{}/monitor.sock", dir.as_raw_fd());
+            UnixStream::connect(short).await.map_err(connect_err)?
+        };
+        let (r, w): (OwnedReadHalf, OwnedWriteHalf) = stream.into_split();
+        let (mut reader, mut writer) = (FrameReader::new(r), FrameWriter::new(w));
+        writer.send(0, Request::Hello(proto::Hello { version: VERSION })).await?;
+        let hello =
+            timeout(Duration::from_secs(20), reader.next()).await.map_err(|_| Error::Timeout("Hello"))??;
+        match hello.map(|f| f.body) {
+            Some(Some(Reply::Hello(h))) if h.version == VERSION => Ok(Connection { reader, writer }),
+            Some(Some(Reply::Hello(h))) => Err(Error::Version(h.version)),
+            Some(Some(Reply::Failure(f))) => Err(refused(f)),
+            other => Err(Error::Unexpected { to: "Hello", got: format!("{other:?}") }),
+        }
+    }
+
+    async fn call_within(&self, what: &'static str, request: Request, limit: Duration) -> Result<Reply> {
+        let work = async {
+            let mut c = self.connect().await?;
+            c.writer.send(1, request).await?;
+            loop {
+                let Some(frame) = c.reader.next().await? else {
+                    return Err(Error::Broken(std::io::ErrorKind::UnexpectedEof.into()));
+                };
+                match frame {
+                    proto::ServerFrame { id: 1, body: Some(Reply::Failure(f)) } => return Err(refused(f)),
+                    proto::ServerFrame { id: 1, body: Some(body) } => return Ok(body),
+                    _ => continue,
+                }
+            }
+        };
+        timeout(limit, work).await.map_err(|_| Error::Timeout(what))?
+    }
+
+    async fn done(&self, what: &'static str, request: Request) -> Result<()> {
+        match self.call_within(what, request, CALL_LIMIT).await? {
+            Reply::Done(_) => Ok(()),
+            other => Err(unexpected(what, &other)),
+        }
+    }
+
+    pub async fn create_sandbox(&self, request: proto::CreateSandbox) -> Result<proto::SandboxCreated> {
+        match self.call_within("CreateSandbox", Request::CreateSandbox(request), CALL_LIMIT).await? {
+            Reply::SandboxCreated(s) => Ok(s),
+            other => Err(unexpected("CreateSandbox", &other)),
+        }
+    }
+
+    pub async fn destroy_sandbox(&self) -> Result<()> {
+        self.done("DestroySandbox", Request::DestroySandbox(proto::DestroySandbox {})).await
+    }
+
+    /// Ends the monitor. A connection that breaks instead of an answer is as good.
+    pub async fn shutdown(&self) -> Result<()> {
+        match self.done("Shutdown", Request::Shutdown(proto::Shutdown {})).await {
+            Err(Error::Broken(_) | Error::Connect { .. }) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Returns the container's process id.
+    pub async fn create_container(&self, request: proto::CreateContainer) -> Result<u32> {
+        match self.call_within("CreateContainer", Request::CreateContainer(request), CALL_LIMIT).await? {
+            Reply::ContainerCreated(c) => Ok(c.pid),
+            other => Err(unexpected("CreateContainer", &other)),
+        }
+    }
+
+    pub async fn start_container(&self, id: &str) -> Result<()> {
+        let container_id = id.to_owned();
+        self.done("StartContainer", Request::StartContainer(proto::StartContainer { container_id })).await
+    }
+
+    pub async fn signal(&self, id: &str, signal: i32, all: bool) -> Result<()> {
+        let request =
+            proto::SignalContainer { container_id: id.to_owned(), signal: signal.unsigned_abs(), all };
+        self.done("SignalContainer", Request::SignalContainer(request)).await
+    }
+
+    pub async fn delete_container(&self, id: &str) -> Result<()> {
+        let request = proto::DeleteContainer { container_id: id.to_owned(), force: true };
+        self.done("DeleteContainer", Request::DeleteContainer(request)).await
+    }
+
+    pub async fn update_container(&self, id: &str, linux_resources: Vec<u8>) -> Result<()> {
+        let request = proto::UpdateContainer { container_id: id.to_owned(), linux_resources };
+        self.done("UpdateContainer", Request::UpdateContainer(request)).await
+    }
+
+    pub async fn reopen_log(&self, id: &str) -> Result<()> {
+        self.done("ReopenLog", Request::ReopenLog(proto::ReopenLog { container_id: id.to_owned() })).await
+    }
+
+    pub async fn state(&self) -> Result<proto::State> {
+        match self.call_within("GetState", Request::GetState(proto::GetState {}), CALL_LIMIT).await? {
+            Reply::State(s) => Ok(s),
+            other => Err(unexpected("GetState", &other)),
+        }
+    }
+
+    /// A synchronous exec. `limit` of `None` waits for ever.
+    pub async fn exec(&self, request: proto::Exec, limit: Option<Duration>) -> Result<proto::ExecDone> {
+        // The monitor enforces the limit; this one only guards against a monitor that does not answer.
+        let guard = limit.map_or(Duration::from_secs(365 * 86400), |l| l + Duration::from_secs(15));
+        match self.call_within("Exec", Request::Exec(request), guard).await? {
+            Reply::ExecDone(d) => Ok(d),
+            other => Err(unexpected("Exec", &other)),
+        }
+    }
+
+    /// Attach, streaming Exec, or Subscribe: returns the connection once the monitor has accepted.
+    pub async fn stream(&self, what: &'static str, request: Request) -> Result<Connection> {
+        let work = async {
+            let mut c = self.connect().await?;
+            c.writer.send(1, request).await?;
+            match c.reader.next().await?.map(|f| f.body) {
+                Some(Some(Reply::StreamStarted(_) | Reply::Done(_))) => Ok(c),
+                Some(Some(Reply::Failure(f))) => Err(refused(f)),
+                other => Err(Error::Unexpected { to: what, got: format!("{other:?}") }),
+            }
+        };
+        timeout(CALL_LIMIT, work).await.map_err(|_| Error::Timeout(what))?
+    }
+
+    pub async fn subscribe(&self) -> Result<Connection> {
+        self.stream("Subscribe", Request::Subscribe(proto::Subscribe {})).await
+    }
+}
+
+fn refused(f: proto::Failure) -> Error {
+    Error::Refused { kind: f.kind(), message: f.message, stage: f.stage, errno: f.errno }
+}
+
+fn unexpected(to: &'static str, got: &server_frame::Body) -> Error {
+    // Output may be megabytes; the kind is what matters.
+    let got = format!("{got:?}");
+    Error::Unexpected { to, got: got.chars().take(80).collect() }
+}

@@ -1,0 +1,232 @@
+//! What a start makes of what an earlier run left. It assumes:
+//!
+//! * records are replaced in one step, so a record is there in full or not at all; one that cannot be read is set aside with its
+//!   folder's name as all that is known of it, and cleaned up;
+//! * a record in phase `Creating` was never answered: it is taken back;
+//! * a monitor that answers is right about its containers; one that does not is dead, as is a machine that was rebooted;
+//! * anything in the run folder, the image store's mounts or the network's records that belongs to no record is a leak.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use orlop_base::durable;
+
+use crate::error::{Error, Result};
+use crate::monitor::Monitor;
+use crate::mounts;
+use crate::runtime::Runtime;
+use crate::store::names::{container_name, sandbox_name};
+use crate::store::{
+    Container, ContainerPhase, ContainerRecord, Encoded, RECORD_VERSION, Sandbox, SandboxPhase, SandboxRecord,
+};
+
+/// Names of the folders in `dir`; none when it is missing.
+fn folders(dir: &Path) -> Result<Vec<String>> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io("list", dir)(e)),
+    };
+    Ok(entries
+        .flatten()
+        .filter(|e| e.path().is_dir())
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect())
+}
+
+/// All that is known of a sandbox whose record is gone.
+fn unknown_sandbox(id: &str) -> SandboxRecord {
+    SandboxRecord {
+        id: id.to_owned(),
+        phase: SandboxPhase::Creating,
+        config: Encoded::default(),
+        runtime_handler: String::new(),
+        created_at_ns: 0,
+        ips: Vec::new(),
+        // The network is told which attachments are still valid.
+        network_attached: false,
+        init_pid: 0,
+        stopped: false,
+    }
+}
+
+impl Runtime {
+    /// See the module. Single failures are logged and do not keep the server from starting: what could not be cleaned up is tried
+    /// again at the next start.
+    pub async fn recover(self: &Arc<Self>) -> Result<()> {
+        let half_made = self.load()?;
+        for container in half_made.1 {
+            self.take_back_container(&container).await;
+        }
+        for sandbox in half_made.0 {
+            self.take_back_sandbox(&sandbox).await;
+        }
+        for sandbox in self.store.sandboxes() {
+            if let Err(e) = self.adopt(&sandbox).await {
+                tracing::error!(sandbox = %sandbox.id, error = %e, "could not bring the sandbox in order");
+            }
+        }
+        self.reclaim().await;
+        Ok(())
+    }
+
+    /// Reads all records; returns those that were never answered.
+    fn load(&self) -> Result<(Vec<Arc<Sandbox>>, Vec<Arc<Container>>)> {
+        let (mut sandboxes, mut containers) = (Vec::new(), Vec::new());
+        for id in folders(&self.config.state_dir.join("sandboxes"))? {
+            let file = self.config.sandbox_state_dir(&id).join("sandbox.json");
+            let record = match durable::read_json::<SandboxRecord>(&file, RECORD_VERSION) {
+                Ok(Some(r)) if r.id == id => r,
+                Err(e @ durable::Error::Version { .. }) => return Err(e.into()),
+                Ok(_) => unknown_sandbox(&id),
+                Err(e) => {
+                    tracing::error!(sandbox = %id, error = %e, "unreadable record; the sandbox is cleaned up");
+                    unknown_sandbox(&id)
+                }
+            };
+            let half_made = record.phase == SandboxPhase::Creating;
+            let name = sandbox_name(&record.metadata());
+            let monitor = Monitor::at(self.config.sandbox_run_dir(&id));
+            let sandbox = Sandbox::new(record, file, monitor);
+            if half_made {
+                sandboxes.push(sandbox);
+            } else {
+                self.store.names.reserve(&name, &id)?;
+                self.store.add_sandbox(sandbox);
+            }
+        }
+        for id in folders(&self.config.state_dir.join("containers"))? {
+            let dir = self.config.container_state_dir(&id);
+            let file = dir.join("container.json");
+            let record = match durable::read_json::<ContainerRecord>(&file, RECORD_VERSION) {
+                Ok(Some(r)) if r.id == id => r,
+                Err(e @ durable::Error::Version { .. }) => return Err(e.into()),
+                other => {
+                    if let Err(e) = other {
+                        tracing::error!(container = %id, error = %e, "unreadable record; the container is cleaned up");
+                    }
+                    // What it left is reclaimed as belonging to nobody.
+                    mounts::remove_tree(&dir)?;
+                    continue;
+                }
+            };
+            let half_made = record.phase == ContainerPhase::Creating;
+            let container = Container::new(record, file);
+            match self.store.sandbox(&container.sandbox_id) {
+                Ok(sandbox) if !half_made => {
+                    let name = container_name(&container.record().metadata(), &sandbox.record().metadata());
+                    self.store.names.reserve(&name, &id)?;
+                    self.store.add_container(container);
+                }
+                _ => containers.push(container),
+            }
+        }
+        Ok((sandboxes, containers))
+    }
+
+    async fn take_back_container(&self, container: &Container) {
+        let sandbox = self.store.sandbox(&container.sandbox_id).ok();
+        let alive = sandbox.filter(|s| s.record().phase == SandboxPhase::Ready);
+        let asked = match self.unmake_container(container, alive.as_ref()).await {
+            // The monitor is dead: only the files are left.
+            Err(Error::Monitor(_)) => self.unmake_container(container, None).await,
+            other => other,
+        };
+        match asked {
+            Ok(()) => tracing::info!(container = %container.id, "took back a half-made container"),
+            Err(e) => {
+                tracing::error!(container = %container.id, error = %e, "could not take back a half-made container")
+            }
+        }
+    }
+
+    async fn take_back_sandbox(&self, sandbox: &Sandbox) {
+        let done = async {
+            self.tear_down(sandbox).await?;
+            mounts::remove_tree(&self.config.sandbox_state_dir(&sandbox.id))
+        };
+        match done.await {
+            Ok(()) => tracing::info!(sandbox = %sandbox.id, "took back a half-made sandbox"),
+            Err(e) => {
+                tracing::error!(sandbox = %sandbox.id, error = %e, "could not take back a half-made sandbox")
+            }
+        }
+    }
+
+    async fn adopt(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<()> {
+        match sandbox.record().phase {
+            SandboxPhase::Ready => match sandbox.monitor.state().await {
+                Ok(state) => {
+                    self.align(sandbox, &state, true);
+                    for seen in &state.containers {
+                        if self.store.container(&seen.container_id).is_err() {
+                            sandbox.monitor.delete_container(&seen.container_id).await?;
+                        }
+                    }
+                    self.watch(sandbox.clone());
+                    tracing::info!(sandbox = %sandbox.id, "adopted a running pod");
+                }
+                Err(e) if e.kind().is_none() => {
+                    tracing::warn!(sandbox = %sandbox.id, error = %e, "the pod's monitor is gone");
+                    self.bury(sandbox).await?;
+                }
+                Err(e) => return Err(e.into()),
+            },
+            // A stop was cut short: finish it.
+            SandboxPhase::NotReady => {
+                if let Ok(state) = sandbox.monitor.state().await {
+                    self.align(sandbox, &state, true);
+                }
+                let _held = sandbox.op.lock().await;
+                self.stop_sandbox(sandbox).await?;
+            }
+            SandboxPhase::Creating => {}
+        }
+        Ok(())
+    }
+
+    /// Takes away what belongs to no record.
+    async fn reclaim(&self) {
+        let keys: HashSet<String> = self
+            .store
+            .containers()
+            .iter()
+            .flat_map(|c| {
+                let mut keys = c.record().image_volumes.clone();
+                keys.push(c.id.clone());
+                keys
+            })
+            .collect();
+        for key in self.images.rootfs_keys().into_iter().filter(|k| !keys.contains(k)) {
+            if let Err(e) = self.images.remove_rootfs(&key).await {
+                tracing::error!(key, error = %e, "could not remove a left-over root file system");
+            }
+        }
+        for id in folders(&self.config.run_dir.join("s")).unwrap_or_default() {
+            if self.store.sandbox(&id).is_err() {
+                let monitor = Monitor::at(self.config.sandbox_run_dir(&id));
+                let file = self.config.sandbox_state_dir(&id).join("sandbox.json");
+                self.take_back_sandbox(&Sandbox::new(unknown_sandbox(&id), file, monitor)).await;
+            } else if let Ok(bundles) = folders(&self.config.sandbox_run_dir(&id).join("bundles")) {
+                for c in bundles.iter().filter(|c| self.store.container(c).is_err()) {
+                    if let Err(e) = mounts::remove_tree(&self.config.bundle_dir(&id, c)) {
+                        tracing::error!(container = %c, error = %e, "could not remove a left-over bundle");
+                    }
+                }
+            }
+        }
+        let attached: Vec<String> = self
+            .store
+            .sandboxes()
+            .iter()
+            .filter(|s| s.record().network_attached)
+            .map(|s| s.id.clone())
+            .collect();
+        if let Err(e) = self.network.keep_only(&attached).await {
+            // A node whose network is not configured yet has nothing to reclaim.
+            tracing::debug!(error = %e, "could not reclaim network attachments");
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! What all RPCs share.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use orlop_base::supervise::TaskGroup;
+use orlop_images::ImageStore;
+use tokio::sync::oneshot;
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::events::Events;
+use crate::facts::Facts;
+use crate::network::Network;
+use crate::store::Store;
+use crate::streaming::Sessions;
+
+/// The server behind both services.
+pub(crate) struct Runtime {
+    pub config: Config,
+    pub images: ImageStore,
+    pub network: Network,
+    pub store: Store,
+    pub events: Events,
+    pub sessions: Sessions,
+    pub facts: Facts,
+    pub tasks: TaskGroup,
+}
+
+impl Runtime {
+    /// Runs `work` to its end even when the caller's connection goes away: nothing half-made stays behind.
+    pub async fn detached<T, F>(self: &Arc<Self>, work: F) -> Result<T>
+    where
+        F: Future<Output = Result<T>> + Send + 'static,
+        T: Send + 'static,
+    {
+        let (tell, told) = oneshot::channel();
+        self.tasks.spawn(async move {
+            // Nobody listening is fine: the work is done.
+            let _ = tell.send(work.await);
+        });
+        told.await.map_err(|_| Error::Internal("the operation ended without a result".into()))?
+    }
+}
+
+/// Nanoseconds since 1970, as the CRI counts.
+pub(crate) fn now_ns() -> i64 {
+    jiff::Timestamp::now().as_nanosecond().try_into().unwrap_or(i64::MAX)
+}
+
+/// 64 hexadecimal digits: log collectors expect this form.
+pub(crate) fn new_id() -> String {
+    let bytes: [u8; 32] = rand::random();
+    let mut id = String::with_capacity(64);
+    for b in bytes {
+        use std::fmt::Write;
+        // Writing to a String cannot fail.
+        let _ = write!(id, "{b:02x}");
+    }
+    id
+}

@@ -1,0 +1,304 @@
+//! RunPodSandbox: a monitor, namespaces, network. Whatever fails, all of it is taken back.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use orlop_base::durable::{self, Sync};
+use orlop_base::failpoint;
+use orlop_proto::{cri, monitor as proto};
+
+use crate::config::CgroupDriver;
+use crate::container::spec::cgroups_path;
+use crate::error::{Error, Result};
+use crate::monitor::Monitor;
+use crate::network::{netns_path, resolv_conf};
+use crate::runtime::{Runtime, new_id, now_ns};
+use crate::store::names::sandbox_name;
+use crate::store::records::namespaces;
+use crate::store::{RECORD_VERSION, Sandbox, SandboxPhase, SandboxRecord};
+use crate::{mounts, store};
+
+/// The size that Docker and containerd give /dev/shm.
+const SHM_BYTES: u64 = 64 << 20;
+/// The longest hostname the kernel takes.
+const MAX_HOSTNAME: usize = 64;
+
+/// The pod's own hostname, or the node's for host-network pods.
+pub(crate) fn hostname(config: &cri::PodSandboxConfig) -> String {
+    if !config.hostname.is_empty() {
+        return config.hostname.clone();
+    }
+    let node = || nix::unistd::gethostname().map(|h| h.to_string_lossy().into_owned()).unwrap_or_default();
+    if namespaces(config).network() == cri::NamespaceMode::Node {
+        return node();
+    }
+    config.metadata.as_ref().map(|m| m.name.chars().take(MAX_HOSTNAME - 1).collect()).unwrap_or_else(node)
+}
+
+fn check(config: &cri::PodSandboxConfig, handler: &str) -> Result<cri::PodSandboxMetadata> {
+    let Some(meta) = config.metadata.clone() else {
+        return Err(Error::Invalid("the sandbox config has no metadata".into()));
+    };
+    if meta.name.is_empty() || meta.uid.is_empty() && meta.namespace.is_empty() {
+        return Err(Error::Invalid("the sandbox's metadata needs a name, and a namespace or uid".into()));
+    }
+    if !matches!(handler, "" | "orlop") {
+        return Err(Error::Invalid(format!(
+            "runtime handler {handler:?} is not known; there is only \"orlop\""
+        )));
+    }
+    if config.hostname.len() > MAX_HOSTNAME {
+        return Err(Error::Invalid(format!("hostname {:?} is longer than {MAX_HOSTNAME}", config.hostname)));
+    }
+    let ns = namespaces(config);
+    for (what, mode) in [("network", ns.network()), ("ipc", ns.ipc())] {
+        if !matches!(mode, cri::NamespaceMode::Pod | cri::NamespaceMode::Node) {
+            return Err(Error::Invalid(format!(
+                "{what} namespace mode {mode:?} makes no sense for a sandbox"
+            )));
+        }
+    }
+    let sysctls = config.linux.iter().flat_map(|l| l.sysctls.keys());
+    for name in sysctls {
+        let host_net = ns.network() == cri::NamespaceMode::Node && name.starts_with("net.");
+        let host_ipc = ns.ipc() == cri::NamespaceMode::Node
+            && (name.starts_with("kernel.") || name.starts_with("fs.mqueue."));
+        if host_net || host_ipc {
+            return Err(Error::Invalid(format!(
+                "sysctl {name} would change the node's: the pod shares that namespace"
+            )));
+        }
+        if name.contains("..") || name.starts_with('/') {
+            return Err(Error::Invalid(format!("sysctl name {name:?} is not valid")));
+        }
+    }
+    Ok(meta)
+}
+
+impl Runtime {
+    pub async fn run_pod_sandbox(
+        self: &Arc<Self>,
+        request: cri::RunPodSandboxRequest,
+    ) -> Result<cri::RunPodSandboxResponse> {
+        let config = request.config.unwrap_or_default();
+        let meta = check(&config, &request.runtime_handler)?;
+        let id = new_id();
+        self.store.names.reserve(&sandbox_name(&meta), &id)?;
+        let record = SandboxRecord {
+            id: id.clone(),
+            phase: SandboxPhase::Creating,
+            config: store::Encoded(config),
+            runtime_handler: request.runtime_handler,
+            created_at_ns: now_ns(),
+            ips: Vec::new(),
+            network_attached: false,
+            init_pid: 0,
+            stopped: false,
+        };
+        let this = self.clone();
+        self.detached(async move {
+            match this.make_sandbox(record).await {
+                Ok(sandbox) => {
+                    this.store.add_sandbox(sandbox.clone());
+                    this.watch(sandbox.clone());
+                    this.emit_sandbox(&sandbox, cri::ContainerEventType::ContainerCreatedEvent);
+                    this.emit_sandbox(&sandbox, cri::ContainerEventType::ContainerStartedEvent);
+                    tracing::info!(sandbox = %id, pod = %sandbox_name(&sandbox.record().metadata()), "pod sandbox runs");
+                    Ok(cri::RunPodSandboxResponse { pod_sandbox_id: id })
+                }
+                Err(e) => {
+                    this.store.names.release(&id);
+                    Err(e)
+                }
+            }
+        })
+        .await
+    }
+
+    /// Builds the sandbox, or takes back what there is of it.
+    async fn make_sandbox(&self, record: SandboxRecord) -> Result<Arc<Sandbox>> {
+        let state_dir = self.config.sandbox_state_dir(&record.id);
+        let run_dir = self.config.sandbox_run_dir(&record.id);
+        let file = state_dir.join("sandbox.json");
+        let sandbox = Sandbox::new(record, file.clone(), Monitor::at(run_dir.clone()));
+        let built = async {
+            for dir in [&state_dir, &run_dir] {
+                fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+            }
+            durable::write_json(&file, RECORD_VERSION, &*sandbox.record(), Sync::PageCache)?;
+            self.build_sandbox(&sandbox, &state_dir, &run_dir).await
+        }
+        .await;
+        if let Err(e) = built {
+            if let Err(again) = self.tear_down(&sandbox).await {
+                tracing::warn!(sandbox = %sandbox.id, error = %again, "could not take back all of a failed sandbox; the next start will");
+            } else if let Err(again) = mounts::remove_tree(&state_dir) {
+                tracing::warn!(sandbox = %sandbox.id, error = %again, "could not delete a failed sandbox's state");
+            }
+            return Err(e);
+        }
+        Ok(sandbox)
+    }
+
+    async fn build_sandbox(&self, sandbox: &Arc<Sandbox>, state_dir: &Path, run_dir: &Path) -> Result<()> {
+        let record = sandbox.record();
+        let config = &*record.config;
+        let ns = record.namespaces();
+        let hostname = hostname(config);
+        write_files(config, &hostname, state_dir)?;
+        if !config.log_directory.is_empty() {
+            let dir = Path::new(&config.log_directory);
+            fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+        }
+        failpoint::pass("run-sandbox-before-monitor")?;
+        Monitor::start(&self.config.monitor, run_dir.to_owned()).await?;
+        failpoint::pass("run-sandbox-before-namespaces")?;
+        let created = sandbox.monitor.create_sandbox(self.sandbox_request(&record, &hostname)).await?;
+        if ns.ipc() != cri::NamespaceMode::Node {
+            mounts::mount_shm(&run_dir.join("shm"), SHM_BYTES)?;
+        }
+        let own_network = ns.network() != cri::NamespaceMode::Node;
+        let mut ips = Vec::new();
+        if own_network {
+            sandbox.update(|r| r.network_attached = true)?;
+            failpoint::pass("run-sandbox-before-network")?;
+            ips = self.network.attach(&record, netns_path(run_dir)).await?;
+        }
+        failpoint::pass("run-sandbox-before-ready")?;
+        sandbox.update(|r| {
+            r.phase = SandboxPhase::Ready;
+            r.created_at_ns = now_ns();
+            r.ips = ips;
+            r.init_pid = created.init_pid;
+        })?;
+        Ok(())
+    }
+
+    fn sandbox_request(&self, record: &SandboxRecord, hostname: &str) -> proto::CreateSandbox {
+        let ns = record.namespaces();
+        let pod = |mode: cri::NamespaceMode| mode == cri::NamespaceMode::Pod;
+        let own_network = pod(ns.network());
+        let linux = record.config.linux.clone().unwrap_or_default();
+        let maps = |list: &[cri::IdMapping]| {
+            list.iter()
+                .map(|m| proto::IdMap { container_id: m.container_id, host_id: m.host_id, size: m.length })
+                .collect::<Vec<_>>()
+        };
+        let userns = ns.userns_options.clone().filter(|u| pod(u.mode())).unwrap_or_default();
+        let parent = linux.cgroup_parent.as_str();
+        let path =
+            cgroups_path(self.config.cgroup_driver, parent, &self.config.default_cgroup_parent, &record.id);
+        proto::CreateSandbox {
+            sandbox_id: record.id.clone(),
+            hostname: if own_network { hostname.to_owned() } else { String::new() },
+            new_net: own_network,
+            new_ipc: pod(ns.ipc()),
+            // A host-network pod has the node's name.
+            new_uts: own_network,
+            shared_pid: pod(ns.pid()),
+            uid_map: maps(&userns.uids),
+            gid_map: maps(&userns.gids),
+            sysctls: linux.sysctls.clone(),
+            cgroup_path: path,
+            oom_score_adj: SANDBOX_OOM_SCORE_ADJ.max(self.facts.least_oom_score_adj),
+            systemd_cgroup: self.config.cgroup_driver == CgroupDriver::Systemd,
+        }
+    }
+
+    /// Ends the monitor and whatever it holds, detaches the network, removes the run folder. Idempotent, also for a sandbox
+    /// of which only a part was made.
+    pub async fn tear_down(&self, sandbox: &Sandbox) -> Result<()> {
+        let run_dir = self.config.sandbox_run_dir(&sandbox.id);
+        self.detach(sandbox).await?;
+        if run_dir.join("monitor.sock").exists() {
+            let ended = async {
+                sandbox.monitor.destroy_sandbox().await?;
+                sandbox.monitor.shutdown().await
+            }
+            .await;
+            match ended {
+                Ok(()) => {}
+                // Nobody listens: the monitor is dead. What it left is taken away below.
+                Err(crate::monitor::Error::Connect { .. }) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        self.kill_leftovers(sandbox).await;
+        mounts::remove_tree(&run_dir)
+    }
+
+    /// Takes the pod off the network, once.
+    pub async fn detach(&self, sandbox: &Sandbox) -> Result<()> {
+        let record = sandbox.record();
+        if record.network_attached {
+            self.network.detach(&record, netns_path(&self.config.sandbox_run_dir(&sandbox.id))).await?;
+            sandbox.update(|r| r.network_attached = false)?;
+        }
+        Ok(())
+    }
+}
+
+/// What the kubelet gives to a pod's infrastructure.
+const SANDBOX_OOM_SCORE_ADJ: i32 = -998;
+
+fn write_files(config: &cri::PodSandboxConfig, hostname: &str, dir: &Path) -> Result<()> {
+    let host = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let resolv = resolv_conf(config.dns_config.as_ref(), &host("/etc/resolv.conf"));
+    let files =
+        [("resolv.conf", resolv), ("hostname", format!("{hostname}\n")), ("hosts", host("/etc/hosts"))];
+    for (name, text) in files {
+        let path = dir.join(name);
+        durable::write_atomic(&path, text.as_bytes(), 0o644, Sync::PageCache)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(change: impl FnOnce(&mut cri::PodSandboxConfig)) -> cri::PodSandboxConfig {
+        let mut c = cri::PodSandboxConfig {
+            metadata: Some(cri::PodSandboxMetadata {
+                name: "a".into(),
+                namespace: "b".into(),
+                ..Default::default()
+            }),
+            linux: Some(Default::default()),
+            ..Default::default()
+        };
+        change(&mut c);
+        c
+    }
+
+    fn host_network(c: &mut cri::PodSandboxConfig) {
+        let options = cri::NamespaceOption { network: cri::NamespaceMode::Node as i32, ..Default::default() };
+        c.linux.as_mut().unwrap().security_context =
+            Some(cri::LinuxSandboxSecurityContext { namespace_options: Some(options), ..Default::default() });
+    }
+
+    #[test]
+    fn configs() {
+        let sysctl = |c: &mut cri::PodSandboxConfig, name: &str| {
+            c.linux.as_mut().unwrap().sysctls.insert(name.into(), "1".into());
+        };
+        assert!(check(&config(|_| {}), "").is_ok());
+        assert!(check(&config(|_| {}), "kata").is_err());
+        assert!(check(&config(|c| c.metadata = None), "").is_err());
+        assert!(check(&config(|c| c.hostname = "h".repeat(65)), "").is_err());
+        assert!(check(&config(|c| sysctl(c, "net.ipv4.ip_forward")), "").is_ok());
+        assert!(check(&config(|c| sysctl(c, "../x")), "").is_err());
+        let shared = config(|c| {
+            host_network(c);
+            sysctl(c, "net.ipv4.ip_forward");
+        });
+        assert!(check(&shared, "").is_err());
+    }
+
+    #[test]
+    fn a_pod_without_a_hostname_is_called_by_its_name() {
+        assert_eq!(hostname(&config(|_| {})), "a");
+        assert_eq!(hostname(&config(|c| c.hostname = "h".into())), "h");
+    }
+}

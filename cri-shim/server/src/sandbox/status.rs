@@ -1,0 +1,73 @@
+//! PodSandboxStatus.
+
+use std::collections::HashMap;
+
+use orlop_proto::cri;
+
+use crate::error::Result;
+use crate::network::netns_path;
+use crate::runtime::{Runtime, now_ns};
+use crate::store::{Sandbox, SandboxPhase, SandboxRecord};
+
+/// A sandbox is ready or it is not; the CRI knows no more.
+pub(crate) fn state(record: &SandboxRecord) -> cri::PodSandboxState {
+    match record.phase {
+        SandboxPhase::Ready => cri::PodSandboxState::SandboxReady,
+        SandboxPhase::Creating | SandboxPhase::NotReady => cri::PodSandboxState::SandboxNotready,
+    }
+}
+
+impl Runtime {
+    pub fn sandbox_status(&self, sandbox: &Sandbox) -> cri::PodSandboxStatus {
+        let r = sandbox.record();
+        let mut ips = r.ips.iter().cloned();
+        cri::PodSandboxStatus {
+            id: r.id.clone(),
+            metadata: Some(r.metadata()),
+            state: state(&r) as i32,
+            created_at: r.created_at_ns,
+            network: Some(cri::PodSandboxNetworkStatus {
+                ip: ips.next().unwrap_or_default(),
+                additional_ips: ips.map(|ip| cri::PodIp { ip }).collect(),
+            }),
+            linux: Some(cri::LinuxPodSandboxStatus {
+                namespaces: Some(cri::Namespace { options: Some(r.namespaces()) }),
+            }),
+            labels: r.config.labels.clone(),
+            annotations: r.config.annotations.clone(),
+            runtime_handler: r.runtime_handler.clone(),
+        }
+    }
+
+    pub async fn pod_sandbox_status(
+        &self,
+        request: cri::PodSandboxStatusRequest,
+    ) -> Result<cri::PodSandboxStatusResponse> {
+        let sandbox = self.store.sandbox(&request.pod_sandbox_id)?;
+        let mut info = HashMap::new();
+        if request.verbose {
+            let run_dir = self.config.sandbox_run_dir(&sandbox.id);
+            let record = sandbox.record();
+            let text = serde_json::json!({
+                "pid": record.init_pid,
+                "monitorDir": run_dir,
+                "netNamespace": netns_path(&run_dir),
+                "phase": record.phase,
+                "networkAttached": record.network_attached,
+                "runtimeHandler": record.runtime_handler,
+            });
+            info.insert("info".to_owned(), text.to_string());
+        }
+        Ok(cri::PodSandboxStatusResponse {
+            status: Some(self.sandbox_status(&sandbox)),
+            info,
+            containers_statuses: self
+                .store
+                .containers_of(&sandbox.id)
+                .iter()
+                .map(|c| self.container_status_of(c))
+                .collect(),
+            timestamp: now_ns(),
+        })
+    }
+}

@@ -1,0 +1,183 @@
+//! Sandboxes and containers: what is on disk, what is in memory, and how they are found.
+
+mod encoded;
+pub(crate) mod names;
+pub(crate) mod records;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use orlop_base::durable::{self, Sync};
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::watch;
+
+pub(crate) use encoded::Encoded;
+pub(crate) use names::Names;
+pub(crate) use records::{ContainerPhase, ContainerRecord, SandboxPhase, SandboxRecord};
+
+use crate::error::{Error, Result};
+use crate::monitor::Monitor;
+
+/// Version of both records' on-disk form.
+pub(crate) const RECORD_VERSION: u32 = 1;
+
+/// A sandbox. The record is the truth; it is on disk before an RPC that changed it is answered.
+pub(crate) struct Sandbox {
+    pub id: String,
+    file: PathBuf,
+    record: Mutex<Arc<SandboxRecord>>,
+    pub monitor: Monitor,
+    /// Held by what changes the sandbox as a whole, so that a stop and a remove do not run into each other.
+    pub op: tokio::sync::Mutex<()>,
+    /// CPU usage at the last stats call, for the momentary rate.
+    pub cpu_sample: Mutex<Option<(i64, u64)>>,
+}
+
+impl Sandbox {
+    pub fn new(record: SandboxRecord, file: PathBuf, monitor: Monitor) -> Arc<Sandbox> {
+        Arc::new(Sandbox {
+            id: record.id.clone(),
+            file,
+            record: Mutex::new(Arc::new(record)),
+            monitor,
+            op: tokio::sync::Mutex::new(()),
+            cpu_sample: Mutex::new(None),
+        })
+    }
+
+    pub fn record(&self) -> Arc<SandboxRecord> {
+        self.record.lock().clone()
+    }
+
+    /// Changes the record on disk, then in memory.
+    pub fn update(&self, change: impl FnOnce(&mut SandboxRecord)) -> Result<Arc<SandboxRecord>> {
+        let mut held = self.record.lock();
+        let mut next = (**held).clone();
+        change(&mut next);
+        durable::write_json(&self.file, RECORD_VERSION, &next, Sync::PageCache)?;
+        *held = Arc::new(next);
+        Ok(held.clone())
+    }
+}
+
+/// A container; see [`Sandbox`].
+pub(crate) struct Container {
+    pub id: String,
+    pub sandbox_id: String,
+    file: PathBuf,
+    record: Mutex<Arc<ContainerRecord>>,
+    /// Held by start, stop, update and remove.
+    pub op: tokio::sync::Mutex<()>,
+    /// The phase as it changes, for those who wait for an exit.
+    phase: watch::Sender<ContainerPhase>,
+    pub cpu_sample: Mutex<Option<(i64, u64)>>,
+}
+
+impl Container {
+    pub fn new(record: ContainerRecord, file: PathBuf) -> Arc<Container> {
+        Arc::new(Container {
+            id: record.id.clone(),
+            sandbox_id: record.sandbox_id.clone(),
+            file,
+            phase: watch::channel(record.phase).0,
+            record: Mutex::new(Arc::new(record)),
+            op: tokio::sync::Mutex::new(()),
+            cpu_sample: Mutex::new(None),
+        })
+    }
+
+    pub fn record(&self) -> Arc<ContainerRecord> {
+        self.record.lock().clone()
+    }
+
+    /// Changes the record on disk, then in memory, then tells those who wait.
+    pub fn update(&self, change: impl FnOnce(&mut ContainerRecord)) -> Result<Arc<ContainerRecord>> {
+        let mut held = self.record.lock();
+        let mut next = (**held).clone();
+        change(&mut next);
+        durable::write_json(&self.file, RECORD_VERSION, &next, Sync::PageCache)?;
+        let phase = next.phase;
+        *held = Arc::new(next);
+        self.phase.send_if_modified(|p| std::mem::replace(p, phase) != phase);
+        Ok(held.clone())
+    }
+
+    /// Returns when the container runs no process any more.
+    pub async fn ended(&self) {
+        // The sender lives in self, so this cannot fail while we wait.
+        let _ = self.phase.subscribe().wait_for(|p| p.has_ended()).await;
+    }
+}
+
+/// All of them, by id.
+#[derive(Default)]
+pub(crate) struct Store {
+    sandboxes: RwLock<HashMap<String, Arc<Sandbox>>>,
+    containers: RwLock<HashMap<String, Arc<Container>>>,
+    pub names: Names,
+}
+
+fn find<T>(map: &HashMap<String, Arc<T>>, what: &'static str, id: &str) -> Result<Arc<T>> {
+    if let Some(found) = map.get(id) {
+        return Ok(found.clone());
+    }
+    if id.is_empty() {
+        return Err(Error::Invalid(format!("the {what} id is empty")));
+    }
+    let mut fits = map.iter().filter(|(k, _)| k.starts_with(id)).map(|(_, v)| v);
+    match (fits.next(), fits.next()) {
+        (Some(one), None) => Ok(one.clone()),
+        (Some(_), Some(_)) => Err(Error::Ambiguous { what, id: id.to_owned() }),
+        (None, _) => Err(Error::NotFound { what, id: id.to_owned() }),
+    }
+}
+
+impl Store {
+    /// By full id or unique prefix.
+    pub fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>> {
+        find(&self.sandboxes.read(), "sandbox", id)
+    }
+
+    /// By full id or unique prefix.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>> {
+        find(&self.containers.read(), "container", id)
+    }
+
+    pub fn add_sandbox(&self, s: Arc<Sandbox>) {
+        self.sandboxes.write().insert(s.id.clone(), s);
+    }
+
+    pub fn add_container(&self, c: Arc<Container>) {
+        self.containers.write().insert(c.id.clone(), c);
+    }
+
+    pub fn drop_sandbox(&self, id: &str) {
+        self.sandboxes.write().remove(id);
+    }
+
+    pub fn drop_container(&self, id: &str) {
+        self.containers.write().remove(id);
+    }
+
+    /// Newest first, as crictl shows them.
+    pub fn sandboxes(&self) -> Vec<Arc<Sandbox>> {
+        let mut all: Vec<_> = self.sandboxes.read().values().cloned().collect();
+        all.sort_by_cached_key(|s| std::cmp::Reverse(s.record().created_at_ns));
+        all
+    }
+
+    /// Newest first.
+    pub fn containers(&self) -> Vec<Arc<Container>> {
+        let mut all: Vec<_> = self.containers.read().values().cloned().collect();
+        all.sort_by_cached_key(|c| std::cmp::Reverse(c.record().created_at_ns));
+        all
+    }
+
+    pub fn containers_of(&self, sandbox: &str) -> Vec<Arc<Container>> {
+        let mut all: Vec<_> =
+            self.containers.read().values().filter(|c| c.sandbox_id == sandbox).cloned().collect();
+        all.sort_by_cached_key(|c| c.record().created_at_ns);
+        all
+    }
+}
