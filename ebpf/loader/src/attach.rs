@@ -121,8 +121,8 @@ impl Datapath {
                 fs::create_dir_all(&mark).map_err(path_err("create", &mark))?;
                 match aya::programs::tc::qdisc_add_clsact(name) {
                     Ok(()) | Err(aya::programs::tc::TcError::AlreadyAttached) => {}
-                    // A qdisc that is there is reported as EEXIST.
-                    Err(e) if e.to_string().contains("exists") => {}
+                    Err(aya::programs::tc::TcError::NetlinkError(e))
+                        if e.raw_os_error() == Some(libc::EEXIST) => {}
                     Err(e) => {
                         return Err(Error::Clsact {
                             program: "lb_ingress",
