@@ -1,0 +1,196 @@
+//! The whole proxy against an API server that says what the test tells it to: from watch event to answered connection.
+
+mod api;
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use api::FakeApi;
+use orlop_base::supervise::Ready;
+use orlop_base::testkit::{unique_name, wait_until};
+use orlop_proxy::{Config, DatapathConfig, Sizes, purge, run};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+/// This process in a cgroup of its own, and the proxy's files; all removed on drop.
+struct Place {
+    home: PathBuf,
+    root: PathBuf,
+    cgroup: PathBuf,
+    config: Config,
+}
+
+impl Place {
+    fn new(api: SocketAddr) -> Place {
+        let root = orlop_ebpf_loader::probe::cgroup2()
+            .expect("cgroup v2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup/unified");
+        let name = unique_name("ebpf-px");
+        let cgroup = root.join(&name);
+        std::fs::create_dir_all(&cgroup).expect("run as root");
+        std::fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string()).unwrap();
+        let home = std::env::temp_dir().join(&name);
+        std::fs::create_dir_all(&home).unwrap();
+        let kubeconfig = home.join("kubeconfig");
+        let content = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "t",
+            "clusters": [{"name": "t", "cluster": {"server": format!("http://{api}")}}],
+            "contexts": [{"name": "t", "context": {"cluster": "t", "user": "t"}}],
+            "users": [{"name": "t", "user": {}}],
+        });
+        std::fs::write(&kubeconfig, content.to_string()).unwrap();
+        let mut config = Config::new(kubeconfig, "me".into());
+        config.health_address = Some(free_port());
+        config.metrics_address = None;
+        // No interface of this machine: packets are the loader's tests.
+        config.uplinks = vec!["ebpf-none".into()];
+        config.datapath = DatapathConfig {
+            pins: home.join("bpf"),
+            cgroup: Some(cgroup.clone()),
+            force_clsact: false,
+            sizes: Sizes { frontends: 4096, slots: 4096, backends: 4096, connections: 256, sockets: 4096 },
+        };
+        Place { home, root, cgroup, config }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = purge(&self.config);
+        let _ = std::fs::remove_dir_all(&self.home);
+        let _ = std::fs::write(self.root.join("cgroup.procs"), std::process::id().to_string());
+        let _ = std::fs::remove_dir(&self.cgroup);
+    }
+}
+
+fn free_port() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+fn server(name: &'static str) -> SocketAddr {
+    let l = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = l.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for mut s in l.incoming().flatten() {
+            let _ = s.write_all(name.as_bytes());
+        }
+    });
+    at
+}
+
+fn ask(at: &str) -> io::Result<String> {
+    let mut s = TcpStream::connect_timeout(&at.parse().unwrap(), Duration::from_secs(2))?;
+    let mut text = String::new();
+    s.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+fn service(name: &str, ip: &str, extra: serde_json::Value) -> serde_json::Value {
+    let mut spec = json!({"type": "ClusterIP", "clusterIP": ip, "clusterIPs": [ip], "ports": [{"port": 80, "protocol": "TCP"}]});
+    if let (Some(spec), Some(extra)) = (spec.as_object_mut(), extra.as_object()) {
+        spec.extend(extra.clone());
+    }
+    json!({"metadata": {"name": name, "namespace": "n"}, "spec": spec})
+}
+
+fn slice(service: &str, port: u16) -> serde_json::Value {
+    json!({
+        "metadata": {"name": format!("{service}-1"), "namespace": "n", "labels": {"kubernetes.io/service-name": service}},
+        "addressType": "IPv4", "ports": [{"port": port, "protocol": "TCP", "name": ""}],
+        "endpoints": [{"addresses": ["127.0.0.1"], "nodeName": "me", "conditions": {"ready": true}}],
+    })
+}
+
+async fn start(
+    config: &Config,
+) -> (CancellationToken, tokio::task::JoinHandle<Result<(), orlop_proxy::Error>>) {
+    let stop = CancellationToken::new();
+    let ready = Ready::default();
+    let task = tokio::spawn(run(config.clone(), ready.clone(), stop.clone()));
+    tokio::time::timeout(Duration::from_secs(10), ready.wait()).await.expect("ready within 10 s");
+    (stop, task)
+}
+
+async fn health(at: SocketAddr, path: &str) -> String {
+    let path = path.to_owned();
+    tokio::task::spawn_blocking(move || {
+        let mut s = TcpStream::connect(at).unwrap();
+        write!(s, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        s.read_to_string(&mut text).unwrap();
+        text
+    })
+    .await
+    .unwrap()
+}
+
+// 127.x.y.z as Service addresses: what is not translated is refused at once and leaves no packet on any network.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn services_follow_the_api_and_outlive_the_proxy() {
+    let api = FakeApi::start().await;
+    let place = Place::new(api.address);
+    let (a, b) = (server("a"), server("b"));
+    api.put(
+        "services",
+        service("web", "127.96.1.1", json!({"type": "NodePort", "ports": [{"port": 80, "nodePort": 31873}]})),
+    );
+    api.put("endpointslices", slice("web", a.port()));
+    api.put("services", service("headless", "None", json!({})));
+
+    let (stop, task) = start(&place.config).await;
+    assert_eq!(ask("127.96.1.1:80").unwrap(), "a");
+    assert_eq!(ask("127.0.0.1:31873").unwrap(), "a");
+    let page = health(place.config.health_address.unwrap(), "/healthz").await;
+    assert!(page.starts_with("HTTP/1.1 200"), "{page}");
+    let page = health(place.config.health_address.unwrap(), "/metrics").await;
+    assert!(page.contains("kubeproxy_sync_proxy_rules_duration_seconds_count"), "{page}");
+
+    // Another endpoint takes over; a Service without endpoints refuses; a deleted one is nobody's.
+    api.put("endpointslices", slice("web", b.port()));
+    wait_until("b answers", Duration::from_secs(2), || async {
+        (ask("127.96.1.1:80").ok()? == "b").then_some(())
+    })
+    .await;
+    api.put("services", service("empty", "127.96.1.2", json!({})));
+    api.put("services", service("gone", "127.96.1.3", json!({})));
+    api.put("endpointslices", slice("gone", a.port()));
+    wait_until("gone answers", Duration::from_secs(2), || async { ask("127.96.1.3:80").ok() }).await;
+    assert_eq!(ask("127.96.1.2:80").unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+    api.delete("services", "gone");
+    wait_until("gone is gone", Duration::from_secs(2), || async { ask("127.96.1.3:80").err() }).await;
+
+    // New Service to first answer, as a client sees it: watch event, sync, connect.
+    let mut times = Vec::new();
+    for i in 0..20 {
+        let (name, ip) = (format!("t{i}"), format!("127.96.2.{}", i + 1));
+        api.put("endpointslices", slice(&name, a.port()));
+        let start = Instant::now();
+        api.put("services", service(&name, &ip, json!({})));
+        loop {
+            if ask(&format!("{ip}:80")).is_ok() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_micros(200)).await;
+        }
+        times.push(start.elapsed());
+    }
+    times.sort();
+    println!("new Service reachable: p50 {:?}, worst {:?}", times[10], times[19]);
+    assert!(times[10] < Duration::from_millis(100), "p50 {:?}", times[10]);
+
+    // While no proxy runs, Services answer; what changed meanwhile is put right by the next one.
+    stop.cancel();
+    task.await.unwrap().unwrap();
+    assert_eq!(ask("127.96.1.1:80").unwrap(), "b");
+    api.delete("services", "t0");
+    api.put("endpointslices", slice("web", a.port()));
+    let (stop, task) = start(&place.config).await;
+    assert_eq!(ask("127.96.1.1:80").unwrap(), "a");
+    assert!(ask("127.96.2.1:80").is_err(), "deleted while the proxy was away");
+    assert_eq!(ask("127.96.2.2:80").unwrap(), "a");
+    stop.cancel();
+    task.await.unwrap().unwrap();
+    purge(&place.config).unwrap();
+    assert!(ask("127.96.1.1:80").is_err());
+}
