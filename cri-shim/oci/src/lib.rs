@@ -1,1 +1,52 @@
+//! Containers by the OCI runtime spec: the only crate that names libcontainer.
+//!
+//! libcontainer changes the process that calls it (oom_score_adj, dumpable, cwd, umask), leaks descriptors and memory when it
+//! fails, and may wait without end on a broken file system. So each operation runs in a short-lived fork of the caller
+//! (no `exec`): see [`helper`]. The caller must be single-threaded, must be a sub-reaper (the container's process becomes
+//! its child when the helper ends) and stays free to serve others meanwhile.
 
+mod adapt;
+pub mod cgroup;
+mod convert;
+mod executor;
+pub mod helper;
+mod ops;
+
+pub use adapt::Adaptation;
+pub use helper::{Helper, Reply};
+pub use ops::{
+    CreateSpec, Created, ExecSpec, Outcome, Stdio, create, delete, delete_in_place, exec, start, update,
+};
+
+use serde::{Deserialize, Serialize};
+
+/// Who is at fault when an operation fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    /// The request or the bundle makes no sense.
+    Invalid,
+    /// The container is in a state in which the operation is not legal.
+    WrongState,
+    /// The kernel or libcontainer refused.
+    Runtime,
+}
+
+/// What failed: `stage` names the step ("spec", "cgroup", "rootfs", "exec", ...), `errno` is 0 when none is known.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{stage}: {message}")]
+pub struct Error {
+    pub kind: Kind,
+    pub stage: String,
+    pub message: String,
+    pub errno: i32,
+}
+
+impl Error {
+    pub(crate) fn new(kind: Kind, stage: &str, message: impl Into<String>, errno: i32) -> Error {
+        Error { kind, stage: stage.to_owned(), message: message.into(), errno }
+    }
+
+    pub(crate) fn io(stage: &str, what: &str, e: &std::io::Error) -> Error {
+        Error::new(Kind::Runtime, stage, format!("{what}: {e}"), e.raw_os_error().unwrap_or(0))
+    }
+}

@@ -1,0 +1,243 @@
+//! A fork of the calling (single-threaded) process that runs one operation and reports over a socket. `unsafe` lives here.
+//!
+//! The reply is one SOCK_SEQPACKET message: JSON, with the pty's master as SCM_RIGHTS where there is one. End of file without
+//! a message means that the helper died.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
+    socketpair,
+};
+use nix::unistd::{ForkResult, Pid};
+use serde::{Deserialize, Serialize};
+use tracing::field::{Field, Visit};
+
+use crate::ops::Outcome;
+use crate::{Error, Kind};
+
+/// Replies are cut to this, so that one datagram always holds them.
+const MAX_REPLY: usize = 60 * 1024;
+
+/// A running helper. Poll [`Helper::fd`] for reading, then call [`Helper::reply`]. The helper's exit is the caller's to reap.
+#[derive(Debug)]
+pub struct Helper {
+    pub pid: Pid,
+    pub fd: OwnedFd,
+}
+
+/// What a helper reported.
+#[derive(Debug)]
+pub struct Reply {
+    pub result: Result<Outcome, Error>,
+    /// The pty's master, when a terminal was asked for.
+    pub console: Option<OwnedFd>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Wire {
+    result: Result<Outcome, Error>,
+}
+
+impl Helper {
+    /// The helper's answer. Blocks until it comes.
+    pub fn reply(&self) -> Reply {
+        let mut buf = vec![0u8; 64 * 1024];
+        let mut cmsg = nix::cmsg_space!([RawFd; 1]);
+        let mut console = None;
+        let received = loop {
+            let mut iov = [IoSliceMut::new(&mut buf)];
+            match recvmsg::<()>(self.fd.as_raw_fd(), &mut iov, Some(&mut cmsg), MsgFlags::MSG_CMSG_CLOEXEC) {
+                Err(nix::errno::Errno::EINTR) => continue,
+                Err(e) => break Err(e),
+                Ok(m) => {
+                    for c in m.cmsgs().into_iter().flatten() {
+                        if let ControlMessageOwned::ScmRights(fds) = c {
+                            for fd in fds {
+                                // SAFETY: the kernel has just installed this descriptor for us and nobody else owns it.
+                                console = Some(unsafe { OwnedFd::from_raw_fd(fd) });
+                            }
+                        }
+                    }
+                    break Ok(m.bytes);
+                }
+            }
+        };
+        let result = match received {
+            Ok(0) => Err(Error::new(Kind::Runtime, "helper", "the helper process died without an answer", 0)),
+            Err(e) => Err(Error::new(
+                Kind::Runtime,
+                "helper",
+                format!("cannot hear the helper process: {e}"),
+                e as i32,
+            )),
+            Ok(n) => match serde_json::from_slice::<Wire>(&buf[..n]) {
+                Ok(w) => w.result,
+                Err(e) => Err(Error::new(
+                    Kind::Runtime,
+                    "helper",
+                    format!("the helper's answer does not parse: {e}"),
+                    0,
+                )),
+            },
+        };
+        Reply { result, console }
+    }
+}
+
+/// Where libcontainer's error events go while a helper runs: a memfd, shared with the processes it forks.
+pub(crate) struct Details {
+    fd: OwnedFd,
+}
+
+static DETAILS_FD: AtomicI32 = AtomicI32::new(-1);
+
+impl Details {
+    fn start() -> Option<Details> {
+        let fd = rustix::fs::memfd_create("orlop-errors", rustix::fs::MemfdFlags::CLOEXEC).ok()?;
+        DETAILS_FD.store(fd.as_raw_fd(), Ordering::Relaxed);
+        let _ = tracing::subscriber::set_global_default(ErrorsOnly);
+        Some(Details { fd })
+    }
+
+    fn text(&self) -> String {
+        let mut buf = vec![0u8; 4096];
+        let n = rustix::io::pread(&self.fd, &mut buf, 0).unwrap_or(0);
+        String::from_utf8_lossy(&buf[..n]).into_owned()
+    }
+}
+
+struct ErrorsOnly;
+
+struct Line(String);
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        use std::fmt::Write;
+        let _ = match field.name() {
+            "message" => write!(self.0, "{value:?} "),
+            name => write!(self.0, "{name}={value:?} "),
+        };
+    }
+}
+
+impl tracing::Subscriber for ErrorsOnly {
+    fn enabled(&self, m: &tracing::Metadata<'_>) -> bool {
+        m.is_event() && *m.level() == tracing::Level::ERROR
+    }
+    fn max_level_hint(&self) -> Option<tracing::level_filters::LevelFilter> {
+        Some(tracing::level_filters::LevelFilter::ERROR)
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn event(&self, event: &tracing::Event<'_>) {
+        let fd = DETAILS_FD.load(Ordering::Relaxed);
+        if fd < 0 {
+            return;
+        }
+        let mut line = Line(String::new());
+        event.record(&mut line);
+        line.0.truncate(line.0.floor_char_boundary(900));
+        line.0.push('\n');
+        let _ = nix::unistd::write(borrow(fd), line.0.as_bytes());
+    }
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+/// Borrows a descriptor number that this process tree is known to hold.
+pub(crate) fn borrow(fd: RawFd) -> BorrowedFd<'static> {
+    // SAFETY: callers pass descriptors that stay open until this process executes another program or ends.
+    unsafe { BorrowedFd::borrow_raw(fd) }
+}
+
+pub(crate) fn default_signal(signal: Signal, handler: SigHandler) {
+    // SAFETY: no Rust handler is installed; the disposition is reset right before execve.
+    let _ = unsafe { nix::sys::signal::signal(signal, handler) };
+}
+
+/// Forks; the child returns `None` after closing every descriptor but stdio and `keep`, with no signal blocked.
+///
+/// The caller must be single-threaded, and the child must end by [`leave`] without running destructors of the parent's state.
+pub fn fork_clean(keep: &[RawFd]) -> nix::Result<Option<Pid>> {
+    // SAFETY: the process is single-threaded (documented above), so no lock is held by a thread that the child lacks.
+    match unsafe { nix::unistd::fork() }? {
+        ForkResult::Parent { child } => Ok(Some(child)),
+        ForkResult::Child => {
+            let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
+            close_all_but(keep);
+            Ok(None)
+        }
+    }
+}
+
+fn close_all_but(keep: &[RawFd]) {
+    let mut keep: Vec<u32> = keep.iter().filter(|f| **f > 2).map(|f| *f as u32).collect();
+    keep.sort_unstable();
+    let mut from = 3u32;
+    for k in keep.into_iter().chain(std::iter::once(u32::MAX)) {
+        if k > from {
+            // SAFETY: closes descriptors that the child's copy of the parent's state never touches again.
+            unsafe { libc::close_range(from, k - 1, 0) };
+        }
+        from = k.saturating_add(1);
+    }
+}
+
+/// Ends a forked child without running destructors or exit handlers.
+pub fn leave(code: i32) -> ! {
+    // SAFETY: _exit is always sound.
+    unsafe { libc::_exit(code) }
+}
+
+/// Runs `work` in a fork. `keep` are the descriptors that `work` uses.
+pub(crate) fn run(
+    keep: &[RawFd],
+    work: impl FnOnce(&dyn Fn() -> String) -> (Result<Outcome, Error>, Option<OwnedFd>),
+) -> Result<Helper, Error> {
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+            .map_err(|e| Error::new(Kind::Runtime, "helper", format!("socketpair: {e}"), e as i32))?;
+    let mut keep = keep.to_vec();
+    keep.push(theirs.as_raw_fd());
+    match fork_clean(&keep) {
+        Err(e) => Err(Error::new(Kind::Runtime, "helper", format!("fork: {e}"), e as i32)),
+        Ok(Some(pid)) => Ok(Helper { pid, fd: ours }),
+        Ok(None) => {
+            let (result, console) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                std::panic::set_hook(Box::new(|_| {}));
+                let details = Details::start();
+                work(&|| details.as_ref().map(Details::text).unwrap_or_default())
+            }))
+            .unwrap_or_else(|p| {
+                let text = p
+                    .downcast_ref::<String>()
+                    .cloned()
+                    .or_else(|| p.downcast_ref::<&str>().map(|s| s.to_string()))
+                    .unwrap_or_default();
+                (Err(Error::new(Kind::Runtime, "helper", format!("libcontainer panicked: {text}"), 0)), None)
+            });
+            send(&theirs, result, console);
+            leave(0)
+        }
+    }
+}
+
+fn send(to: &OwnedFd, mut result: Result<Outcome, Error>, console: Option<OwnedFd>) {
+    if let Err(e) = &mut result
+        && e.message.len() > MAX_REPLY / 8
+    {
+        e.message.truncate(e.message.floor_char_boundary(MAX_REPLY / 8));
+    }
+    let bytes = serde_json::to_vec(&Wire { result }).unwrap_or_default();
+    let fds: Vec<RawFd> = console.iter().map(|c| c.as_raw_fd()).collect();
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let cmsgs: &[ControlMessage] = if fds.is_empty() { &[] } else { &rights };
+    let _ = sendmsg::<()>(to.as_raw_fd(), &[IoSlice::new(&bytes)], cmsgs, MsgFlags::MSG_NOSIGNAL, None);
+}
