@@ -53,6 +53,7 @@ pub fn start(dir: &Path) -> Result<Monitor, SetupError> {
         move |source| SetupError::Io { what, path, source }
     };
     let kernel = |what: &'static str| move |source: io::Error| SetupError::Kernel { what, source };
+    fs::read_dir(dir).map_err(at("cannot use", dir))?;
     if in_dir(dir, |p| UnixStream::connect(p)).is_ok() {
         return Err(SetupError::Busy { path: dir.to_owned() });
     }

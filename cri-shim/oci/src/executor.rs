@@ -96,10 +96,11 @@ impl Executor for Exec {
     }
 }
 
-/// Rust ignores SIGPIPE and the monitor blocks what its signalfd reads; both would be inherited.
+/// Rust ignores SIGPIPE, whoever started the monitor may ignore more, and the monitor blocks what its signalfd reads: all of it
+/// would be inherited.
 fn reset_signals() {
-    use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
-    crate::helper::default_signal(Signal::SIGPIPE, SigHandler::SigDfl);
+    use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+    crate::helper::default_signals();
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
 }
 

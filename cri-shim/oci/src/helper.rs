@@ -7,7 +7,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 
-use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
     socketpair,
@@ -157,9 +157,23 @@ pub(crate) fn borrow(fd: RawFd) -> BorrowedFd<'static> {
     unsafe { BorrowedFd::borrow_raw(fd) }
 }
 
-pub(crate) fn default_signal(signal: Signal, handler: SigHandler) {
-    // SAFETY: no Rust handler is installed; the disposition is reset right before execve.
-    let _ = unsafe { nix::sys::signal::signal(signal, handler) };
+/// Every signal to its default action, also those that the C library reserves and hides (32, 33).
+pub(crate) fn default_signals() {
+    // The kernel's own struct: handler, flags, restorer, mask; all zero is SIG_DFL.
+    let action = [0usize; 4];
+    for signal in 1..=64 {
+        // SAFETY: `action` outlives the call and is as long as the kernel reads for a mask of 8 bytes; SIGKILL and SIGSTOP are
+        // refused, which is fine.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                action.as_ptr(),
+                std::ptr::null_mut::<usize>(),
+                8usize,
+            );
+        }
+    }
 }
 
 /// Forks; the child returns `None` after closing every descriptor but stdio and `keep`, with no signal blocked.

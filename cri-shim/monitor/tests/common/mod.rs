@@ -20,7 +20,7 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 /// A connection.
 pub struct Client {
     pub socket: UnixStream,
-    next: u64,
+    pub next: u64,
     pub stray: Vec<ServerFrame>,
 }
 
@@ -234,7 +234,7 @@ impl Pod {
         for a in [
             "sh", "sleep", "cat", "echo", "true", "false", "ls", "ps", "id", "hostname", "stty", "tty",
             "head", "dd", "kill", "env", "grep", "usleep", "wc", "yes", "seq", "sysctl", "ip", "mount", "tr",
-            "touch", "pwd", "readlink", "nice",
+            "touch", "pwd", "readlink",
         ] {
             std::os::unix::fs::symlink("busybox", bin.join(a)).unwrap();
         }
