@@ -75,6 +75,14 @@ const OWN_BINDINGS: &[Binding] = &[
         role: "ClusterRole/system:kubelet-api-admin",
         subjects: "user:kube-apiserver-kubelet-client",
     },
+    // Our controllers share one identity, which also applies the administrator's manifests folder. Upstream's take the accounts above
+    // one by one, by the right to make tokens for them all, which is the same power.
+    Binding {
+        name: "orlop:controllers",
+        namespace: "",
+        role: "ClusterRole/cluster-admin",
+        subjects: "user:system:kube-controller-manager",
+    },
     // What kubeadm sets up for joining: bootstrap tokens may ask for a node's first certificate, which is approved by itself, as are renewals.
     Binding {
         name: "orlop:kubelet-bootstrap",
@@ -163,8 +171,7 @@ fn policy() -> [(&'static str, Vec<Value>); 4] {
     let (own_cluster, own_namespaced): (Vec<_>, Vec<_>) =
         OWN_ROLES.iter().partition(|r| r.namespace.is_empty());
     let cluster_roles = CLUSTER_ROLES.iter().chain(CONTROLLER_ROLES).chain(own_cluster).map(Role::to_value);
-    let mut cluster_roles: Vec<Value> = cluster_roles.collect();
-    cluster_roles.push(controller_manager_role());
+    let cluster_roles = cluster_roles.collect();
     let roles = ROLES.iter().chain(own_namespaced).map(Role::to_value).collect();
 
     let (own_cluster, own_namespaced): (Vec<_>, Vec<_>) =
@@ -176,13 +183,6 @@ fn policy() -> [(&'static str, Vec<Value>); 4] {
         let subject = format!("sa:kube-system/{account}");
         cluster_bindings.push(binding(role.name, "", &format!("ClusterRole/{}", role.name), &[&subject]));
     }
-    let manager = "ClusterRole/system:orlop:controllers";
-    cluster_bindings.push(binding(
-        "system:orlop:controllers",
-        "",
-        manager,
-        &["user:system:kube-controller-manager"],
-    ));
     let bindings = ROLE_BINDINGS.iter().chain(own_namespaced).map(Binding::to_value).collect();
     [
         ("clusterroles", cluster_roles),
@@ -190,27 +190,6 @@ fn policy() -> [(&'static str, Vec<Value>); 4] {
         ("clusterrolebindings", cluster_bindings),
         ("rolebindings", bindings),
     ]
-}
-
-/// The sum of all controllers' rights: ours share one identity, upstream's kube-controller-manager takes the accounts one by one.
-fn controller_manager_role() -> Value {
-    let mut rules: Vec<Value> = Vec::new();
-    for rule in CONTROLLER_ROLES.iter().flat_map(|r| r.rules) {
-        let rule = rule.to_value();
-        if !rules.contains(&rule) {
-            rules.push(rule);
-        }
-    }
-    let mut role = Role {
-        name: "system:orlop:controllers",
-        namespace: "",
-        aggregate_to: "",
-        aggregates: "",
-        rules: &[],
-    }
-    .to_value();
-    role["rules"] = Value::Array(rules);
-    role
 }
 
 /// What to write so that an existing object grants at least what it must; `None` when nothing is to be done. Rules and subjects that

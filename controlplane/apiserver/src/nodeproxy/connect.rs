@@ -33,27 +33,28 @@ pub struct Connector {
 impl Connector {
     /// # Errors
     /// A message when the key material does not fit.
-    pub fn new(pki: &Pki) -> Result<Connector, String> {
+    pub fn new(pki: &Pki, verify_kubelets: bool) -> Result<Connector, String> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = || {
             ClientConfig::builder_with_provider(provider.clone())
                 .with_safe_default_protocol_versions()
                 .map_err(|e| e.to_string())
         };
-        let (anchors, _) = pki.ca.to_rustls()?;
-        let mut roots = RootCertStore::empty();
-        for anchor in anchors {
-            roots.add(anchor).map_err(|e| e.to_string())?;
-        }
         let (chain, key) = pki.kubelet_client.to_rustls()?;
-        let kubelet = builder()?
-            .with_root_certificates(roots)
-            .with_client_auth_cert(chain, key)
-            .map_err(|e| e.to_string())?;
-        let unverified = builder()?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Unverified(provider)))
-            .with_no_client_auth();
+        let unchecked = Arc::new(Unverified(provider.clone()));
+        let kubelet = if verify_kubelets {
+            let (anchors, _) = pki.ca.to_rustls()?;
+            let mut roots = RootCertStore::empty();
+            for anchor in anchors {
+                roots.add(anchor).map_err(|e| e.to_string())?;
+            }
+            builder()?.with_root_certificates(roots)
+        } else {
+            builder()?.dangerous().with_custom_certificate_verifier(unchecked.clone())
+        };
+        let kubelet = kubelet.with_client_auth_cert(chain, key).map_err(|e| e.to_string())?;
+        let unverified =
+            builder()?.dangerous().with_custom_certificate_verifier(unchecked).with_no_client_auth();
         Ok(Connector { kubelet: Arc::new(kubelet).into(), unverified: Arc::new(unverified).into() })
     }
 
@@ -86,7 +87,8 @@ impl Connector {
     }
 }
 
-/// Accepts any certificate: for `https:` pod and service proxies, whose certificates nobody vouches for.
+/// Accepts any certificate: for `https:` pod and service proxies, whose certificates nobody vouches for, and for kubelets where the
+/// configuration says so.
 #[derive(Debug)]
 struct Unverified(Arc<rustls::crypto::CryptoProvider>);
 

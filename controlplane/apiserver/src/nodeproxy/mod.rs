@@ -48,8 +48,8 @@ pub struct NodeProxy {
 impl NodeProxy {
     /// # Errors
     /// A message when the key material does not fit.
-    pub fn new(pki: &Pki, tasks: TaskGroup) -> Result<NodeProxy, String> {
-        Ok(NodeProxy { connector: connect::Connector::new(pki)?, tasks })
+    pub fn new(pki: &Pki, verify_kubelets: bool, tasks: TaskGroup) -> Result<NodeProxy, String> {
+        Ok(NodeProxy { connector: connect::Connector::new(pki, verify_kubelets)?, tasks })
     }
 }
 
