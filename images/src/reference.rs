@@ -316,7 +316,8 @@ mod tests {
             tag in prop::option::of("[A-Za-z0-9_][A-Za-z0-9_.-]{0,20}"),
             digest in any::<bool>(),
         ) {
-            let mut text = host.map(|h| h + "/").unwrap_or_default() + &path;
+            // A first part with a dot would be a host.
+            let mut text = host.map_or("u/".to_owned(), |h| h + "/") + &path;
             if let Some(t) = &tag { text = text + ":" + t; }
             if digest { text = text + "@" + D; }
             let r = Reference::parse(&text).unwrap();

@@ -6,6 +6,8 @@
 mod apply;
 mod reader;
 mod source;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 

@@ -547,7 +547,7 @@ mod tests {
     #[test]
     fn pax_values_may_hold_line_feeds() {
         let mut o = Overrides::default();
-        o.parse_pax(b"30 SCHILY.xattr.user.a=x\ny=\0zw\n9 path=b\n").unwrap();
+        o.parse_pax(b"31 SCHILY.xattr.user.a=x\ny=\0zw\n9 path=b\n").unwrap();
         assert_eq!(o.xattrs, vec![(b"user.a".to_vec(), b"x\ny=\0zw".to_vec())]);
         assert_eq!(o.path.as_deref(), Some(&b"b"[..]));
         for bad in [&b"99 path=b\n"[..], b"x path=b\n", b"8 path=b\n", b"7 path\n", b"3 \n", b"path"] {
