@@ -84,7 +84,7 @@ impl ArchiveWriter {
         self.file("index.json", &mut index.as_bytes(), index.len() as u64)?;
         let io = |e: io::Error| Error::Io { what: "write", path: self.path.clone(), source: Arc::new(e) };
         let file = self.tar.into_inner().map_err(io)?.into_inner().map_err(|e| io(e.into_error()))?;
-        let readable = fs::Permissions::from(std::os::unix::fs::PermissionsExt::from_mode(0o644));
+        let readable: fs::Permissions = std::os::unix::fs::PermissionsExt::from_mode(0o644);
         file.as_file().set_permissions(readable).map_err(io)?;
         file.as_file().sync_all().map_err(io)?;
         file.persist(&self.path).map_err(|e| io(e.error))?;

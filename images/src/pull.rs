@@ -7,12 +7,13 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, Shared, WeakShared, try_join_all};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::task::TaskTracker;
 
 use crate::ingest::{LayerPlan, Origin, commit_layer, unpack_layer};
 use crate::layout::{ImageRecord, LayerBlob, LayerRecord};
 use crate::manifest::{self, Manifest};
 use crate::registry::Session;
-use crate::store::{Inner, blocking};
+use crate::store::{Inner, blocking, joined};
 use crate::unpack::Stream;
 use crate::{Auth, Digest, Error, Image, Reference, Result};
 
@@ -20,9 +21,10 @@ type Pulling = Shared<BoxFuture<'static, Result<Arc<Image>>>>;
 
 /// Pulls in progress. The number tells a pull from a later one with the same key.
 #[derive(Default)]
-pub(crate) struct Pulls(Mutex<(u64, HashMap<PullKey, (u64, WeakPull)>)>);
+pub(crate) struct Pulls(Mutex<(u64, Running)>);
 
 type WeakPull = WeakShared<BoxFuture<'static, Result<Arc<Image>>>>;
+type Running = HashMap<PullKey, (u64, WeakPull)>;
 type PullKey = (String, Option<Auth>);
 
 /// Chunks between network and unpacking, per layer. A chunk is at most what one read of the connection gives (about
@@ -183,6 +185,7 @@ where
 {
     let mut below: Option<oneshot::Receiver<()>> = None;
     let mut jobs = Vec::with_capacity(plans.len());
+    let unpacking = TaskTracker::new();
     let chain: Arc<[Digest]> = plans.iter().map(|p| p.chain).collect();
     for (i, plan) in plans.into_iter().enumerate() {
         let (done, done_rx) = oneshot::channel();
@@ -193,9 +196,9 @@ where
             let (to, chunks) = mpsc::channel(CHUNKS);
             (send(to), chunks)
         };
-        let (inner, origin) = (inner.clone(), origin.clone());
+        let (inner, origin, unpacking) = (inner.clone(), origin.clone(), unpacking.clone());
         jobs.push(async move {
-            let result = layer(&inner, plan, chain, i, origin, below, transfer).await;
+            let result = layer(&inner, plan, chain, i, origin, below, unpacking, transfer).await;
             if result.is_ok() {
                 // Nobody waits for the topmost layer.
                 let _ = done.send(());
@@ -203,7 +206,15 @@ where
             result
         });
     }
-    let fetched = try_join_all(jobs).await?;
+    let fetched = match try_join_all(jobs).await {
+        Ok(f) => f,
+        Err(e) => {
+            // The other layers' threads end as their transfers are gone; nothing of them is left when this returns.
+            unpacking.close();
+            unpacking.wait().await;
+            return Err(e);
+        }
+    };
     let records: Vec<LayerRecord> = fetched.iter().flatten().map(|(r, _)| r.clone()).collect();
     if !records.is_empty() {
         if inner.options.sync_before_answer {
@@ -218,6 +229,7 @@ where
 
 /// One layer: `None` when it is here already. Lock, then permit, then transfer; the permit is given back before waiting
 /// for the layer below, so that whoever holds a permit makes progress.
+#[allow(clippy::too_many_arguments)] // One call, a few lines above.
 async fn layer<F>(
     inner: &Arc<Inner>,
     plan: LayerPlan,
@@ -225,12 +237,13 @@ async fn layer<F>(
     position: usize,
     origin: Origin,
     below: Option<oneshot::Receiver<()>>,
+    unpacking: TaskTracker,
     (send, chunks): (F, mpsc::Receiver<Result<bytes::Bytes>>),
 ) -> Result<Option<(LayerRecord, Digest)>>
 where
     F: Future<Output = ()> + Send,
 {
-    let _lock = inner.layer_locks.lock(plan.chain).await;
+    let lock = inner.layer_locks.lock(plan.chain).await;
     let here = inner.state.read().layers.get(&plan.chain).cloned();
     if let Some(record) = here {
         // Names of folders are cut-off digests.
@@ -247,17 +260,23 @@ where
         let _permit = inner.permits.acquire().await.map_err(|_| Error::Cancelled)?;
         let (layout, plan2, origin2) = (inner.layout.clone(), plan.clone(), origin.clone());
         let keep = inner.options.keep_layer_blobs;
-        let unpack = blocking(move || unpack_layer(&layout, &plan2, &origin2, keep, Stream::new(chunks)));
-        let ((), unpacked) = tokio::join!(send, unpack);
+        let unpack = unpacking
+            .spawn_blocking(move || unpack_layer(&layout, &plan2, &origin2, keep, Stream::new(chunks)));
+        let ((), unpacked) = tokio::join!(send, joined(unpack));
         unpacked?
     };
     if let Some(below) = below {
         below.await.map_err(|_| Error::Cancelled)?;
     }
-    let layout = inner.layout.clone();
     let digest = unfinished.blob_digest;
-    let record =
-        blocking(move || commit_layer(&layout, &plan, &chain[..position], &origin, unfinished)).await?;
-    inner.state.write().layers.insert(record.chain, record.clone());
-    Ok(Some((record, digest)))
+    // The lock goes along, and the layer is known as soon as it is there: this future may be dropped any moment, the
+    // blocking part goes on.
+    let inner2 = inner.clone();
+    let commit = unpacking.spawn_blocking(move || {
+        let record = commit_layer(&inner2.layout, &plan, &chain[..position], &origin, unfinished)?;
+        inner2.state.write().layers.insert(record.chain, record.clone());
+        drop(lock);
+        Ok(record)
+    });
+    Ok(Some((joined(commit).await?, digest)))
 }

@@ -55,7 +55,7 @@ struct Document {
 
 /// Why one request failed, and whether trying again may help.
 struct Failure {
-    error: Error,
+    error: Box<Error>,
     retry: bool,
 }
 
@@ -145,7 +145,7 @@ impl Session {
                     Ok(v) => return Ok(v),
                     Err(f) => {
                         tracing::debug!(host = endpoint.host.authority, error = %f.error, "request failed");
-                        last = Some(f.error);
+                        last = Some(*f.error);
                         if !f.retry || attempt == 2 {
                             break;
                         }
@@ -194,7 +194,7 @@ impl Session {
                     }
                     attempt = if sent > before { 1 } else { attempt + 1 };
                     tracing::debug!(%digest, sent, attempt, error = %failure.error, "blob transfer broke off");
-                    last = Some(failure.error);
+                    last = Some(*failure.error);
                     if failure.retry && attempt < ATTEMPTS {
                         tokio::time::sleep(Duration::from_millis(100 << attempt)).await;
                     } else {
@@ -232,11 +232,9 @@ impl Session {
                 match start {
                     Some(start) if start <= *sent => *sent - start,
                     _ => {
-                        return Err(Failure {
-                            error: self
-                                .registry_error(endpoint, "it sent another range than asked for".into()),
-                            retry: false,
-                        });
+                        return Err(final_failure(
+                            self.registry_error(endpoint, "it sent another range than asked for".into()),
+                        ));
                     }
                 }
             }
@@ -263,10 +261,10 @@ impl Session {
             }
             if data.len() as u64 > size - *sent {
                 return Err(Failure {
-                    error: self.registry_error(
+                    error: Box::new(self.registry_error(
                         endpoint,
                         format!("a blob is larger than its descriptor's {size} bytes"),
-                    ),
+                    )),
                     retry: false,
                 });
             }
@@ -386,11 +384,11 @@ impl Session {
                 final_failure(self.unauthorized(endpoint, format!("HTTP {status}")))
             }
             StatusCode::TOO_MANY_REQUESTS => Failure {
-                error: Error::TooManyRequests { reference: reference(), registry: registry() },
+                error: Box::new(Error::TooManyRequests { reference: reference(), registry: registry() }),
                 retry: true,
             },
             s => Failure {
-                error: self.registry_error(endpoint, format!("HTTP {s}")),
+                error: Box::new(self.registry_error(endpoint, format!("HTTP {s}"))),
                 retry: s.is_server_error() || s == StatusCode::REQUEST_TIMEOUT,
             },
         })
@@ -498,11 +496,11 @@ impl Session {
 
     fn unreachable(&self, endpoint: &Endpoint, detail: String) -> Failure {
         Failure {
-            error: Error::Unreachable {
+            error: Box::new(Error::Unreachable {
                 reference: self.reference.to_string(),
                 registry: endpoint.host.authority.clone(),
                 detail,
-            },
+            }),
             retry: true,
         }
     }
@@ -538,7 +536,7 @@ impl Session {
 }
 
 fn final_failure(error: Error) -> Failure {
-    Failure { error, retry: false }
+    Failure { error: Box::new(error), retry: false }
 }
 
 fn chain(e: &(dyn std::error::Error + 'static)) -> String {

@@ -20,12 +20,14 @@ pub(crate) struct Stream {
     chunks: mpsc::Receiver<crate::Result<Bytes>>,
     current: Bytes,
     done: bool,
+    /// Returned again by every later read, as the channel gives it once.
+    failed: Option<crate::Error>,
 }
 
 impl Stream {
     /// A stream that fails unless the sender closes it by sending an empty chunk: a sender that vanishes was cancelled.
     pub fn new(chunks: mpsc::Receiver<crate::Result<Bytes>>) -> Stream {
-        Stream { chunks, current: Bytes::new(), done: false }
+        Stream { chunks, current: Bytes::new(), done: false, failed: None }
     }
 }
 
@@ -40,13 +42,18 @@ impl Read for Stream {
 impl BufRead for Stream {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
         if self.current.is_empty() && !self.done {
-            match self.chunks.blocking_recv() {
-                Some(Ok(chunk)) => {
-                    self.done = chunk.is_empty();
-                    self.current = chunk;
+            if self.failed.is_none() {
+                match self.chunks.blocking_recv() {
+                    Some(Ok(chunk)) => {
+                        self.done = chunk.is_empty();
+                        self.current = chunk;
+                    }
+                    Some(Err(e)) => self.failed = Some(e),
+                    None => self.failed = Some(crate::Error::Cancelled),
                 }
-                Some(Err(e)) => return Err(io::Error::other(e)),
-                None => return Err(io::Error::other(crate::Error::Cancelled)),
+            }
+            if let Some(e) = &self.failed {
+                return Err(io::Error::other(e.clone()));
             }
         }
         Ok(&self.current)
@@ -304,7 +311,7 @@ mod tests {
     #[test]
     fn a_reader_that_stops_early_does_not_hang() {
         let big = vec![7u8; 5 << 20];
-        let ((), read) = decompress_while(&big[..], None, |r| drop(r), |_| true);
+        let ((), read) = decompress_while(&big[..], None, drop, |_| true);
         // Whether the worker had read everything when it was told does not matter.
         drop(read);
     }

@@ -1,0 +1,5 @@
+//! The store against real registries, real mounts and its own leftovers. Needs root and Debian's docker-registry.
+
+mod store;
+mod support;
+mod wire;
