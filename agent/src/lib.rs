@@ -7,10 +7,12 @@ pub mod error;
 pub mod events;
 pub mod metrics;
 pub mod pods;
+mod purge;
 pub mod runtime;
 
 pub use config::{Config, KubeletConfiguration, PodCidrHook};
 pub use error::Error;
+pub use purge::purge;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +26,7 @@ const DRAIN: Duration = Duration::from_secs(5);
 
 /// Runs the agent until `stop`. `ready` is set once the runtime answers and the node is registered.
 pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Result<(), Error> {
+    purge::claim(&config)?;
     let config = Arc::new(config);
     let tasks = TaskGroup::new(&stop);
     let registry = Arc::new(Metrics::default());

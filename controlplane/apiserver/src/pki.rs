@@ -155,6 +155,33 @@ impl Pki {
         Ok(write_atomic(path, self.kubeconfig_for(server_url, user, group)?.as_bytes(), 0o600, Sync::Disk)?)
     }
 
+    /// Keeps a kubelet's serving pair at `cert` and `key` fit for `names` (DNS names or addresses), as a
+    /// kubernetes.io/kubelet-serving request would give it to a node that is not on the server's own machine.
+    ///
+    /// # Errors
+    /// When the pair on disk is damaged, or cannot be written.
+    pub fn ensure_kubelet_serving(
+        &self,
+        dir: &Path,
+        node: &str,
+        names: &BTreeSet<String>,
+    ) -> Result<(), Error> {
+        std::fs::create_dir_all(dir).map_err(|source| Error::Io {
+            what: "create",
+            path: dir.to_owned(),
+            source,
+        })?;
+        let purpose = Purpose::Server { names };
+        let files = Files { dir };
+        if let Some(pair) = files.load("kubelet")?
+            && leaf_is_fit(&pair, &purpose, &self.ca).unwrap_or(false)
+        {
+            return Ok(());
+        }
+        let pair = Files { dir: &self.dir }.issue(&format!("system:node:{node}"), &purpose, &self.ca)?;
+        files.store("kubelet", &pair)
+    }
+
     fn kubeconfig_is_fit(&self, text: &str, server_url: &str) -> bool {
         let field = |name: &str| {
             text.lines().find_map(|l| l.trim_start().strip_prefix(name)).map(|v| v.trim().trim_matches('"'))
