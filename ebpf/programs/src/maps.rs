@@ -39,3 +39,15 @@ pub fn count(index: u32) {
         unsafe { *c = (*c).wrapping_add(1) };
     }
 }
+
+/// Room for what a new connection's entries are put together from. Not pinned: no program leaves anything in it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Scratch {
+    pub forward: CtValue,
+    pub reply: CtValue,
+    pub rkey: CtKey,
+}
+
+#[map]
+pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);

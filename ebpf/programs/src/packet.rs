@@ -290,36 +290,21 @@ fn connect(
     if !is_v4(&b.addr) {
         return NEXT;
     }
-    let mut forward = CtValue {
-        dst: b.addr,
-        dport: b.port,
-        flags: ct_flags::DST,
-        backend: id,
-        service: front.service,
-        last_seen_ns: now,
-        created_ns: now,
-        ..zero()
-    };
-    let mut reply = CtValue {
-        src: addr4(p.dst),
-        sport: p.dport,
-        dst: addr4(p.src),
-        dport: p.sport,
-        flags: ct_flags::SRC,
-        backend: id,
-        service: front.service,
-        last_seen_ns: now,
-        created_ns: now,
-    };
-    let mut rkey = CtKey {
-        src: b.addr,
-        dst: addr4(p.src),
-        sport: b.port,
-        dport: p.sport,
-        proto: p.proto,
-        dir: ct_dir::REPLY,
-        pad: 0,
-    };
+    // Too large for the stack: kernels count it with that of the compiler's own functions.
+    let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return dropped() };
+    // SAFETY: this CPU's element; nothing else uses it while this program runs.
+    let Scratch { forward, reply, rkey } = unsafe { &mut *scratch };
+    (forward.src, forward.sport) = ([0; 4], 0);
+    (forward.dst, forward.dport) = (b.addr, b.port);
+    (reply.src, reply.sport) = (addr4(p.dst), p.dport);
+    (reply.dst, reply.dport) = (addr4(p.src), p.sport);
+    for (v, flags) in [(&mut *forward, ct_flags::DST), (&mut *reply, ct_flags::SRC)] {
+        (v.flags, v.backend, v.service) = (flags, id, front.service);
+        (v.last_seen_ns, v.created_ns) = (now, now);
+    }
+    (rkey.src, rkey.sport) = (b.addr, b.port);
+    (rkey.dst, rkey.dport) = (addr4(p.src), p.sport);
+    (rkey.proto, rkey.dir, rkey.pad) = (p.proto, ct_dir::REPLY, 0);
     if b.flags & backend_flags::LOCAL == 0 {
         let Some(out) = route(ctx, b.addr[3]) else { return dropped() };
         let own = uplink(out).unwrap_or(*link).addr4;
@@ -328,36 +313,21 @@ fn connect(
         }
         rkey.dst = own;
         reply.flags |= ct_flags::DST | ct_flags::REDIRECT;
-        let Some(port) = source_port(&mut rkey, &reply, config, now) else {
+        let Some(port) = source_port(rkey, reply, config, now) else {
             count(counters::SNAT_EXHAUSTED);
             return dropped();
         };
         forward.src = own;
         forward.sport = port;
         forward.flags |= ct_flags::SRC | ct_flags::REDIRECT;
-    } else if CONNECTIONS.insert(&rkey, &reply, 0).is_err() {
+    } else if CONNECTIONS.insert(&*rkey, &*reply, 0).is_err() {
         return dropped();
     }
-    if CONNECTIONS.insert(p.key(ct_dir::FORWARD), &forward, 0).is_err() {
+    if CONNECTIONS.insert(p.key(ct_dir::FORWARD), &*forward, 0).is_err() {
         return dropped();
     }
     count(counters::PACKET_CONNECTIONS);
-    apply(ctx, p, &forward)
-}
-
-#[inline(always)]
-fn zero() -> CtValue {
-    CtValue {
-        src: [0; 4],
-        dst: [0; 4],
-        sport: 0,
-        dport: 0,
-        flags: 0,
-        backend: 0,
-        service: 0,
-        last_seen_ns: 0,
-        created_ns: 0,
-    }
+    apply(ctx, p, forward)
 }
 
 /// Reserves a source port towards the backend by inserting the reply's entry.

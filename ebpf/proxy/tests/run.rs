@@ -107,8 +107,12 @@ async fn start(
 ) -> (CancellationToken, tokio::task::JoinHandle<Result<(), orlop_proxy::Error>>) {
     let stop = CancellationToken::new();
     let ready = Ready::default();
-    let task = tokio::spawn(run(config.clone(), ready.clone(), stop.clone()));
-    tokio::time::timeout(Duration::from_secs(10), ready.wait()).await.expect("ready within 10 s");
+    orlop_base::telemetry::init("warn");
+    let mut task = tokio::spawn(run(config.clone(), ready.clone(), stop.clone()));
+    tokio::select! {
+        r = tokio::time::timeout(Duration::from_secs(10), ready.wait()) => r.expect("ready within 10 s"),
+        r = &mut task => panic!("the proxy ended: {r:?}"),
+    }
     (stop, task)
 }
 
