@@ -44,6 +44,8 @@ pub struct Container {
     pub exec_error: Option<OwnedFd>,
     pub oom: Option<(Token, OomWatch)>,
     pub oom_seen: u64,
+    /// The kernel gives notice before it counts the kill: looked at again until then.
+    pub oom_check_until: Option<Instant>,
     /// An operation runs in a helper.
     pub busy: bool,
     pub waiting: VecDeque<(Token, u64, Body)>,
@@ -67,6 +69,7 @@ impl Container {
             exec_error: None,
             oom: None,
             oom_seen: 0,
+            oom_check_until: None,
             busy: true,
             waiting: VecDeque::new(),
             early_exit: None,

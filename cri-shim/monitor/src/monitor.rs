@@ -17,6 +17,7 @@ use crate::daemon::OwnLog;
 use crate::exec::Exec;
 use crate::journal::{self, Phase, SandboxRecord};
 use crate::log::{self, Stream};
+use crate::oom;
 use crate::poll::{EventFlags, Poll, Token};
 
 /// Clients at once; a server has one for requests, one for events and one per attach or exec.
@@ -159,7 +160,12 @@ impl Monitor {
                 }
                 self.resume_senders(|r| *r == Role::Exec(id));
             }
-            Source::Oom(id) => self.check_oom(&id),
+            Source::Oom(id) => {
+                if let Some(c) = self.containers.get_mut(&id) {
+                    c.oom_check_until = Some(Instant::now() + oom::COUNTED_WITHIN);
+                }
+                self.check_oom(&id);
+            }
         }
     }
 
@@ -319,6 +325,7 @@ impl Monitor {
         // The notification also comes without a kill, and once more when the cgroup is removed.
         if kills > c.oom_seen {
             c.oom_seen = kills;
+            c.oom_check_until = None;
             c.record.oom_killed = true;
             if let Err(e) = journal::save_container(&self.dir, &c.record) {
                 self.note(&format!("container {id}: {e}"));
@@ -335,7 +342,8 @@ impl Monitor {
         let containers = self.containers.values().flat_map(|c| {
             let retry = (c.log.as_ref().is_some_and(|l| l.stalled().is_some()) || c.unsaved)
                 .then(|| Instant::now() + log::RETRY);
-            [c.announce_by, retry].into_iter().flatten()
+            let oom = c.oom_check_until.map(|_| Instant::now() + oom::CHECK_AGAIN);
+            [c.announce_by, retry, oom].into_iter().flatten()
         });
         let conns = self.conns.values().filter_map(|c| c.stuck_since).map(|s| s + conn::PATIENCE);
         ops.chain(execs).chain(containers).chain(conns).min()
@@ -377,6 +385,20 @@ impl Monitor {
             .collect();
         for id in due {
             self.announce_exit(&id);
+        }
+        let oom: Vec<String> = self
+            .containers
+            .iter()
+            .filter(|(_, c)| c.oom_check_until.is_some())
+            .map(|(i, _)| i.clone())
+            .collect();
+        for id in oom {
+            self.check_oom(&id);
+            if let Some(c) = self.containers.get_mut(&id)
+                && c.oom_check_until.is_some_and(|d| d <= now)
+            {
+                c.oom_check_until = None;
+            }
         }
         self.retry_disk(now);
         let stuck: Vec<Token> = self

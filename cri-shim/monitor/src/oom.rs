@@ -4,8 +4,14 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use orlop_oci::cgroup;
+
+/// A kill is counted within this after its notice, also on a busy machine.
+pub const COUNTED_WITHIN: Duration = Duration::from_secs(2);
+/// Pause between looks at the counter meanwhile.
+pub const CHECK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Holds what keeps the notification alive. Poll `fd`.
 #[derive(Debug)]

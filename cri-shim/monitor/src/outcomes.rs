@@ -142,7 +142,8 @@ impl Monitor {
             Ok(_) => {
                 c.exec_error = None;
                 c.record.phase = Phase::Running;
-                c.record.started_at_ns = journal::now_ns();
+                // Its end may have been seen before the news of its start.
+                c.record.started_at_ns = c.early_exit.as_ref().map_or_else(journal::now_ns, |e| e.at_ns);
                 if let Err(e) = journal::save_container(&self.dir, &c.record) {
                     c.unsaved = true;
                     self.own_log.line(&format!("container {id}: {e}"));
