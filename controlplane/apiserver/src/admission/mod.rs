@@ -1,6 +1,7 @@
 //! Admission control: upstream's default plugins, one file each, in upstream's order. Decisions are pure functions of the objects
 //! involved; what is here reads those objects and calls them.
 
+mod certificates;
 mod default_storage_class;
 mod default_toleration_seconds;
 mod limit_ranger;
@@ -88,6 +89,7 @@ impl Admission for Chain {
         let c = &self.context;
         namespace_lifecycle::check(c, a).await?;
         node_restriction::check(c, a).await?;
+        certificates::admit(a);
         if a.operation == Operation::Create && is(a, "", "pods") {
             limit_ranger::admit_pod(c, a).await?;
             service_account::admit(c, a).await?;
@@ -118,6 +120,7 @@ impl Admission for Chain {
         }
         pod_security::validate(c, a).await?;
         priority::validate_class(c, a).await?;
+        certificates::validate(c, a)?;
         rbac_escalation::validate(c, a)
     }
 }

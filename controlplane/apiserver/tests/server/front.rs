@@ -1,13 +1,11 @@
 //! The server as its clients see it: kubectl, tokens, refusals, health.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::{Cluster, err, ok, out};
 use orlop_apiserver::Error;
 use orlop_base::supervise::Ready;
 use orlop_base::testkit::wait_until;
-use support::{Cluster, err, ok, out};
 use tokio_util::sync::CancellationToken;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -180,7 +178,7 @@ async fn a_restart_keeps_identity_and_objects_and_a_second_server_is_refused() {
         Err(e @ Error::Transport(_)) => assert!(e.to_string().contains("the port is taken"), "{e}"),
         other => panic!("{other:?}"),
     }
-    let mut elsewhere = support::config(&c.dir);
+    let mut elsewhere = crate::support::config(&c.dir);
     elsewhere.data_dir = c.config.data_dir.clone();
     let locked = orlop_apiserver::run(elsewhere, Ready::default(), CancellationToken::new()).await;
     assert!(matches!(locked, Err(Error::Data(_))), "{locked:?}");

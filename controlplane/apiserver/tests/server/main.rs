@@ -1,0 +1,5 @@
+//! The whole server over TLS. One binary, so that it is linked once.
+
+mod front;
+mod nodeproxy;
+mod support;
