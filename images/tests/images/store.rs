@@ -37,7 +37,7 @@ async fn pull_mount_write_and_remove() {
     let images = futures::future::try_join_all(pulls).await.unwrap();
     assert!(images.iter().all(|i| Arc::ptr_eq(i, &images[0])), "one transfer for all");
     let image = &images[0];
-    assert_eq!(image.repo_tags, [name.clone()]);
+    assert_eq!(image.repo_tags, std::slice::from_ref(&name));
     assert_eq!(image.repo_digests, [format!("{}/team/app@{top}", registry.address)]);
     assert_eq!(image.config.config().as_ref().unwrap().env().as_ref().unwrap(), &["A=b"]);
     for known in [name.as_str(), &image.id, &image.id[7..20], &image.repo_digests[0]] {
