@@ -1,4 +1,4 @@
-//! Runs the CRI server alone: `cri --root DIR --monitor FILE [--cni-conf DIR] [--cni-bin DIR] [--purge]`. Everything is below the
+//! Runs the CRI server alone: `cri --root DIR --monitor FILE [--cni-conf DIR] [--cni-bin DIR] [--import ARCHIVE] [--purge]`. Everything is below the
 //! root folder; the socket is DIR/cri.sock.
 
 use std::path::PathBuf;
@@ -7,10 +7,17 @@ use orlop_base::supervise::Ready;
 use orlop_cri::Config;
 use tokio_util::sync::CancellationToken;
 
-fn config(mut args: impl Iterator<Item = String>) -> Result<(Config, bool), String> {
+struct Asked {
+    config: Config,
+    purge: bool,
+    import: Option<PathBuf>,
+}
+
+fn parse(mut args: impl Iterator<Item = String>) -> Result<Asked, String> {
     let mut root = None;
     let mut config = Config::default();
     let mut purge = false;
+    let mut import = None;
     while let Some(flag) = args.next() {
         if flag == "--purge" {
             purge = true;
@@ -19,6 +26,7 @@ fn config(mut args: impl Iterator<Item = String>) -> Result<(Config, bool), Stri
         let value = args.next().ok_or_else(|| format!("{flag} needs a value"))?;
         match flag.as_str() {
             "--root" => root = Some(PathBuf::from(value)),
+            "--import" => import = Some(value.into()),
             "--monitor" => config.monitor = value.into(),
             "--cni-conf" => config.cni_conf_dir = value.into(),
             "--cni-bin" => config.cni_bin_dirs = vec![value.into()],
@@ -32,7 +40,7 @@ fn config(mut args: impl Iterator<Item = String>) -> Result<(Config, bool), Stri
     config.run_dir = root.join("run");
     config.images_dir = root.join("images");
     config.cni_cache_dir = root.join("cni");
-    Ok((config, purge))
+    Ok(Asked { config, purge, import })
 }
 
 #[tokio::main]
@@ -45,7 +53,18 @@ async fn main() {
     if let Err(e) = orlop_base::failpoint::init_from_env() {
         failed(e);
     }
-    let (config, purge) = config(std::env::args().skip(1)).unwrap_or_else(|e| failed(e));
+    let Asked { config, purge, import } = parse(std::env::args().skip(1)).unwrap_or_else(|e| failed(e));
+    if let Some(archive) = import {
+        let imported = async {
+            let store = orlop_images::ImageStore::open(&config.images_dir, config.images.clone()).await?;
+            store.import(&archive, None).await
+        };
+        match imported.await {
+            Ok(images) => images.iter().for_each(|i| println!("{} {:?}", i.id, i.repo_tags)),
+            Err(e) => failed(orlop_base::telemetry::chain(&e)),
+        }
+        return;
+    }
     let done = if purge {
         orlop_cri::purge(config).await
     } else {

@@ -11,6 +11,8 @@ use oci_spec::runtime::Capability;
 pub(crate) struct Facts {
     /// Only the unified hierarchy.
     pub cgroup_v2: bool,
+    /// Version 1 controllers in which the runtime makes groups, as mounted below `/sys/fs/cgroup`.
+    pub v1_controllers: Vec<String>,
     pub apparmor: bool,
     /// The memory controller counts swap.
     pub swap_accounting: bool,
@@ -97,6 +99,7 @@ impl Facts {
         let v2 = cgroup_v2_only();
         Facts {
             cgroup_v2: v2,
+            v1_controllers: if v2 { Vec::new() } else { v1_controllers() },
             apparmor: fs::read_to_string("/sys/module/apparmor/parameters/enabled")
                 .is_ok_and(|s| s.trim() == "Y"),
             swap_accounting: swap_accounting(v2),
@@ -109,6 +112,25 @@ impl Facts {
 /// Whether `/sys/fs/cgroup` itself is the unified hierarchy.
 pub(crate) fn cgroup_v2_only() -> bool {
     Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
+
+fn v1_controllers() -> Vec<String> {
+    const KNOWN: [&str; 12] = [
+        "blkio",
+        "cpu",
+        "cpuacct",
+        "cpuset",
+        "devices",
+        "freezer",
+        "hugetlb",
+        "memory",
+        "net_cls",
+        "net_prio",
+        "perf_event",
+        "pids",
+    ];
+    let mounted = |c: &&str| Path::new("/sys/fs/cgroup").join(c).join("cgroup.procs").exists();
+    KNOWN.iter().copied().filter(mounted).map(str::to_owned).collect()
 }
 
 fn swap_accounting(v2: bool) -> bool {

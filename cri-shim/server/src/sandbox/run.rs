@@ -59,6 +59,12 @@ fn check(config: &cri::PodSandboxConfig, handler: &str) -> Result<cri::PodSandbo
             )));
         }
     }
+    if ns.userns_options.as_ref().is_some_and(|u| u.mode() == cri::NamespaceMode::Pod) {
+        // Status says so too (RuntimeHandlerFeatures), so that a kubelet does not ask.
+        return Err(Error::Unimplemented(
+            "user namespaces need idmapped root file systems, which this runtime does not mount yet",
+        ));
+    }
     let sysctls = config.linux.iter().flat_map(|l| l.sysctls.keys());
     for name in sysctls {
         let host_net = ns.network() == cri::NamespaceMode::Node && name.starts_with("net.");

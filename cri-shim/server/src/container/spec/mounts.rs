@@ -81,6 +81,23 @@ pub(super) fn rootfs_propagation(mounts: &[Resolved]) -> Option<String> {
     }
 }
 
+/// Version 2 is one mount. Of version 1 the runtime would make writable mounts, so each controller's group of the container is bound
+/// here, with the access that the container is to have.
+fn cgroup_mounts(input: &Input, access: &str, out: &mut Vec<Mount>) {
+    const ROOT: &str = "/sys/fs/cgroup";
+    if input.facts.cgroup_v2 {
+        out.push(mount(ROOT, "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", access]));
+        return;
+    }
+    out.push(mount(ROOT, "tmpfs", "tmpfs", &["nosuid", "noexec", "nodev", "mode=755", "size=64k"]));
+    let group = crate::stats::cgroup::host_path(input.cgroups_path);
+    for controller in &input.facts.v1_controllers {
+        let source = crate::facts::cgroup_dir(false, controller, &group);
+        let at = Path::new(ROOT).join(controller);
+        out.push(mount(at, "bind", source, &["bind", "nosuid", "noexec", "nodev", "rprivate", access]));
+    }
+}
+
 pub(super) fn mounts(input: &Input, security: &cri::LinuxContainerSecurityContext) -> Result<Vec<Mount>> {
     let access = if security.privileged { "rw" } else { "ro" };
     let mut out = vec![
@@ -100,7 +117,7 @@ pub(super) fn mounts(input: &Input, security: &cri::LinuxContainerSecurityContex
     } else {
         out.push(mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", access]));
     }
-    out.push(mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", access]));
+    cgroup_mounts(input, access, &mut out);
     let private = ["rbind", "rprivate", "rw"];
     out.push(mount("/dev/shm", "bind", &input.files.shm, &private));
     let own_files = [

@@ -1,0 +1,432 @@
+//! A server of its own per test, in a folder of its own.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use orlop_base::testkit::unique_name;
+use orlop_proto::cri;
+use orlop_proto::cri::runtime_service_client::RuntimeServiceClient;
+use tonic::transport::{Channel, Endpoint};
+
+pub const IMAGE: &str = "localhost/busybox:test";
+
+type Answer<T> = Result<T, tonic::Status>;
+
+pub struct Node {
+    pub dir: PathBuf,
+    pub cgroup: String,
+    child: Option<Child>,
+}
+
+/// A program built by cargo beside this test.
+fn built(name: &str, env: &str, remedy: &str) -> PathBuf {
+    if let Some(path) = std::env::var_os(env) {
+        return path.into();
+    }
+    let exe = std::env::current_exe().unwrap();
+    let path = exe.parent().unwrap().parent().unwrap().join(name);
+    assert!(path.exists(), "{} is missing: {remedy}", path.display());
+    path
+}
+
+fn crictl_program() -> PathBuf {
+    if let Some(path) = std::env::var_os("ORLOP_CRICTL") {
+        return path.into();
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).map(|d| d.join("crictl")).find(|p| p.exists()).unwrap_or_else(|| {
+        panic!("crictl is not on PATH: build it from sigs.k8s.io/cri-tools v1.36 or set ORLOP_CRICTL")
+    })
+}
+
+/// A busybox image in an OCI archive.
+fn make_image(dir: &Path) -> PathBuf {
+    let busybox = Path::new("/bin/busybox");
+    assert!(busybox.exists(), "/bin/busybox is missing: apt-get install busybox-static");
+    let root = dir.join("rootfs");
+    for d in ["bin", "etc", "tmp"] {
+        fs::create_dir_all(root.join(d)).unwrap();
+    }
+    fs::copy(busybox, root.join("bin/busybox")).unwrap();
+    for applet in [
+        "sh", "sleep", "echo", "cat", "id", "true", "hostname", "ls", "readlink", "ps", "grep", "touch",
+        "find", "mkdir", "httpd",
+    ] {
+        fs::hard_link(root.join("bin/busybox"), root.join("bin").join(applet)).unwrap();
+    }
+    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nwww:x:33:33::/:/bin/sh\n").unwrap();
+    fs::write(root.join("etc/group"), "root:x:0:\nwww:x:33:\n").unwrap();
+    let config = oci_spec::image::ConfigBuilder::default()
+        .env(vec!["PATH=/bin".to_owned()])
+        .cmd(vec!["sleep".to_owned(), "1000".to_owned()])
+        .build()
+        .unwrap();
+    let archive = dir.join("busybox.tar");
+    let spec =
+        orlop_images::Build { rootfs: root, name: IMAGE.to_owned(), config, created: 0, root_owned: true };
+    orlop_images::build(&spec, &archive).unwrap();
+    archive
+}
+
+pub async fn wait_for(what: &str, mut check: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !check() {
+        assert!(start.elapsed() < Duration::from_secs(15), "not in time: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+impl Node {
+    pub async fn start(name: &str, env: &[(&str, &str)]) -> Node {
+        assert!(nix::unistd::geteuid().is_root(), "run this test as root");
+        let dir = PathBuf::from("/tmp").join(unique_name(&format!("cri-{name}-")));
+        fs::create_dir_all(dir.join("cni-conf")).unwrap();
+        let cgroup = format!("/{}", dir.file_name().unwrap().to_string_lossy());
+        let mut node = Node { dir, cgroup, child: None };
+        let archive = make_image(&node.dir);
+        let done = node.server(&[]).arg("--import").arg(archive).stdout(Stdio::null()).status().unwrap();
+        assert!(done.success());
+        node.restart(env).await;
+        node
+    }
+
+    fn server(&self, env: &[(&str, &str)]) -> Command {
+        let monitor = built(
+            "orlop-monitor",
+            "ORLOP_MONITOR",
+            "run `cargo build -p orlop-monitor` or set ORLOP_MONITOR",
+        );
+        let server = built("examples/cri", "ORLOP_CRI_EXAMPLE", "run `cargo build -p orlop-cri --examples`");
+        let mut command = Command::new(server);
+        command
+            .arg("--root")
+            .arg(&self.dir)
+            .arg("--monitor")
+            .arg(monitor)
+            .arg("--cni-conf")
+            .arg(self.dir.join("cni-conf"))
+            .arg("--cni-bin")
+            .arg(self.dir.join("cni-bin"))
+            .arg("--cgroup-parent")
+            .arg(&self.cgroup)
+            .envs(env.iter().copied());
+        command
+    }
+
+    /// A network whose plugin hands out one address and notes what it is asked; or fails.
+    pub fn network(&self, broken: bool) {
+        let bin = self.dir.join("cni-bin");
+        fs::create_dir_all(&bin).unwrap();
+        let log = self.dir.join("cni.log");
+        let add = if broken {
+            r#"echo '{"cniVersion":"1.0.0","code":100,"msg":"out of addresses"}'; exit 1"#.to_owned()
+        } else {
+            r#"echo "{\"cniVersion\":\"1.0.0\",\"interfaces\":[{\"name\":\"eth0\",\"sandbox\":\"$CNI_NETNS\"}],\"ips\":[{\"address\":\"10.99.0.7/24\",\"interface\":0}]}""#.to_owned()
+        };
+        let script = format!(
+            "#!/bin/sh\ncat > /dev/null\necho $CNI_COMMAND >> {}\ncase $CNI_COMMAND in\nADD) {add};;\nVERSION) echo '{{\"cniVersion\":\"1.0.0\",\"supportedVersions\":[\"1.0.0\"]}}';;\nesac\n",
+            log.display()
+        );
+        fs::write(bin.join("noting"), script).unwrap();
+        fs::set_permissions(bin.join("noting"), fs::Permissions::from_mode(0o755)).unwrap();
+        let conf = r#"{"cniVersion":"1.0.0","name":"test","plugins":[{"type":"noting"}]}"#;
+        fs::write(self.dir.join("cni-conf/10-test.conflist"), conf).unwrap();
+    }
+
+    pub async fn restart(&mut self, env: &[(&str, &str)]) {
+        let log = fs::File::options().create(true).append(true).open(self.dir.join("server.log")).unwrap();
+        let child = self.server(env).stdout(Stdio::null()).stderr(log).spawn().unwrap();
+        self.child = Some(child);
+        let start = Instant::now();
+        loop {
+            if let Ok(mut c) = self.try_client().await
+                && c.version(cri::VersionRequest::default()).await.is_ok()
+            {
+                return;
+            }
+            assert!(start.elapsed() < Duration::from_secs(20), "the server does not answer: {}", self.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("server.log")).unwrap_or_default()
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    async fn try_client(&self) -> Result<RuntimeServiceClient<Channel>, tonic::transport::Error> {
+        let socket = self.dir.join("cri.sock");
+        let connect = tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async move {
+                Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(
+                    tokio::net::UnixStream::connect(socket).await?,
+                ))
+            }
+        });
+        Ok(RuntimeServiceClient::new(
+            Endpoint::from_static("http://cri").connect_with_connector(connect).await?,
+        ))
+    }
+
+    pub async fn client(&self) -> RuntimeServiceClient<Channel> {
+        self.try_client().await.unwrap()
+    }
+
+    pub async fn run_pod(&self, config: &cri::PodSandboxConfig) -> Answer<String> {
+        let request =
+            cri::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: String::new() };
+        Ok(self.client().await.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id)
+    }
+
+    pub async fn create(
+        &self,
+        pod: &str,
+        config: cri::ContainerConfig,
+        sandbox: &cri::PodSandboxConfig,
+    ) -> Answer<String> {
+        let request = cri::CreateContainerRequest {
+            pod_sandbox_id: pod.to_owned(),
+            config: Some(config),
+            sandbox_config: Some(sandbox.clone()),
+        };
+        Ok(self.client().await.create_container(request).await?.into_inner().container_id)
+    }
+
+    pub async fn start_container(&self, id: &str) -> Answer<()> {
+        let request = cri::StartContainerRequest { container_id: id.to_owned() };
+        self.client().await.start_container(request).await.map(drop)
+    }
+
+    pub async fn run_container(
+        &self,
+        pod: &str,
+        config: cri::ContainerConfig,
+        sandbox: &cri::PodSandboxConfig,
+    ) -> String {
+        let id = self.create(pod, config, sandbox).await.unwrap();
+        self.start_container(&id).await.unwrap();
+        id
+    }
+
+    pub async fn status(&self, id: &str) -> cri::ContainerStatus {
+        let request = cri::ContainerStatusRequest { container_id: id.to_owned(), verbose: false };
+        self.client().await.container_status(request).await.unwrap().into_inner().status.unwrap()
+    }
+
+    pub async fn pid_of(&self, id: &str) -> u64 {
+        let request = cri::ContainerStatusRequest { container_id: id.to_owned(), verbose: true };
+        let info = self.client().await.container_status(request).await.unwrap().into_inner().info;
+        let info: serde_json::Value = serde_json::from_str(&info["info"]).unwrap();
+        info["pid"].as_u64().unwrap()
+    }
+
+    pub async fn ended(&self, id: &str) -> cri::ContainerStatus {
+        let start = Instant::now();
+        loop {
+            let status = self.status(id).await;
+            if status.state == cri::ContainerState::ContainerExited as i32 {
+                return status;
+            }
+            assert!(start.elapsed() < Duration::from_secs(20), "{id} did not end: {}", self.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    pub async fn list(&self, id: Option<&str>) -> Vec<cri::Container> {
+        let filter = cri::ContainerFilter { id: id.unwrap_or_default().to_owned(), ..Default::default() };
+        let request = cri::ListContainersRequest { filter: Some(filter) };
+        self.client().await.list_containers(request).await.unwrap().into_inner().containers
+    }
+
+    pub async fn pods(&self) -> Vec<cri::PodSandbox> {
+        self.client()
+            .await
+            .list_pod_sandbox(cri::ListPodSandboxRequest::default())
+            .await
+            .unwrap()
+            .into_inner()
+            .items
+    }
+
+    pub fn crictl(&self, args: &[&str], stdin: &str) -> String {
+        let (ok, text) = self.try_crictl(args, stdin);
+        assert!(ok, "crictl {args:?}: {text}\n{}", self.log());
+        text.trim().to_owned()
+    }
+
+    fn crictl_command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(crictl_program());
+        let endpoint = format!("unix://{}", self.dir.join("cri.sock").display());
+        command.args(["-c", "/dev/null", "-t", "20s", "-r", &endpoint, "-i", &endpoint]).args(args);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Whether it succeeded, and its output; of a failure also its errors.
+    pub fn try_crictl(&self, args: &[&str], stdin: &str) -> (bool, String) {
+        let mut child = self.crictl_command(args).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(stdin.as_bytes()).unwrap();
+        let out = child.wait_with_output().unwrap();
+        let mut text = String::from_utf8_lossy(&out.stdout).into_owned();
+        if !out.status.success() {
+            text.push_str(&String::from_utf8_lossy(&out.stderr));
+        }
+        (out.status.success(), text)
+    }
+
+    /// Starts a crictl that is killed once its command shows in the container.
+    pub async fn vanish(&self, args: &[&str]) {
+        let mut child = self.crictl_command(args).spawn().unwrap();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    /// Fetches `/` of the pod's port through a port-forward.
+    pub async fn forward(&self, pod: &str, transport: &str, port: u16) -> String {
+        use std::io::Read;
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let mut child = self
+            .crictl_command(&["port-forward", "--transport", transport, pod, &format!("{free}:{port}")])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let start = Instant::now();
+        let mut stream = loop {
+            match std::net::TcpStream::connect(("127.0.0.1", free)) {
+                Ok(s) => break s,
+                Err(e) => assert!(start.elapsed() < Duration::from_secs(10), "no port-forward: {e}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+        let mut page = String::new();
+        let read = stream.read_to_string(&mut page);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        read.unwrap();
+        page
+    }
+
+    /// No process, mount or cgroup that names this node.
+    pub fn nothing_runs(&self, when: &str) {
+        let run = self.dir.join("run").to_string_lossy().into_owned();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let left: Vec<&str> = mounts.lines().filter(|l| l.contains(&run)).collect();
+        assert!(left.is_empty(), "{when}: mounts left: {left:#?}\n{}", self.log());
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            assert!(!line.contains(&format!("--dir {run}")), "{when}: process left: {line}\n{}", self.log());
+        }
+    }
+
+    fn check_clean(&self) {
+        self.nothing_runs("at the end");
+        for hierarchy in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+            let group = hierarchy.path().join(self.cgroup.trim_start_matches('/'));
+            let left: Vec<_> = fs::read_dir(&group)
+                .map(|d| d.flatten().filter(|e| e.path().is_dir()).map(|e| e.file_name()).collect())
+                .unwrap_or_default();
+            assert!(left.is_empty(), "cgroups left in {}: {left:?}", group.display());
+        }
+        let roots = self.dir.join("images/rootfs");
+        let left = fs::read_dir(&roots).map(|d| d.flatten().count()).unwrap_or(0);
+        assert_eq!(left, 0, "root file systems left in {}", roots.display());
+    }
+
+    pub fn stop_and_check(mut self) {
+        self.kill();
+        self.check_clean();
+    }
+
+    pub fn purge_and_check(&self) {
+        // The lock is the running server's; it must go first.
+        if let Some(child) = &self.child {
+            let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+            let _ = nix::sys::wait::waitpid(pid, None);
+        }
+        let out = self.server(&[]).arg("--purge").output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        self.check_clean();
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.kill();
+        let _ = self.server(&[]).arg("--purge").output();
+        if std::thread::panicking() {
+            eprintln!("--- the server's log:\n{}", self.log());
+        }
+        for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+            let _ = fs::remove_dir(hierarchy.path().join(self.cgroup.trim_start_matches('/')));
+        }
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+pub fn sandbox_config(node: &Node, name: &str, host_network: bool) -> cri::PodSandboxConfig {
+    let options = cri::NamespaceOption {
+        network: if host_network { cri::NamespaceMode::Node } else { cri::NamespaceMode::Pod } as i32,
+        pid: if host_network { cri::NamespaceMode::Container } else { cri::NamespaceMode::Pod } as i32,
+        ..Default::default()
+    };
+    cri::PodSandboxConfig {
+        metadata: Some(cri::PodSandboxMetadata {
+            name: name.to_owned(),
+            uid: format!("uid-{name}"),
+            namespace: "default".to_owned(),
+            attempt: 0,
+        }),
+        log_directory: node.dir.join("logs").to_string_lossy().into_owned(),
+        linux: Some(cri::LinuxPodSandboxConfig {
+            cgroup_parent: node.cgroup.clone(),
+            security_context: Some(cri::LinuxSandboxSecurityContext {
+                namespace_options: Some(options),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+pub fn container_config(name: &str, command: &[&str]) -> cri::ContainerConfig {
+    cri::ContainerConfig {
+        metadata: Some(cri::ContainerMetadata { name: name.to_owned(), attempt: 0 }),
+        image: Some(cri::ImageSpec { image: IMAGE.to_owned(), ..Default::default() }),
+        command: command.iter().map(|s| (*s).to_owned()).collect(),
+        log_path: format!("{name}.log"),
+        ..Default::default()
+    }
+}
+
+pub async fn exec(
+    client: &mut RuntimeServiceClient<Channel>,
+    id: &str,
+    cmd: &[&str],
+    timeout: i64,
+) -> Answer<cri::ExecSyncResponse> {
+    let request = cri::ExecSyncRequest {
+        container_id: id.to_owned(),
+        cmd: cmd.iter().map(|s| (*s).to_owned()).collect(),
+        timeout,
+    };
+    Ok(client.exec_sync(request).await?.into_inner())
+}

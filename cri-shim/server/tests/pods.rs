@@ -1,0 +1,331 @@
+//! Pods on a real server with the real monitor: over gRPC and with crictl, through kills of the server and of a monitor.
+//! Needs root, `orlop-monitor` (`cargo build -p orlop-monitor`, or ORLOP_MONITOR), busybox-static and crictl (PATH or ORLOP_CRICTL).
+
+mod node;
+
+use std::fs;
+use std::time::Duration;
+
+use node::{Node, container_config, exec, sandbox_config, wait_for};
+use orlop_proto::cri;
+
+const RUNNING: i32 = cri::ContainerState::ContainerRunning as i32;
+const EXITED: i32 = cri::ContainerState::ContainerExited as i32;
+
+#[tokio::test]
+async fn a_pods_life() {
+    let node = Node::start("life", &[]).await;
+    let mut client = node.client().await;
+    let config = sandbox_config(&node, "life", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    // The name is taken.
+    let again = node.run_pod(&config).await.unwrap_err();
+    assert_eq!(again.code(), tonic::Code::AlreadyExists, "{again}");
+    let mut c = container_config(
+        "main",
+        &["sh", "-c", "trap 'exit 7' TERM; echo out; echo err >&2; while :; do sleep 0.05; done"],
+    );
+    c.envs.push(cri::KeyValue { key: "GREETING".into(), value: b"hi".to_vec() });
+    let id = node.create(&pod, c, &config).await.unwrap();
+    assert_eq!(node.status(&id).await.state, 0);
+    node.start_container(&id).await.unwrap();
+    let status = node.status(&id).await;
+    assert_eq!((status.state, status.image_id.starts_with("sha256:")), (RUNNING, true));
+    let done = exec(&mut client, &id, &["sh", "-c", "echo $GREETING; id -u; exit 3"], 5).await.unwrap();
+    assert_eq!((done.exit_code, String::from_utf8_lossy(&done.stdout).as_ref()), (3, "hi\n0\n"));
+    let slow = exec(&mut client, &id, &["sleep", "30"], 1).await.unwrap_err();
+    assert_eq!(slow.code(), tonic::Code::DeadlineExceeded, "{slow}");
+    wait_for("both lines in the log", || {
+        let text = fs::read_to_string(&status.log_path).unwrap_or_default();
+        text.contains(" stdout F out\n") && text.contains(" stderr F err\n")
+    })
+    .await;
+    let stats =
+        client.container_stats(cri::ContainerStatsRequest { container_id: id.clone() }).await.unwrap();
+    assert!(stats.into_inner().stats.unwrap().memory.unwrap().usage_bytes.unwrap().value > 0);
+    // What the container sees of its cgroup is not writable.
+    let write = [
+        "sh",
+        "-c",
+        "for f in $(find /sys/fs/cgroup -name cgroup.procs); do echo 1 > $f && exit 1; done 2>/dev/null; true",
+    ];
+    assert_eq!(exec(&mut client, &id, &write, 5).await.unwrap().exit_code, 0);
+
+    // Its own answer to the stop signal is the exit code; stopping again is fine.
+    for _ in 0..2 {
+        client
+            .stop_container(cri::StopContainerRequest { container_id: id.clone(), timeout: 10 })
+            .await
+            .unwrap();
+    }
+    let status = node.status(&id).await;
+    assert_eq!((status.state, status.exit_code, status.reason.as_str()), (EXITED, 7, "Error"));
+    assert!(status.finished_at >= status.started_at && status.started_at > 0);
+    for _ in 0..2 {
+        client.remove_container(cri::RemoveContainerRequest { container_id: id.clone() }).await.unwrap();
+    }
+    // Removing a pod takes a running container with it.
+    let id = node.run_container(&pod, container_config("main", &["sleep", "1000"]), &config).await;
+    assert_eq!(node.list(Some(&id[..12])).await.len(), 1);
+    for _ in 0..2 {
+        client.stop_pod_sandbox(cri::StopPodSandboxRequest { pod_sandbox_id: pod.clone() }).await.unwrap();
+    }
+    assert_eq!(node.status(&id).await.state, EXITED);
+    for _ in 0..2 {
+        client
+            .remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id: pod.clone() })
+            .await
+            .unwrap();
+    }
+    assert!(node.list(None).await.is_empty());
+    node.stop_and_check();
+}
+
+#[tokio::test]
+async fn how_containers_end() {
+    let node = Node::start("ends", &[]).await;
+    let config = sandbox_config(&node, "ends", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    let mut eater = container_config("eater", &["sh", "-c", "a=0123456789abcdef; while :; do a=$a$a; done"]);
+    eater.linux.get_or_insert_default().resources =
+        Some(cri::LinuxContainerResources { memory_limit_in_bytes: 16 << 20, ..Default::default() });
+    for (config_of, code, reason) in [
+        (container_config("ok", &["true"]), 0, "Completed"),
+        (container_config("bad", &["sh", "-c", "exit 9"]), 9, "Error"),
+        (container_config("killed", &["sh", "-c", "kill -9 $$"]), 137, "Error"),
+        (eater, 137, "OOMKilled"),
+    ] {
+        let name = config_of.metadata.clone().unwrap().name;
+        let id = node.run_container(&pod, config_of, &config).await;
+        let status = node.ended(&id).await;
+        // A shell cannot SIGKILL itself as PID 1 of its namespace; then it goes on and ends with 0.
+        if name == "killed" && status.exit_code == 0 {
+            continue;
+        }
+        assert_eq!((status.exit_code, status.reason.as_str()), (code, reason), "{name}");
+    }
+    // A program that is not there fails the start or the creation, and says so.
+    let missing = node.create(&pod, container_config("missing", &["/no/such/program"]), &config).await;
+    let error = match missing {
+        Err(e) => e,
+        Ok(id) => node.start_container(&id).await.unwrap_err(),
+    };
+    assert!(error.message().contains("no/such/program"), "{error}");
+    let user = |name: &str| {
+        let mut c = container_config(name, &["sh", "-c", "id -u; id -g; sleep 1000"]);
+        let s = c.linux.get_or_insert_default().security_context.get_or_insert_default();
+        s.run_as_username = "www".into();
+        s.readonly_rootfs = true;
+        s.no_new_privs = true;
+        s.capabilities =
+            Some(cri::Capability { drop_capabilities: vec!["ALL".into()], ..Default::default() });
+        c
+    };
+    let id = node.run_container(&pod, user("user"), &config).await;
+    let mut client = node.client().await;
+    let done = exec(
+        &mut client,
+        &id,
+        &["sh", "-c", "id -u; touch /x 2>/dev/null; echo $?; grep CapBnd /proc/self/status"],
+        5,
+    )
+    .await
+    .unwrap();
+    assert_eq!(String::from_utf8_lossy(&done.stdout), "33\n1\nCapBnd:\t0000000000000000\n");
+    node.purge_and_check();
+}
+
+#[tokio::test]
+async fn a_pod_on_a_network_shares_what_it_should() {
+    let node = Node::start("net", &[]).await;
+    node.network(false);
+    let mut config = sandbox_config(&node, "net", false);
+    config.hostname = "web-0".into();
+    config.dns_config = Some(cri::DnsConfig { servers: vec!["10.9.9.9".into()], ..Default::default() });
+    config
+        .linux
+        .get_or_insert_default()
+        .sysctls
+        .insert("net.ipv4.ip_unprivileged_port_start".into(), "0".into());
+    let pod = node.run_pod(&config).await.unwrap();
+    let mut client = node.client().await;
+    let status = client
+        .pod_sandbox_status(cri::PodSandboxStatusRequest { pod_sandbox_id: pod.clone(), verbose: true })
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(status.status.unwrap().network.unwrap().ip, "10.99.0.7");
+    let first = node.run_container(&pod, container_config("first", &["sleep", "1000"]), &config).await;
+    let second = node.run_container(&pod, container_config("second", &["sleep", "1001"]), &config).await;
+    let script = "hostname; cat /etc/resolv.conf; cat /proc/sys/net/ipv4/ip_unprivileged_port_start; echo x > /dev/shm/shared; ls /sys/class/net";
+    let seen = exec(&mut client, &first, &["sh", "-c", script], 5).await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&seen.stdout), "web-0\nnameserver 10.9.9.9\n0\nlo\n");
+    let ns = ["sh", "-c", "cat /dev/shm/shared; readlink /proc/self/ns/net; readlink /proc/self/ns/ipc"];
+    let (a, b) =
+        (exec(&mut client, &first, &ns, 5).await.unwrap(), exec(&mut client, &second, &ns, 5).await.unwrap());
+    assert_eq!(a.stdout, b.stdout);
+    let own = |c: &str| fs::read_link(format!("/proc/self/ns/{c}")).unwrap().to_string_lossy().into_owned();
+    assert!(!String::from_utf8_lossy(&a.stdout).contains(&own("net")));
+    // The pod's PID namespace is shared when it asks for it.
+    let processes =
+        exec(&mut client, &first, &["sh", "-c", "ps | grep -c 'sleep 100[01]'"], 5).await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&processes.stdout).trim(), "2");
+    node.purge_and_check();
+    assert_eq!(fs::read_to_string(node.dir.join("cni.log")).unwrap(), "ADD\nDEL\n");
+}
+
+#[tokio::test]
+async fn a_failed_network_leaves_nothing() {
+    let node = Node::start("fail", &[]).await;
+    node.network(true);
+    let config = sandbox_config(&node, "fail", false);
+    for _ in 0..2 {
+        let e = node.run_pod(&config).await.unwrap_err();
+        assert!(e.message().contains("out of addresses"), "{e}");
+    }
+    assert!(node.list(None).await.is_empty());
+    node.stop_and_check();
+}
+
+#[tokio::test]
+async fn a_killed_server_adopts_what_runs() {
+    let mut node = Node::start("adopt", &[]).await;
+    let config = sandbox_config(&node, "adopt", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    let steady = node.run_container(&pod, container_config("steady", &["sleep", "1000"]), &config).await;
+    let brief = node
+        .run_container(&pod, container_config("brief", &["sh", "-c", "sleep 0.6; exit 42"]), &config)
+        .await;
+    let pid = node.pid_of(&steady).await;
+    node.kill();
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    node.restart(&[]).await;
+    assert_eq!(node.pid_of(&steady).await, pid);
+    let status = node.ended(&brief).await;
+    assert_eq!((status.exit_code, status.reason.as_str()), (42, "Error"));
+    let mut client = node.client().await;
+    assert_eq!(exec(&mut client, &steady, &["true"], 5).await.unwrap().exit_code, 0);
+    // The names are still held, and events still arrive.
+    assert_eq!(node.run_pod(&config).await.unwrap_err().code(), tonic::Code::AlreadyExists);
+    let mut events = client.get_container_events(cri::GetEventsRequest {}).await.unwrap().into_inner();
+    client
+        .stop_container(cri::StopContainerRequest { container_id: steady.clone(), timeout: 0 })
+        .await
+        .unwrap();
+    let event = events.message().await.unwrap().unwrap();
+    assert_eq!(
+        (event.container_id, event.container_event_type),
+        (steady, cri::ContainerEventType::ContainerStoppedEvent as i32)
+    );
+    node.purge_and_check();
+}
+
+#[tokio::test]
+async fn containers_of_a_dead_monitor_are_lost_and_cleaned_up() {
+    let node = Node::start("dead", &[]).await;
+    let config = sandbox_config(&node, "dead", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    let id = node.run_container(&pod, container_config("main", &["sleep", "1000"]), &config).await;
+    let pid = node.pid_of(&id).await;
+    let monitor = fs::read_to_string(node.dir.join("run/s").join(&pod).join("monitor.pid")).unwrap();
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(monitor.trim().parse().unwrap()),
+        nix::sys::signal::Signal::SIGKILL,
+    )
+    .unwrap();
+    let status = node.ended(&id).await;
+    assert_eq!((status.exit_code, status.reason.as_str()), (255, "Unknown"));
+    wait_for("the orphaned process to be gone", || !std::path::Path::new(&format!("/proc/{pid}")).exists())
+        .await;
+    let mut client = node.client().await;
+    let mut state = 0;
+    for _ in 0..500 {
+        let all = client.list_pod_sandbox(cri::ListPodSandboxRequest::default()).await.unwrap().into_inner();
+        state = all.items[0].state;
+        if state == cri::PodSandboxState::SandboxNotready as i32 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(state, cri::PodSandboxState::SandboxNotready as i32);
+    node.purge_and_check();
+}
+
+#[tokio::test]
+async fn a_kill_at_any_step_leaves_nothing_half_made() {
+    let mut node = Node::start("kill", &[]).await;
+    node.network(false);
+    let config = sandbox_config(&node, "kill", false);
+    for point in ["before-monitor", "before-namespaces", "before-network", "before-ready"] {
+        node.kill();
+        node.restart(&[("ORLOP_FAILPOINTS", &format!("run-sandbox-{point}=kill"))]).await;
+        node.run_pod(&config).await.unwrap_err();
+        node.kill();
+        node.restart(&[]).await;
+        assert!(node.pods().await.is_empty(), "{point}");
+        node.nothing_runs(point);
+    }
+    let pod = node.run_pod(&config).await.unwrap();
+    for point in ["before-rootfs", "before-create", "before-record"] {
+        node.kill();
+        node.restart(&[("ORLOP_FAILPOINTS", &format!("create-container-{point}=kill"))]).await;
+        node.create(&pod, container_config("main", &["sleep", "1000"]), &config).await.unwrap_err();
+        node.kill();
+        node.restart(&[]).await;
+        assert!(node.list(None).await.is_empty(), "{point}");
+        assert_eq!(node.pods().await.len(), 1, "{point}");
+    }
+    // The name is free again, and the pod still works.
+    let id = node.run_container(&pod, container_config("main", &["sleep", "1000"]), &config).await;
+    assert_eq!(node.status(&id).await.state, RUNNING);
+    node.purge_and_check();
+}
+
+#[tokio::test]
+async fn crictl_runs_a_pod() {
+    let node = Node::start("crictl", &[]).await;
+    node.network(false);
+    let (pod, main) = (node.dir.join("pod.json"), node.dir.join("main.json"));
+    let text = serde_json::json!({
+        "metadata": {"name": "crictl", "namespace": "default", "uid": "crictl", "attempt": 0},
+        "log_directory": node.dir.join("logs"),
+        "linux": {"cgroup_parent": node.cgroup},
+    });
+    fs::write(&pod, text.to_string()).unwrap();
+    let script = "mkdir /www; echo page > /www/index.html; httpd -p 127.0.0.1:8099 -h /www; echo ready; cat; sleep 1000";
+    let text = serde_json::json!({
+        "metadata": {"name": "main"}, "image": {"image": node::IMAGE}, "log_path": "main.log", "stdin": true,
+        "command": ["sh", "-c", script], "linux": {},
+    });
+    fs::write(&main, text.to_string()).unwrap();
+    let (pod, main) = (pod.to_str().unwrap(), main.to_str().unwrap());
+    let p = node.crictl(&["runp", pod], "");
+    let c = node.crictl(&["create", &p, main, pod], "");
+    node.crictl(&["start", &c], "");
+    wait_for("the container's first line", || node.crictl(&["logs", &c], "").contains("ready")).await;
+    assert!(node.crictl(&["ps", "-q"], "").contains(&c));
+    assert_eq!(node.crictl(&["exec", "-s", &c, "echo", "sync"], ""), "sync");
+    for transport in ["spdy", "websocket"] {
+        assert_eq!(
+            node.crictl(&["exec", "--transport", transport, "-i", &c, "cat"], "typed"),
+            "typed",
+            "{transport}"
+        );
+        let (ok, text) = node.try_crictl(&["exec", "--transport", transport, &c, "sh", "-c", "exit 5"], "");
+        assert!(!ok && text.contains("exit code 5"), "{transport}: {text}");
+        let page = node.forward(&p, transport, 8099).await;
+        assert!(page.ends_with("page\n"), "{transport}: {page:?}");
+    }
+    // A client that vanishes takes its command with it.
+    node.vanish(&["exec", "-i", &c, "sleep", "4321"]).await;
+    wait_for("the command of the client that vanished to end", || {
+        !node.crictl(&["exec", "-s", &c, "ps"], "").contains("sleep 4321")
+    })
+    .await;
+    node.crictl(&["stop", "-t", "1", &c], "");
+    node.crictl(&["rm", &c], "");
+    node.crictl(&["stopp", &p], "");
+    node.crictl(&["rmp", &p], "");
+    assert_eq!(node.crictl(&["pods", "-q"], ""), "");
+    node.stop_and_check();
+}
