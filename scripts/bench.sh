@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Latency and memory of a cluster of its own, beside runc and crun where installed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ "$(id -u)" -eq 0 ] || { echo "bench: not root; run make as root" >&2; exit 1; }
+scripts/demo-image.sh target/demo/demo-web.tar
+exec cargo run --quiet --release -p xtask -- bench

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The whole gate: format, lints, forbidden edges, unit, integration and end-to-end tests. Fails when a needed part is missing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+[ "$(id -u)" -eq 0 ] || { echo "test: not root; the tests make namespaces, mounts and BPF programs" >&2; exit 1; }
+start=$SECONDS
+step() { echo "== $* ($((SECONDS - start)) s)"; }
+
+step "what the tests need"
+scripts/deps.sh test
+PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
+export PATH="$PATH:${ORLOP_TOOLS:-/var/cache/orlop-tools}"
+export LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/$(uname -m)-linux-gnu
+
+step "format"
+cargo fmt --all --check
+step "lints"
+cargo clippy --workspace --all-targets --quiet -- -D warnings
+step "forbidden edges"
+cargo run --quiet -p xtask -- edges
+step "release programs"
+scripts/build.sh
+scripts/demo-image.sh target/demo/demo-web.tar
+step "unit and integration tests"
+export ORLOP_MONITOR=$PWD/target/release/orlop-monitor ORLOP_CNI=$PWD/target/release/orlop-cni
+cargo test --workspace --exclude orlop-test-vms --quiet
+step "end-to-end tests"
+cargo test -p orlop-test-vms -- --test-threads=1
+step "done"
