@@ -111,7 +111,7 @@ async fn parameters_chaining_and_cache() {
     // Another process, another configuration: DEL and CHECK use what ADD used.
     f.configure(&json!({"cniVersion": "1.1.0", "name": "net", "plugins": [{"type": "other"}]}));
     f.cni().check(&pod).await.unwrap();
-    assert_eq!(f.cni().attachments(), [pod.clone()]);
+    assert_eq!(f.cni().attachments(), vec![pod.clone()]);
     let gone = PodNetwork { netns: "/no/such/netns".into(), ..pod.clone() };
     f.cni().del(&gone).await.unwrap();
     assert_eq!(f.calls()[2..], ["CHECK one", "CHECK two", "DEL two", "DEL one"]);
