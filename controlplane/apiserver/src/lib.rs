@@ -4,22 +4,33 @@
 #![allow(clippy::result_large_err)]
 
 pub mod admission;
+pub mod apply;
 pub mod authn;
 pub mod authz;
 mod bootstrap;
+pub mod codec;
+pub mod discovery;
 mod feed;
 mod handler;
 mod health;
 mod metrics;
 mod nodeproxy;
+pub mod openapi;
+pub mod patch;
 pub mod pki;
 pub mod registry;
 pub mod request_info;
+pub mod resources;
 mod reviews;
 mod run;
+pub mod schema;
 pub mod status;
+pub mod table;
 mod token_request;
 pub mod transport;
+pub mod validation;
+pub mod value;
 mod version;
+pub mod watch_cache;
 
 pub use run::{Config, Error, run};

@@ -9,16 +9,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::registry::Body;
 
-/// A Kubernetes `Status` object that describes a failure (or, rarely, a success without an object).
+/// A Kubernetes `Status` object that describes a failure (or, rarely, a success without an object). `apiVersion`
+/// and the empty `metadata` are only part of the JSON form.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
-    /// Always `Status`.
+    /// Always `Status`; kept so that a Status read from elsewhere can be told from another object.
+    #[serde(default)]
     pub kind: String,
-    /// Always `v1`.
-    pub api_version: String,
-    /// Always empty.
-    pub metadata: StatusMeta,
     /// `Success` or `Failure`.
     pub status: String,
     /// What a person reads.
@@ -29,14 +27,23 @@ pub struct Status {
     pub reason: String,
     /// The object the failure is about.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub details: Option<Details>,
+    pub details: Option<Box<Details>>,
     /// HTTP status code.
     pub code: u16,
 }
 
-/// The (empty) list metadata of a `Status`.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, Eq)]
-pub struct StatusMeta {}
+/// The JSON form.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Wire<'a> {
+    api_version: &'static str,
+    metadata: Empty,
+    #[serde(flatten)]
+    status: &'a Status,
+}
+
+#[derive(Serialize)]
+struct Empty {}
 
 /// The object a failure is about, and its causes.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, Eq)]
@@ -90,8 +97,6 @@ impl Status {
     pub fn failure(code: u16, reason: &str, message: impl Into<String>) -> Status {
         Status {
             kind: "Status".into(),
-            api_version: "v1".into(),
-            metadata: StatusMeta {},
             status: "Failure".into(),
             message: message.into(),
             reason: reason.into(),
@@ -104,35 +109,35 @@ impl Status {
     pub fn success(group: &str, resource: &str, name: &str, uid: &str) -> Status {
         let mut status = Status::failure(200, "", "");
         status.status = "Success".into();
-        status.details = Some(Details {
+        status.details = Some(Box::new(Details {
             name: name.into(),
             group: group.into(),
             kind: resource.into(),
             uid: uid.into(),
             ..Details::default()
-        });
+        }));
         status
     }
 
     fn about(mut self, group: &str, resource: &str, name: &str) -> Status {
-        self.details = Some(Details {
+        self.details = Some(Box::new(Details {
             name: name.into(),
             group: group.into(),
             kind: resource.into(),
             ..Details::default()
-        });
+        }));
         self
     }
 
     fn with_cause(mut self, reason: &str, message: &str) -> Status {
-        let details = self.details.get_or_insert_with(Details::default);
+        let details = self.details.get_or_insert_default();
         details.causes.push(Cause { reason: reason.into(), message: message.into(), field: String::new() });
         self
     }
 
     /// Tells the client to come back after `seconds`.
     pub fn retry_after(mut self, seconds: u32) -> Status {
-        self.details.get_or_insert_with(Details::default).retry_after_seconds = seconds;
+        self.details.get_or_insert_default().retry_after_seconds = seconds;
         self
     }
 
@@ -167,7 +172,7 @@ impl Status {
     /// 409: a server-side apply met fields of other managers.
     pub fn apply_conflict(message: impl Into<String>, causes: Vec<Cause>) -> Status {
         let mut status = Status::failure(409, "Conflict", message);
-        status.details = Some(Details { causes, ..Details::default() });
+        status.details = Some(Box::new(Details { causes, ..Details::default() }));
         status
     }
 
@@ -286,7 +291,8 @@ impl Status {
     /// The JSON form.
     pub fn to_json(&self) -> Bytes {
         // A struct of strings and numbers always serialises.
-        serde_json::to_vec(self).map(Bytes::from).unwrap_or_default()
+        let wire = Wire { api_version: "v1", metadata: Empty {}, status: self };
+        serde_json::to_vec(&wire).map(Bytes::from).unwrap_or_default()
     }
 
     /// The HTTP answer.

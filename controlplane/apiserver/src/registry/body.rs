@@ -8,16 +8,24 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures::{StreamExt, stream::BoxStream};
 use http_body::{Frame, SizeHint};
 use tokio::sync::mpsc;
 
 /// A response body. Cloned object bytes are shared, never copied.
-#[derive(Debug)]
 pub enum Body {
     /// Known chunks, sent in order.
     Chunks(VecDeque<Bytes>),
     /// A stream that ends when the sender is dropped.
     Stream(mpsc::Receiver<Bytes>),
+    /// Chunks made as the connection asks for them.
+    Boxed(BoxStream<'static, Bytes>),
+}
+
+impl std::fmt::Debug for Body {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.is_stream() { "Body(stream)" } else { "Body(chunks)" })
+    }
 }
 
 impl Body {
@@ -28,7 +36,7 @@ impl Body {
 
     /// Whether the length is unknown because it is a watch.
     pub fn is_stream(&self) -> bool {
-        matches!(self, Body::Stream(_))
+        matches!(self, Body::Stream(_) | Body::Boxed(_))
     }
 
     /// All bytes of a body; for a stream, everything until it ends.
@@ -39,6 +47,13 @@ impl Body {
             Body::Stream(mut receiver) => {
                 let mut all = Vec::new();
                 while let Some(chunk) = receiver.recv().await {
+                    all.extend_from_slice(&chunk);
+                }
+                all.into()
+            }
+            Body::Boxed(mut stream) => {
+                let mut all = Vec::new();
+                while let Some(chunk) = stream.next().await {
                     all.extend_from_slice(&chunk);
                 }
                 all.into()
@@ -76,6 +91,9 @@ impl http_body::Body for Body {
         match self.get_mut() {
             Body::Chunks(chunks) => Poll::Ready(chunks.pop_front().map(|c| Ok(Frame::data(c)))),
             Body::Stream(receiver) => receiver.poll_recv(cx).map(|chunk| chunk.map(|c| Ok(Frame::data(c)))),
+            Body::Boxed(stream) => {
+                stream.as_mut().poll_next(cx).map(|chunk| chunk.map(|c| Ok(Frame::data(c))))
+            }
         }
     }
 
@@ -83,13 +101,14 @@ impl http_body::Body for Body {
         match self {
             Body::Chunks(chunks) => chunks.is_empty(),
             Body::Stream(receiver) => receiver.is_closed() && receiver.is_empty(),
+            Body::Boxed(_) => false,
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
             Body::Chunks(chunks) => SizeHint::with_exact(chunks.iter().map(|c| c.len() as u64).sum()),
-            Body::Stream(_) => SizeHint::default(),
+            Body::Stream(_) | Body::Boxed(_) => SizeHint::default(),
         }
     }
 }

@@ -1,0 +1,184 @@
+//! Answers: objects and lists in the shape and encoding that the client accepts.
+
+use std::{collections::VecDeque, io::Write as _, sync::Arc};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use orlop_store::Revision;
+use serde_json::{Value, json};
+
+use super::{Body, object::Object};
+use crate::{
+    codec::{Encoding, Shape},
+    resources::Resource,
+    status::Status,
+    table, value,
+};
+
+/// Answers larger than this are compressed for clients that accept it, as upstream does.
+const COMPRESS_FROM: u64 = 128 << 10;
+
+/// What the client accepts.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    /// Objects, table or metadata only.
+    pub shape: Shape,
+    /// JSON or YAML.
+    pub encoding: Encoding,
+    /// Whether gzip is accepted.
+    pub gzip: bool,
+    /// What a table's rows carry: `None`, `Metadata` or `Object`.
+    pub include: table::Include,
+}
+
+/// The serialised object as the version and shape that is wanted.
+pub fn served(resource: &Resource, object: &Object, wanted: &Wanted) -> Result<Bytes, Status> {
+    if wanted.shape == Shape::Objects && resource.conversion.is_none() {
+        return Ok(object.bytes());
+    }
+    let mut v = object.value()?;
+    if let Some(conversion) = &resource.conversion {
+        (conversion.serve)(&mut v);
+    }
+    let v = match wanted.shape {
+        Shape::Objects => v,
+        Shape::Partial => partial(&v),
+        Shape::Table => {
+            let mut table = table::table(resource, &[v], wanted.include);
+            value::set(&mut table, "metadata.resourceVersion", object.revision.to_string());
+            table
+        }
+    };
+    to_json(&v)
+}
+
+/// `PartialObjectMetadata` of an object.
+pub fn partial(v: &Value) -> Value {
+    json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": v.get("metadata").cloned().unwrap_or_default()})
+}
+
+pub(super) fn to_json(v: &Value) -> Result<Bytes, Status> {
+    serde_json::to_vec(v).map(Bytes::from).map_err(Status::internal)
+}
+
+/// An answer with one object.
+pub fn object(
+    resource: &Resource,
+    object: &Object,
+    code: StatusCode,
+    wanted: &Wanted,
+) -> Result<Response<Body>, Status> {
+    let bytes = served(resource, object, wanted)?;
+    finish(Body::from(bytes), code, wanted)
+}
+
+/// An answer with a value that is not stored in this form.
+pub fn plain(v: &Value, code: StatusCode, wanted: &Wanted) -> Result<Response<Body>, Status> {
+    finish(Body::from(to_json(v)?), code, wanted)
+}
+
+/// The metadata of a list.
+#[derive(Clone, Debug, Default)]
+pub struct ListMeta {
+    /// State shown.
+    pub revision: Revision,
+    /// Token for the rest.
+    pub next: String,
+}
+
+/// An answer with a list.
+pub fn list(
+    resource: &Resource,
+    objects: &[Arc<Object>],
+    meta: &ListMeta,
+    wanted: &Wanted,
+) -> Result<Response<Body>, Status> {
+    let list_meta = if meta.next.is_empty() {
+        json!({"resourceVersion": meta.revision.to_string()})
+    } else {
+        json!({"resourceVersion": meta.revision.to_string(), "continue": meta.next})
+    };
+    if wanted.shape == Shape::Table {
+        let mut values = Vec::with_capacity(objects.len());
+        for object in objects {
+            let mut v = object.value()?;
+            if let Some(conversion) = &resource.conversion {
+                (conversion.serve)(&mut v);
+            }
+            values.push(v);
+        }
+        let mut table = table::table(resource, &values, wanted.include);
+        value::set(&mut table, "metadata", list_meta);
+        return plain(&table, StatusCode::OK, wanted);
+    }
+    let (kind, version) = match wanted.shape {
+        Shape::Partial => ("PartialObjectMetadataList".to_owned(), "meta.k8s.io/v1".to_owned()),
+        _ => (resource.list_kind.to_string(), resource.api_version()),
+    };
+    let head = format!(
+        "{{\"kind\":{},\"apiVersion\":{},\"metadata\":{list_meta},\"items\":[",
+        Value::from(kind),
+        Value::from(version)
+    );
+    let mut chunks = VecDeque::with_capacity(2 * objects.len() + 2);
+    chunks.push_back(Bytes::from(head));
+    for (i, object) in objects.iter().enumerate() {
+        if i > 0 {
+            chunks.push_back(Bytes::from_static(b","));
+        }
+        chunks.push_back(served(resource, object, wanted)?);
+    }
+    chunks.push_back(Bytes::from_static(b"]}\n"));
+    finish(Body::Chunks(chunks), StatusCode::OK, wanted)
+}
+
+fn finish(body: Body, code: StatusCode, wanted: &Wanted) -> Result<Response<Body>, Status> {
+    let mut body = body;
+    if wanted.encoding == Encoding::Yaml {
+        body = yaml(body)?;
+    }
+    let mut headers = HeaderMap::new();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(wanted.encoding.media_type()));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, private"));
+    let size = http_body::Body::size_hint(&body).exact().unwrap_or(0);
+    if wanted.gzip && size > COMPRESS_FROM {
+        body = compress(body)?;
+        headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+        headers.insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
+    }
+    let mut response = Response::new(body);
+    *response.status_mut() = code;
+    *response.headers_mut() = headers;
+    Ok(response)
+}
+
+fn yaml(body: Body) -> Result<Body, Status> {
+    let Body::Chunks(chunks) = body else { return Ok(body) };
+    let bytes = chunks.into_iter().collect::<Vec<_>>().concat();
+    let v: Value = serde_json::from_slice(&bytes).map_err(Status::internal)?;
+    Ok(Body::from(crate::codec::to_yaml(&v)?))
+}
+
+fn compress(body: Body) -> Result<Body, Status> {
+    let Body::Chunks(chunks) = body else { return Ok(body) };
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    for chunk in chunks {
+        encoder.write_all(&chunk).map_err(Status::internal)?;
+    }
+    Ok(Body::from(encoder.finish().map_err(Status::internal)?))
+}
+
+/// Adds `Warning` headers.
+pub fn warn(response: &mut Response<Body>, warnings: &[String]) {
+    for text in warnings {
+        let clean: String = text
+            .chars()
+            .filter(|c| !c.is_control())
+            .collect::<String>()
+            .replace('\\', "\\\\")
+            .replace('"', "\\\"");
+        if let Ok(v) = HeaderValue::from_str(&format!("299 - \"{clean}\"")) {
+            response.headers_mut().append(header::WARNING, v);
+        }
+    }
+}

@@ -1,0 +1,569 @@
+//! What pods and everything that holds a pod template share: defaults and validation of a PodSpec.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+
+use crate::{
+    validation::{Errors, meta, names},
+    value,
+};
+
+const CONTAINER_LISTS: [&str; 3] = ["initContainers", "containers", "ephemeralContainers"];
+
+/// Fills in a PodSpec.
+pub fn default_spec(spec: &mut Value) {
+    if !spec.is_object() {
+        return;
+    }
+    value::default_text(spec, "restartPolicy", "Always");
+    value::default_text(spec, "dnsPolicy", "ClusterFirst");
+    value::default_text(spec, "schedulerName", "default-scheduler");
+    value::default(spec, "terminationGracePeriodSeconds", 30);
+    value::default(spec, "securityContext", json!({}));
+    let host_network = value::flag(spec, "hostNetwork");
+    for list in CONTAINER_LISTS {
+        for container in value::list_mut(spec, list) {
+            default_container(container, host_network);
+        }
+    }
+    for volume in value::list_mut(spec, "volumes") {
+        default_volume(volume);
+    }
+    for constraint in value::list_mut(spec, "topologySpreadConstraints") {
+        value::default_text(constraint, "nodeAffinityPolicy", "Honor");
+        value::default_text(constraint, "nodeTaintsPolicy", "Ignore");
+    }
+    // The two names of one field.
+    let account = value::text(spec, "serviceAccountName").to_owned();
+    let old = value::text(spec, "serviceAccount").to_owned();
+    if account.is_empty() && !old.is_empty() {
+        value::set(spec, "serviceAccountName", old);
+    } else if !account.is_empty() {
+        value::set(spec, "serviceAccount", account);
+    }
+}
+
+fn default_container(c: &mut Value, host_network: bool) {
+    value::default_text(c, "terminationMessagePath", "/dev/termination-log");
+    value::default_text(c, "terminationMessagePolicy", "File");
+    let image = value::text(c, "image");
+    let name = image.rsplit('/').next().unwrap_or("");
+    let latest = !name.contains('@') && (!name.contains(':') || name.ends_with(":latest"));
+    value::default_text(c, "imagePullPolicy", if latest { "Always" } else { "IfNotPresent" });
+    value::default(c, "resources", json!({}));
+    for port in value::list_mut(c, "ports") {
+        value::default_text(port, "protocol", "TCP");
+        if host_network && !value::has(port, "hostPort") {
+            let n = value::int(port, "containerPort").unwrap_or(0);
+            value::set(port, "hostPort", n);
+        }
+    }
+    for env in value::list_mut(c, "env") {
+        if value::has(env, "valueFrom.fieldRef") {
+            value::default_text(env, "valueFrom.fieldRef.apiVersion", "v1");
+        }
+        if value::has(env, "valueFrom.resourceFieldRef") {
+            value::default(env, "valueFrom.resourceFieldRef.divisor", "0");
+        }
+    }
+    for probe in ["livenessProbe", "readinessProbe", "startupProbe"] {
+        if let Some(p) = value::at_mut(c, probe).filter(|p| p.is_object()) {
+            default_probe(p);
+        }
+    }
+    for hook in ["lifecycle.postStart", "lifecycle.preStop"] {
+        if let Some(h) = value::at_mut(c, hook).filter(|p| p.is_object()) {
+            default_http_get(h);
+        }
+    }
+    // What is limited and not requested is requested in full.
+    let limits = value::map(c, "resources.limits").cloned().unwrap_or_default();
+    for (name, amount) in limits {
+        let requests = value::ensure_map(c, "resources.requests");
+        requests.entry(name).or_insert(amount);
+    }
+}
+
+fn default_http_get(v: &mut Value) {
+    if value::has(v, "httpGet") {
+        value::default_text(v, "httpGet.path", "/");
+        value::default_text(v, "httpGet.scheme", "HTTP");
+    }
+}
+
+fn default_probe(p: &mut Value) {
+    default_http_get(p);
+    if value::has(p, "grpc") {
+        value::default(p, "grpc.service", "");
+    }
+    for (field, n) in
+        [("timeoutSeconds", 1), ("periodSeconds", 10), ("successThreshold", 1), ("failureThreshold", 3)]
+    {
+        if value::int(p, field).unwrap_or(0) == 0 {
+            value::set(p, field, n);
+        }
+    }
+}
+
+fn default_volume(v: &mut Value) {
+    const SOURCES: [&str; 30] = [
+        "awsElasticBlockStore",
+        "azureDisk",
+        "azureFile",
+        "cephfs",
+        "cinder",
+        "configMap",
+        "csi",
+        "downwardAPI",
+        "emptyDir",
+        "ephemeral",
+        "fc",
+        "flexVolume",
+        "flocker",
+        "gcePersistentDisk",
+        "gitRepo",
+        "glusterfs",
+        "hostPath",
+        "image",
+        "iscsi",
+        "nfs",
+        "persistentVolumeClaim",
+        "photonPersistentDisk",
+        "portworxVolume",
+        "projected",
+        "quobyte",
+        "rbd",
+        "scaleIO",
+        "secret",
+        "storageos",
+        "vsphereVolume",
+    ];
+    if !SOURCES.iter().any(|s| value::has(v, s)) {
+        value::set(v, "emptyDir", json!({}));
+    }
+    for source in ["secret", "configMap", "downwardAPI", "projected"] {
+        if value::has(v, source) {
+            value::default(v, &format!("{source}.defaultMode"), 0o644);
+        }
+    }
+    if value::has(v, "hostPath") {
+        value::default(v, "hostPath.type", "");
+    }
+    if value::has(v, "image") {
+        let reference = value::text(v, "image.reference").rsplit('/').next().unwrap_or("").to_owned();
+        let latest = !reference.contains('@') && (!reference.contains(':') || reference.ends_with(":latest"));
+        value::default_text(v, "image.pullPolicy", if latest { "Always" } else { "IfNotPresent" });
+    }
+    default_field_refs(value::list_mut(v, "downwardAPI.items"));
+    for source in value::list_mut(v, "projected.sources") {
+        if value::has(source, "serviceAccountToken") {
+            value::default(source, "serviceAccountToken.expirationSeconds", 3600);
+        }
+        default_field_refs(value::list_mut(source, "downwardAPI.items"));
+    }
+    if value::has(v, "ephemeral.volumeClaimTemplate.spec") {
+        value::default_text(v, "ephemeral.volumeClaimTemplate.spec.volumeMode", "Filesystem");
+    }
+}
+
+fn default_field_refs(items: &mut [Value]) {
+    for item in items {
+        if value::has(item, "fieldRef") {
+            value::default_text(item, "fieldRef.apiVersion", "v1");
+        }
+        if value::has(item, "resourceFieldRef") {
+            value::default(item, "resourceFieldRef.divisor", "0");
+        }
+    }
+}
+
+/// A pod template at `path`: defaults.
+pub fn default_template(object: &mut Value, path: &str) {
+    value::remove(object, &format!("{path}.metadata.creationTimestamp"));
+    if let Some(spec) = value::at_mut(object, &format!("{path}.spec")) {
+        default_spec(spec);
+    }
+}
+
+/// A pod template at `path`: labels and spec. `policies` are the restart policies that the owner allows.
+pub fn validate_template(object: &Value, path: &str, policies: &[&str], errors: &mut Errors) {
+    meta::labels(object, &format!("{path}.metadata.labels"), errors);
+    let at = format!("{path}.spec");
+    match value::at(object, &at) {
+        Some(spec) => {
+            validate_spec(spec, &at, errors);
+            let policy = value::text(spec, "restartPolicy");
+            if !policies.is_empty() && !policies.contains(&policy) {
+                errors.not_supported(&format!("{at}.restartPolicy"), &policy.into(), policies);
+            }
+        }
+        None => errors.required(&format!("{at}.containers"), ""),
+    }
+}
+
+/// Checks a PodSpec that lies at `path`.
+pub fn validate_spec(spec: &Value, path: &str, errors: &mut Errors) {
+    if value::list(spec, "containers").is_empty() {
+        errors.required(&format!("{path}.containers"), "");
+    }
+    let volumes = validate_volumes(spec, path, errors);
+    let mut seen = BTreeSet::new();
+    for list in CONTAINER_LISTS {
+        for (i, c) in value::list(spec, list).iter().enumerate() {
+            let at = format!("{path}.{list}[{i}]");
+            validate_container(c, &at, list, &volumes, errors);
+            let name = value::text(c, "name");
+            if !name.is_empty() && !seen.insert(name.to_owned()) {
+                errors.duplicate(&format!("{at}.name"), &name.into());
+            }
+        }
+    }
+    let supported = |field: &str, allowed: &[&str], errors: &mut Errors| {
+        if let Some(v) = value::at(spec, field)
+            && !v.as_str().is_some_and(|s| allowed.contains(&s))
+        {
+            errors.not_supported(&format!("{path}.{field}"), v, allowed);
+        }
+    };
+    supported("restartPolicy", &["Always", "OnFailure", "Never"], errors);
+    supported("dnsPolicy", &["ClusterFirstWithHostNet", "ClusterFirst", "Default", "None"], errors);
+    supported("preemptionPolicy", &["PreemptLowerPriority", "Never"], errors);
+    if value::text(spec, "dnsPolicy") == "None" && value::list(spec, "dnsConfig.nameservers").is_empty() {
+        errors.required(
+            &format!("{path}.dnsConfig.nameservers"),
+            "must provide at least one DNS nameserver when `dnsPolicy` is None",
+        );
+    }
+    for (field, rule) in [
+        ("nodeName", names::dns_subdomain as fn(&str) -> Vec<String>),
+        ("serviceAccountName", names::dns_subdomain),
+        ("hostname", names::dns_label),
+        ("subdomain", names::dns_label),
+        ("priorityClassName", names::dns_subdomain),
+        ("runtimeClassName", names::dns_subdomain),
+    ] {
+        let text = value::text(spec, field);
+        if !text.is_empty() {
+            errors.check(&format!("{path}.{field}"), text, rule(text));
+        }
+    }
+    if let Some(n) = value::int(spec, "terminationGracePeriodSeconds").filter(|n| *n < 0) {
+        errors.invalid(
+            &format!("{path}.terminationGracePeriodSeconds"),
+            &n.into(),
+            "must be greater than or equal to 0",
+        );
+    }
+    if let Some(n) = value::int(spec, "activeDeadlineSeconds").filter(|n| *n < 1) {
+        errors.invalid(
+            &format!("{path}.activeDeadlineSeconds"),
+            &n.into(),
+            "must be between 1 and 2147483647, inclusive",
+        );
+    }
+    for (k, v) in value::map(spec, "nodeSelector").into_iter().flatten() {
+        errors.check(&format!("{path}.nodeSelector"), k, names::qualified_name(k));
+        let v = v.as_str().unwrap_or("");
+        errors.check(&format!("{path}.nodeSelector"), v, names::label_value(v));
+    }
+    validate_tolerations(spec, path, errors);
+}
+
+fn validate_tolerations(spec: &Value, path: &str, errors: &mut Errors) {
+    for (i, t) in value::list(spec, "tolerations").iter().enumerate() {
+        let at = format!("{path}.tolerations[{i}]");
+        let key = value::text(t, "key");
+        let operator = value::text(t, "operator");
+        if !key.is_empty() {
+            errors.check(&format!("{at}.key"), key, names::qualified_name(key));
+        } else if operator != "Exists" {
+            errors.invalid(
+                &format!("{at}.operator"),
+                &operator.into(),
+                "operator must be Exists when `key` is empty, which means \"match all values and all keys\"",
+            );
+        }
+        if !matches!(operator, "" | "Equal" | "Exists" | "Lt" | "Gt") {
+            errors.not_supported(&format!("{at}.operator"), &operator.into(), &["Equal", "Exists"]);
+        }
+        let effect = value::text(t, "effect");
+        if !matches!(effect, "" | "NoSchedule" | "PreferNoSchedule" | "NoExecute") {
+            errors.not_supported(
+                &format!("{at}.effect"),
+                &effect.into(),
+                &["NoSchedule", "PreferNoSchedule", "NoExecute"],
+            );
+        }
+        if value::has(t, "tolerationSeconds") && effect != "NoExecute" {
+            errors.invalid(
+                &format!("{at}.effect"),
+                &effect.into(),
+                "effect must be 'NoExecute' when `tolerationSeconds` is set",
+            );
+        }
+    }
+}
+
+fn validate_volumes(spec: &Value, path: &str, errors: &mut Errors) -> BTreeSet<String> {
+    let mut all = BTreeSet::new();
+    for (i, v) in value::list(spec, "volumes").iter().enumerate() {
+        let at = format!("{path}.volumes[{i}]");
+        let name = value::text(v, "name");
+        if name.is_empty() {
+            errors.required(&format!("{at}.name"), "");
+        } else {
+            errors.check(&format!("{at}.name"), name, names::dns_label(name));
+            if !all.insert(name.to_owned()) {
+                errors.duplicate(&format!("{at}.name"), &name.into());
+            }
+        }
+        let sources: Vec<&String> =
+            v.as_object().into_iter().flatten().map(|(k, _)| k).filter(|k| *k != "name").collect();
+        if sources.len() > 1 {
+            errors.forbidden(&format!("{at}.{}", sources[1]), "may not specify more than 1 volume type");
+        }
+        if value::has(v, "hostPath") && value::text(v, "hostPath.path").is_empty() {
+            errors.required(&format!("{at}.hostPath.path"), "");
+        }
+        if value::has(v, "secret") && value::text(v, "secret.secretName").is_empty() {
+            errors.required(&format!("{at}.secret.secretName"), "");
+        }
+        if value::has(v, "configMap") && value::text(v, "configMap.name").is_empty() {
+            errors.required(&format!("{at}.configMap.name"), "");
+        }
+        if value::has(v, "persistentVolumeClaim")
+            && value::text(v, "persistentVolumeClaim.claimName").is_empty()
+        {
+            errors.required(&format!("{at}.persistentVolumeClaim.claimName"), "");
+        }
+    }
+    all
+}
+
+fn validate_container(c: &Value, at: &str, list: &str, volumes: &BTreeSet<String>, errors: &mut Errors) {
+    let name = value::text(c, "name");
+    if name.is_empty() {
+        errors.required(&format!("{at}.name"), "");
+    } else {
+        errors.check(&format!("{at}.name"), name, names::dns_label(name));
+    }
+    let image = value::text(c, "image");
+    if image.is_empty() {
+        errors.required(&format!("{at}.image"), "");
+    } else if image.trim() != image {
+        errors.invalid(&format!("{at}.image"), &image.into(), "must not have leading or trailing whitespace");
+    }
+    let supported = |field: &str, allowed: &[&str], errors: &mut Errors| {
+        if let Some(v) = value::at(c, field)
+            && !v.as_str().is_some_and(|s| allowed.contains(&s))
+        {
+            errors.not_supported(&format!("{at}.{field}"), v, allowed);
+        }
+    };
+    supported("imagePullPolicy", &["Always", "IfNotPresent", "Never"], errors);
+    supported("terminationMessagePolicy", &["File", "FallbackToLogsOnError"], errors);
+    if list == "initContainers" {
+        supported("restartPolicy", &["Always", "OnFailure", "Never"], errors);
+    }
+    validate_ports(c, at, errors);
+    for (i, e) in value::list(c, "env").iter().enumerate() {
+        let name = value::text(e, "name");
+        if name.is_empty() {
+            errors.required(&format!("{at}.env[{i}].name"), "");
+        } else {
+            errors.check(&format!("{at}.env[{i}].name"), name, names::env_name(name));
+        }
+        if value::has(e, "valueFrom") && !value::text(e, "value").is_empty() {
+            errors.invalid(
+                &format!("{at}.env[{i}].valueFrom"),
+                &"".into(),
+                "may not be specified when `value` is not empty",
+            );
+        }
+    }
+    let mut mounted = BTreeSet::new();
+    for (i, m) in value::list(c, "volumeMounts").iter().enumerate() {
+        let at = format!("{at}.volumeMounts[{i}]");
+        let name = value::text(m, "name");
+        if name.is_empty() {
+            errors.required(&format!("{at}.name"), "");
+        } else if !volumes.contains(name) {
+            errors.not_found(&format!("{at}.name"), &name.into());
+        }
+        let path = value::text(m, "mountPath");
+        if path.is_empty() {
+            errors.required(&format!("{at}.mountPath"), "");
+        } else if !mounted.insert(path.to_owned()) {
+            errors.invalid(&format!("{at}.mountPath"), &path.into(), "must be unique");
+        }
+    }
+    for probe in ["livenessProbe", "readinessProbe", "startupProbe"] {
+        if let Some(p) = value::at(c, probe) {
+            validate_probe(p, &format!("{at}.{probe}"), probe, errors);
+        }
+    }
+    validate_resources(c, at, errors);
+}
+
+fn validate_probe(p: &Value, at: &str, kind: &str, errors: &mut Errors) {
+    let handlers = ["exec", "httpGet", "tcpSocket", "grpc"].iter().filter(|h| value::has(p, h)).count();
+    if handlers == 0 {
+        errors.required(at, "must specify a handler type");
+    } else if handlers > 1 {
+        errors.forbidden(at, "may not specify more than 1 handler type");
+    }
+    for field in
+        ["initialDelaySeconds", "timeoutSeconds", "periodSeconds", "successThreshold", "failureThreshold"]
+    {
+        if let Some(n) = value::int(p, field).filter(|n| *n < 0) {
+            errors.invalid(&format!("{at}.{field}"), &n.into(), "must be greater than or equal to 0");
+        }
+    }
+    if kind != "readinessProbe"
+        && let Some(n) = value::int(p, "successThreshold").filter(|n| *n > 1)
+    {
+        errors.invalid(&format!("{at}.successThreshold"), &n.into(), "must be 1");
+    }
+    for handler in ["httpGet", "tcpSocket"] {
+        if value::has(p, handler) {
+            match value::at(p, &format!("{handler}.port")) {
+                Some(Value::Number(n)) if !n.as_i64().is_some_and(|n| (1..=65535).contains(&n)) => {
+                    errors.invalid(
+                        &format!("{at}.{handler}.port"),
+                        &Value::Number(n.clone()),
+                        "must be between 1 and 65535, inclusive",
+                    );
+                }
+                Some(_) => {}
+                None => errors.required(&format!("{at}.{handler}.port"), ""),
+            }
+        }
+    }
+}
+
+fn validate_ports(c: &Value, at: &str, errors: &mut Errors) {
+    let mut named = BTreeSet::new();
+    for (i, p) in value::list(c, "ports").iter().enumerate() {
+        let at = format!("{at}.ports[{i}]");
+        match value::int(p, "containerPort") {
+            None | Some(0) => errors.required(&format!("{at}.containerPort"), ""),
+            Some(n) if !(1..=65535).contains(&n) => {
+                errors.invalid(
+                    &format!("{at}.containerPort"),
+                    &n.into(),
+                    "must be between 1 and 65535, inclusive",
+                );
+            }
+            Some(_) => {}
+        }
+        if let Some(n) = value::int(p, "hostPort").filter(|n| *n != 0 && !(1..=65535).contains(n)) {
+            errors.invalid(&format!("{at}.hostPort"), &n.into(), "must be between 1 and 65535, inclusive");
+        }
+        let name = value::text(p, "name");
+        if !name.is_empty() {
+            errors.check(&format!("{at}.name"), name, names::port_name(name));
+            if !named.insert(name.to_owned()) {
+                errors.duplicate(&format!("{at}.name"), &name.into());
+            }
+        }
+        let protocol = value::text(p, "protocol");
+        if !matches!(protocol, "TCP" | "UDP" | "SCTP") {
+            errors.not_supported(&format!("{at}.protocol"), &protocol.into(), &["TCP", "UDP", "SCTP"]);
+        }
+    }
+}
+
+fn validate_resources(c: &Value, at: &str, errors: &mut Errors) {
+    let amount = |part: &str, name: &str| -> Option<orlop_api::quantity::Amount> {
+        let text = value::map(c, &format!("resources.{part}"))?.get(name)?.as_str()?;
+        text.parse().ok()
+    };
+    for part in ["limits", "requests"] {
+        for (name, v) in value::map(c, &format!("resources.{part}")).into_iter().flatten() {
+            if v.as_str().is_none_or(|t| t.parse::<orlop_api::quantity::Amount>().is_err()) {
+                errors.invalid(
+                    &format!("{at}.resources.{part}[{name}]"),
+                    v,
+                    "quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'",
+                );
+            }
+        }
+    }
+    for (name, v) in value::map(c, "resources.requests").into_iter().flatten() {
+        if let (Some(request), Some(limit)) = (amount("requests", name), amount("limits", name))
+            && request > limit
+        {
+            let detail = format!(
+                "must be less than or equal to {name} limit of {}",
+                value::map(c, "resources.limits")
+                    .and_then(|m| m.get(name))
+                    .and_then(Value::as_str)
+                    .unwrap_or("")
+            );
+            errors.invalid(&format!("{at}.resources.requests"), v, &detail);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(spec: Value) -> Vec<String> {
+        let mut spec = spec;
+        default_spec(&mut spec);
+        let mut errors = Errors::default();
+        validate_spec(&spec, "spec", &mut errors);
+        errors.into_causes().into_iter().map(|c| format!("{}: {}", c.field, c.message)).collect()
+    }
+
+    #[test]
+    fn a_small_spec_is_complete_after_defaults() {
+        let mut spec = json!({"containers": [{"name": "a", "image": "x:1", "resources": {"limits": {"cpu": "1"}}, "readinessProbe": {"httpGet": {"port": 80}}}]});
+        default_spec(&mut spec);
+        let c = &spec["containers"][0];
+        assert_eq!(c["imagePullPolicy"], "IfNotPresent");
+        assert_eq!(c["resources"]["requests"]["cpu"], "1");
+        assert_eq!(c["readinessProbe"]["periodSeconds"], 10);
+        assert_eq!(spec["dnsPolicy"], "ClusterFirst");
+        assert_eq!(check(spec), Vec::<String>::new());
+        let mut latest = json!({"containers": [{"name": "a", "image": "host:5000/x"}]});
+        default_spec(&mut latest);
+        assert_eq!(latest["containers"][0]["imagePullPolicy"], "Always");
+    }
+
+    #[test]
+    fn mistakes_are_named_by_path() {
+        let ok = json!({"name": "a", "image": "x"});
+        for (spec, want) in [
+            (json!({"containers": []}), "spec.containers: Required value"),
+            (
+                json!({"containers": [{"name": "A", "image": "x"}]}),
+                "spec.containers[0].name: Invalid value: \"A\"",
+            ),
+            (json!({"containers": [ok, ok]}), "spec.containers[1].name: Duplicate value: \"a\""),
+            (json!({"containers": [{"name": "a"}]}), "spec.containers[0].image: Required value"),
+            (
+                json!({"containers": [{"name": "a", "image": "x", "volumeMounts": [{"name": "v", "mountPath": "/v"}]}]}),
+                "spec.containers[0].volumeMounts[0].name: Not found: \"v\"",
+            ),
+            (
+                json!({"containers": [{"name": "a", "image": "x", "resources": {"requests": {"cpu": "2"}, "limits": {"cpu": "1"}}}]}),
+                "spec.containers[0].resources.requests: Invalid value: \"2\": must be less than or equal to cpu limit of 1",
+            ),
+            (
+                json!({"containers": [ok], "restartPolicy": "Sometimes"}),
+                "spec.restartPolicy: Unsupported value: \"Sometimes\"",
+            ),
+            (
+                json!({"containers": [{"name": "a", "image": "x", "ports": [{"containerPort": 70000}]}]}),
+                "spec.containers[0].ports[0].containerPort: Invalid value: 70000",
+            ),
+        ] {
+            let got = check(spec);
+            assert_eq!(got.len(), 1, "{got:?}");
+            assert!(got[0].starts_with(want), "{got:?} does not start with {want}");
+        }
+    }
+}
