@@ -8,8 +8,12 @@ use orlop_base::telemetry::Metrics;
 use crate::config::Config;
 use crate::cri::Cri;
 use crate::events::Events;
+use crate::images::Images;
 use crate::metrics::AgentMetrics;
+use crate::node::NodeState;
 use crate::pods::manager::Pods;
+use crate::services::Services;
+use crate::volumes::Volumes;
 
 /// Handles for the parts of one agent; everything in it is cheap to clone.
 #[derive(Clone)]
@@ -25,4 +29,11 @@ pub struct Context {
     pub registry: Arc<Metrics>,
     pub metrics: AgentMetrics,
     pub tasks: TaskGroup,
+    /// The runtime's name, which prefixes container ids in statuses: `containerd://…`.
+    pub runtime_name: String,
+    pub runtime_version: String,
+    pub images: Images,
+    pub volumes: Volumes,
+    pub services: Services,
+    pub node: NodeState,
 }

@@ -2,8 +2,11 @@
 
 use orlop_base::telemetry::Metrics;
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+
+use crate::probes::ProbeLabels;
 
 /// Cheap handles; cloning shares the values.
 #[derive(Clone)]
@@ -18,6 +21,7 @@ pub struct AgentMetrics {
     pub started_containers: Counter,
     pub started_pods: Counter,
     pub evented_pleg_events: Counter,
+    pub probes: Family<ProbeLabels, Counter>,
 }
 
 fn seconds() -> Histogram {
@@ -35,6 +39,7 @@ impl AgentMetrics {
             started_containers: Counter::default(),
             started_pods: Counter::default(),
             evented_pleg_events: Counter::default(),
+            probes: Family::default(),
         };
         registry.register(|r| {
             r.register("kubelet_running_pods", "Pods with a running sandbox", m.running_pods.clone());
@@ -62,6 +67,7 @@ impl AgentMetrics {
                 "Container events received",
                 m.evented_pleg_events.clone(),
             );
+            r.register("prober_probe", "Probe attempts by result", m.probes.clone());
         });
         m
     }

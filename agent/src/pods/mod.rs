@@ -1,6 +1,13 @@
 //! One worker per pod, a pure planner that says what to do next, and what they keep.
 
+pub mod checkpoint;
+pub mod exec;
 pub mod manager;
+pub mod mounts;
+pub mod plan;
+pub mod state;
+pub mod termination;
+pub mod worker;
 
 use k8s_openapi::api::core::v1::{Container, Pod};
 use orlop_api::pod::is_sidecar;

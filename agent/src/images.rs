@@ -1,0 +1,360 @@
+//! Making sure of images: pull policies, credentials, back-off, events; and collecting unused images.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use k8s_openapi::api::core::v1::{Container, Pod, Secret};
+use orlop_api::backoff::Backoff;
+use orlop_proto::cri::{
+    AuthConfig, ImageSpec, ImageStatusRequest, ListImagesRequest, PodSandboxConfig, PullImageRequest,
+    RemoveImageRequest,
+};
+use parking_lot::Mutex;
+use serde::Deserialize;
+use tokio::sync::Semaphore;
+
+use crate::context::Context;
+use crate::pods::ContainerKind;
+use crate::pods::state::Waiting;
+use crate::spec::security::ImageUser;
+
+/// Pulls at the same time unless configured: more only share the same network.
+const PARALLEL: usize = 8;
+
+struct Trouble {
+    failures: u32,
+    until: Instant,
+    message: String,
+}
+
+/// Shared by all pods.
+#[derive(Clone)]
+pub struct Images {
+    pulls: Arc<Semaphore>,
+    trouble: Arc<Mutex<HashMap<String, Trouble>>>,
+    /// When each image was last seen in use, by id.
+    used: Arc<Mutex<HashMap<String, Instant>>>,
+}
+
+/// An image that is present.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Present {
+    /// What to create the container with.
+    pub reference: String,
+    pub user: ImageUser,
+}
+
+/// The effective pull policy: `Always` for `latest` or no tag.
+pub fn policy(c: &Container) -> &str {
+    if let Some(p) = c.image_pull_policy.as_deref().filter(|p| !p.is_empty()) {
+        return p;
+    }
+    let image = c.image.as_deref().unwrap_or_default();
+    let last = image.rsplit('/').next().unwrap_or(image);
+    let tag = if last.contains('@') { Some("") } else { last.split_once(':').map(|(_, t)| t) };
+    if tag.is_none_or(|t| t == "latest") { "Always" } else { "IfNotPresent" }
+}
+
+impl Images {
+    pub fn new(parallel: Option<u32>) -> Images {
+        let permits = parallel.map_or(PARALLEL, |p| p.max(1) as usize);
+        Images { pulls: Arc::new(Semaphore::new(permits)), trouble: Arc::default(), used: Arc::default() }
+    }
+
+    async fn status(&self, ctx: &Context, image: &str) -> Result<Option<Present>, Waiting> {
+        let spec = ImageSpec { image: image.to_owned(), ..Default::default() };
+        let request = ImageStatusRequest { image: Some(spec), verbose: false };
+        let found = ctx.cri.image_status(request).await.map_err(|e| Waiting {
+            reason: "ImageInspectError".into(),
+            message: format!("Failed to inspect image {image:?}: {}", e.message()),
+        })?;
+        Ok(found.image.map(|i| Present {
+            reference: i.id,
+            user: ImageUser { uid: i.uid.map(|v| v.value), name: i.username },
+        }))
+    }
+
+    /// Makes sure of a container's image. The error is what its status shows while it waits.
+    pub async fn ensure(
+        &self,
+        ctx: &Context,
+        pod: &Pod,
+        (c, kind): (&Container, ContainerKind),
+        sandbox: PodSandboxConfig,
+    ) -> Result<Present, Waiting> {
+        let image = c.image.clone().unwrap_or_default();
+        let policy = policy(c);
+        let present = self.status(ctx, &image).await?;
+        match (policy, present) {
+            ("Never", None) => {
+                let message = format!("Container image {image:?} is not present with pull policy of Never");
+                ctx.events.container_warning(pod, (&c.name, kind), "ErrImageNeverPull", message.clone());
+                return Err(Waiting { reason: "ErrImageNeverPull".into(), message });
+            }
+            ("Never" | "IfNotPresent", Some(p)) => {
+                let message = format!(
+                    "Container image {image:?} already present on machine and can be accessed by the pod"
+                );
+                ctx.events.container(pod, (&c.name, kind), "Pulled", message);
+                return Ok(p);
+            }
+            _ => {}
+        }
+        let backed_off = {
+            let trouble = self.trouble.lock();
+            trouble.get(&image).filter(|t| t.until > Instant::now()).map(|t| t.message.clone())
+        };
+        if let Some(message) = backed_off {
+            let text = format!("Back-off pulling image {image:?}");
+            ctx.events.container(pod, (&c.name, kind), "BackOff", text.clone());
+            return Err(Waiting { reason: "ImagePullBackOff".into(), message: format!("{text}: {message}") });
+        }
+        ctx.events.container(pod, (&c.name, kind), "Pulling", format!("Pulling image {image:?}"));
+        let started = Instant::now();
+        match self.pull(ctx, pod, &image, sandbox).await {
+            Ok(reference) => {
+                self.trouble.lock().remove(&image);
+                let took = started.elapsed();
+                let message = format!("Successfully pulled image {image:?} in {}ms", took.as_millis());
+                ctx.events.container(pod, (&c.name, kind), "Pulled", message);
+                let present = self.status(ctx, &reference).await?;
+                Ok(present.unwrap_or(Present { reference, user: ImageUser::default() }))
+            }
+            Err(message) => {
+                let message = format!("failed to pull image {image:?}: {message}");
+                self.failed(&image, &message);
+                ctx.events.container_warning(
+                    pod,
+                    (&c.name, kind),
+                    "Failed",
+                    format!("Failed to pull image {image:?}: {message}"),
+                );
+                ctx.events.container_warning(pod, (&c.name, kind), "Failed", "Error: ErrImagePull");
+                Err(Waiting { reason: "ErrImagePull".into(), message })
+            }
+        }
+    }
+
+    fn failed(&self, image: &str, message: &str) {
+        let mut trouble = self.trouble.lock();
+        // Images nobody asks for any more need no memory.
+        trouble.retain(|_, t| t.until + Duration::from_secs(600) > Instant::now());
+        let failures = trouble.get(image).map_or(0, |t| t.failures) + 1;
+        let until = Instant::now() + Backoff::CRASH_LOOP.delay(failures);
+        trouble.insert(image.to_owned(), Trouble { failures, until, message: message.to_owned() });
+    }
+
+    /// How long to wait before asking for an image again.
+    pub fn retry_in(&self, image: &str) -> Duration {
+        let trouble = self.trouble.lock();
+        trouble
+            .get(image)
+            .map_or(Duration::from_secs(10), |t| t.until.saturating_duration_since(Instant::now()))
+    }
+
+    async fn pull(
+        &self,
+        ctx: &Context,
+        pod: &Pod,
+        image: &str,
+        sandbox: PodSandboxConfig,
+    ) -> Result<String, String> {
+        let _permit = self.pulls.acquire().await.map_err(|e| e.to_string())?;
+        let spec = ImageSpec { image: image.to_owned(), ..Default::default() };
+        let mut tries: Vec<Option<AuthConfig>> =
+            credentials(ctx, pod, image).await.into_iter().map(Some).collect();
+        tries.push(None);
+        let mut last = String::new();
+        for auth in tries {
+            let request =
+                PullImageRequest { image: Some(spec.clone()), auth, sandbox_config: Some(sandbox.clone()) };
+            match ctx.cri.pull_image(request).await {
+                Ok(r) => return Ok(r.image_ref),
+                Err(e) => last = e.message(),
+            }
+        }
+        Err(last)
+    }
+
+    /// Notes that an image is in use now.
+    pub fn touch(&self, id: &str) {
+        self.used.lock().insert(id.to_owned(), Instant::now());
+    }
+
+    /// Deletes unused images, least recently used first, until `free` bytes are won. Gives what was won.
+    pub async fn collect(&self, ctx: &Context, free: u64, min_age: Duration) -> u64 {
+        let Ok(list) = ctx.cri.list_images(ListImagesRequest { filter: None }).await else { return 0 };
+        let containers = ctx.cri.list_containers(Default::default()).await.map(|r| r.containers);
+        let Ok(containers) = containers else { return 0 };
+        let in_use: HashSet<String> = containers
+            .into_iter()
+            .flat_map(|c| [c.image_ref, c.image_id, c.image.map(|i| i.image).unwrap_or_default()])
+            .collect();
+        let now = Instant::now();
+        let mut candidates = Vec::new();
+        {
+            let mut used = self.used.lock();
+            let ids: HashSet<&String> = list.images.iter().map(|i| &i.id).collect();
+            used.retain(|id, _| ids.contains(id));
+            for i in &list.images {
+                let held = in_use.contains(&i.id)
+                    || i.repo_tags.iter().chain(&i.repo_digests).any(|n| in_use.contains(n));
+                let last = used.entry(i.id.clone()).or_insert(now);
+                if held {
+                    *last = now;
+                } else if !i.pinned && now.duration_since(*last) >= min_age {
+                    candidates.push((*last, i.id.clone(), i.size));
+                }
+            }
+        }
+        candidates.sort();
+        let mut won = 0;
+        for (_, id, size) in candidates {
+            if won >= free {
+                break;
+            }
+            let image = Some(ImageSpec { image: id.clone(), ..Default::default() });
+            match ctx.cri.remove_image(RemoveImageRequest { image }).await {
+                Ok(_) => {
+                    won += size;
+                    tracing::info!(image = %id, bytes = size, "unused image deleted");
+                }
+                Err(e) => tracing::warn!(image = %id, error = %e.message(), "unused image not deleted"),
+            }
+        }
+        won
+    }
+}
+
+#[derive(Deserialize)]
+struct DockerConfig {
+    #[serde(default)]
+    auths: BTreeMap<String, DockerAuth>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct DockerAuth {
+    username: String,
+    password: String,
+    auth: String,
+    identitytoken: String,
+    registrytoken: String,
+}
+
+/// The registry host and repository of an image reference.
+fn split(image: &str) -> (&str, &str) {
+    match image.split_once('/') {
+        Some((host, rest)) if host.contains(['.', ':']) || host == "localhost" => (host, rest),
+        _ => ("docker.io", image),
+    }
+}
+
+/// Whether credentials for `server` (a host, with or without scheme and path) serve this image; the longer the better.
+fn fits(server: &str, image: &str) -> Option<usize> {
+    let bare = server.trim_start_matches("https://").trim_start_matches("http://").trim_end_matches('/');
+    let bare = bare.trim_end_matches("/v1").trim_end_matches("/v2");
+    let (host, path) = bare.split_once('/').unwrap_or((bare, ""));
+    let host = if host == "index.docker.io" { "docker.io" } else { host };
+    let (wanted, repository) = split(image);
+    let host_fits = match host.strip_prefix("*.") {
+        Some(domain) => wanted.split_once('.').is_some_and(|(_, d)| d == domain),
+        None => host == wanted,
+    };
+    let below = path.is_empty()
+        || repository.strip_prefix(path).is_some_and(|r| r.is_empty() || r.starts_with(['/', ':', '@']));
+    (host_fits && below).then_some(host.len() + path.len())
+}
+
+/// Credentials in a docker config (or the older dockercfg) that serve an image, the most specific first.
+fn matching(secret: &Secret, image: &str) -> Vec<(usize, AuthConfig)> {
+    let data = secret.data.as_ref();
+    let bytes = |k: &str| data.and_then(|d| d.get(k)).map(|b| b.0.as_slice());
+    let auths = match (bytes(".dockerconfigjson"), bytes(".dockercfg")) {
+        (Some(json), _) => serde_json::from_slice::<DockerConfig>(json).map(|c| c.auths).unwrap_or_default(),
+        (None, Some(json)) => serde_json::from_slice(json).unwrap_or_default(),
+        _ => BTreeMap::new(),
+    };
+    let usable = auths.into_iter().filter_map(|(server, a)| {
+        let rank = fits(&server, image)?;
+        let decoded = base64::engine::general_purpose::STANDARD.decode(a.auth.trim()).unwrap_or_default();
+        let decoded = String::from_utf8(decoded).unwrap_or_default();
+        let (user, password) = decoded.split_once(':').unwrap_or_default();
+        let pick = |own: String, other: &str| if own.is_empty() { other.to_owned() } else { own };
+        Some((
+            rank,
+            AuthConfig {
+                username: pick(a.username, user),
+                password: pick(a.password, password),
+                auth: String::new(),
+                server_address: server,
+                identity_token: a.identitytoken,
+                registry_token: a.registrytoken,
+            },
+        ))
+    });
+    usable.collect()
+}
+
+async fn credentials(ctx: &Context, pod: &Pod, image: &str) -> Vec<AuthConfig> {
+    let Some(secrets) = &ctx.volumes.secrets else { return Vec::new() };
+    let (uid, namespace) =
+        (pod.metadata.uid.clone().unwrap_or_default(), pod.metadata.namespace.clone().unwrap_or_default());
+    let mut found = Vec::new();
+    for r in pod.spec.iter().flat_map(|s| s.image_pull_secrets.iter().flatten()) {
+        let key = orlop_api::meta::Key::new(namespace.clone(), r.name.clone());
+        match secrets.get(&uid, &key).await {
+            Ok(Some(s)) => found.extend(matching(&s, image)),
+            Ok(None) => {
+                let message = format!(
+                    "Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.",
+                    r.name
+                );
+                ctx.events.pod_warning(pod, "FailedToRetrieveImagePullSecret", message);
+            }
+            Err(e) => tracing::warn!(error = %e, "pull secret not read"),
+        }
+    }
+    found.sort_by_key(|(rank, _)| std::cmp::Reverse(*rank));
+    found.into_iter().map(|(_, a)| a).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn policies() {
+        let of =
+            |image: &str| policy(&Container { image: Some(image.into()), ..Default::default() }).to_owned();
+        assert_eq!(of("a"), "Always");
+        assert_eq!(of("host:5000/a"), "Always");
+        assert_eq!(of("host:5000/a:latest"), "Always");
+        assert_eq!(of("a:1"), "IfNotPresent");
+        assert_eq!(of("a@sha256:00"), "IfNotPresent");
+    }
+
+    #[test]
+    fn the_most_specific_credentials_come_first() {
+        let config = json!({"auths": {
+            "https://index.docker.io/v1/": {"auth": "dTpw"},
+            "reg.example": {"username": "host", "password": "x"},
+            "reg.example/team": {"username": "team", "password": "x"},
+            "*.example": {"username": "wild", "password": "x"}}});
+        let secret: Secret = serde_json::from_value(json!({"data": {".dockerconfigjson":
+            base64::engine::general_purpose::STANDARD.encode(config.to_string())}}))
+        .unwrap();
+        let users = |image: &str| {
+            let mut m = matching(&secret, image);
+            m.sort_by_key(|(r, _)| std::cmp::Reverse(*r));
+            m.into_iter().map(|(_, a)| a.username).collect::<Vec<_>>()
+        };
+        assert_eq!(users("reg.example/team/a:1"), ["team", "host", "wild"]);
+        assert_eq!(users("reg.example/teams/a:1"), ["host", "wild"]);
+        assert_eq!(users("busybox"), ["u"]);
+        assert!(users("other.test/a").is_empty());
+    }
+}

@@ -1,0 +1,3 @@
+//! Container lifecycle hooks.
+
+pub mod hooks;
