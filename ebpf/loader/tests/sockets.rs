@@ -149,3 +149,51 @@ fn dual_stack_sockets_reach_ipv4_services() {
     assert_eq!(ask(mapped).unwrap(), "six");
     purge(&config).unwrap();
 }
+
+#[test]
+fn a_pods_loopback_is_its_own() {
+    let place = Place::new("lp");
+    let config = place.config();
+    let mut dp = Datapath::open(&config).unwrap();
+    let port = 31_908;
+    service(&mut dp, SocketAddr::new("0.0.0.0".parse().unwrap(), port), TCP, 6, &[tcp_server("np")]);
+    assert_eq!(ask(SocketAddr::new("127.0.0.1".parse().unwrap(), port)).unwrap(), "np");
+    let inside = std::thread::spawn(move || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("run as root");
+        TcpStream::connect(("127.0.0.1", port)).map(drop)
+    });
+    assert!(inside.join().unwrap().is_err(), "the node's ports are not on the loopback of another namespace");
+    purge(&config).unwrap();
+}
+
+/// Ids of this load balancer's maps, and of programs that use one of them.
+fn in_kernel(maps: &[u32]) -> (usize, usize) {
+    let programs = aya::programs::loaded_programs()
+        .filter_map(Result::ok)
+        .filter(|p| matches!(p.map_ids(), Ok(Some(ids)) if ids.iter().any(|i| maps.contains(i))))
+        .count();
+    (maps.iter().filter(|id| aya::maps::MapData::from_id(**id).is_ok()).count(), programs)
+}
+
+#[test]
+fn purge_leaves_no_program_and_no_map() {
+    let place = Place::new("lg");
+    let config = place.config();
+    let dp = Datapath::open(&config).unwrap();
+    let pinned = std::fs::read_dir(config.pins.join(format!("v{LAYOUT}"))).unwrap();
+    let ids: Vec<u32> = pinned
+        .map(|e| aya::maps::MapData::from_pin(e.unwrap().path()).unwrap().info().unwrap().id())
+        .collect();
+    drop(dp);
+    let (maps, programs) = in_kernel(&ids);
+    assert_eq!(maps, ids.len(), "pins keep the maps");
+    assert!(programs >= 8, "links keep the socket programs: {programs}");
+    purge(&config).unwrap();
+    // Programs and maps go after a grace period of the kernel.
+    let start = std::time::Instant::now();
+    while in_kernel(&ids) != (0, 0) {
+        assert!(start.elapsed() < Duration::from_secs(5), "left: {:?}", in_kernel(&ids));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(!std::fs::read_to_string("/proc/mounts").unwrap().contains(config.pins.to_str().unwrap()));
+}
