@@ -198,6 +198,11 @@ fn check(clsact: bool) {
     assert_eq!(w.client.run(ask).join().unwrap(), CLIENT);
     drop(dp);
 
+    // So it does when its endpoint names no node: the route says that it is here.
+    let dp = w.open(&place, clsact, POD, 0);
+    assert_eq!(w.client.run(ask).join().unwrap(), CLIENT);
+    drop(dp);
+
     // A backend on another node sees this node. The same pins: an upgrade in between, with a connection alive.
     let held = w.client.run(connect).join().unwrap();
     let dp = w.open(&place, clsact, REMOTE, 0);

@@ -254,7 +254,20 @@ pub fn lb_ingress(ctx: TcContext) -> i32 {
             return apply(&ctx, &p, &v);
         }
     }
-    connect(&ctx, &p, &front, &link, &config, now)
+    connect(&ctx, &p, &front, &config, now)
+}
+
+/// For a backend on another node the source that its packets get (zero: none can be given). Endpoints that name no node
+/// count as what they are: one that is reached by no uplink is here.
+#[inline(always)]
+fn elsewhere(ctx: &TcContext, b: &Backend) -> Option<Addr> {
+    if b.flags & backend_flags::LOCAL != 0 || LOCAL_ADDRS.get_ptr(&b.addr).is_some() {
+        return None;
+    }
+    match route(ctx, b.addr[3]) {
+        Some(out) => uplink(out).map(|u| u.addr4),
+        None => Some([0; 4]),
+    }
 }
 
 /// FNV-1a over what makes up a connection.
@@ -271,14 +284,7 @@ fn hash(p: &Packet) -> u32 {
 
 /// A packet without a known connection: chooses a backend and notes the connection in both directions.
 #[inline(always)]
-fn connect(
-    ctx: &TcContext,
-    p: &Packet,
-    front: &FrontendValue,
-    link: &Uplink,
-    config: &Config,
-    now: u64,
-) -> i32 {
+fn connect(ctx: &TcContext, p: &Packet, front: &FrontendValue, config: &Config, now: u64) -> i32 {
     let Some((id, b)) = select::choose(front, KIND_ADDRESS, &addr4(p.src), Some(hash(p))) else {
         if front.flags & frontend_flags::DROP_WHEN_EMPTY != 0 {
             return dropped();
@@ -305,9 +311,7 @@ fn connect(
     (rkey.src, rkey.sport) = (b.addr, b.port);
     (rkey.dst, rkey.dport) = (addr4(p.src), p.sport);
     (rkey.proto, rkey.dir, rkey.pad) = (p.proto, ct_dir::REPLY, 0);
-    if b.flags & backend_flags::LOCAL == 0 {
-        let Some(out) = route(ctx, b.addr[3]) else { return dropped() };
-        let own = uplink(out).unwrap_or(*link).addr4;
+    if let Some(own) = elsewhere(ctx, &b) {
         if own[3] == 0 {
             return dropped();
         }
