@@ -52,15 +52,21 @@ fn unknown_sandbox(id: &str) -> SandboxRecord {
     }
 }
 
+/// What an earlier run began and never answered.
+struct HalfMade {
+    sandboxes: Vec<Arc<Sandbox>>,
+    containers: Vec<Arc<Container>>,
+}
+
 impl Runtime {
     /// See the module. Single failures are logged and do not keep the server from starting: what could not be cleaned up is tried
     /// again at the next start.
     pub async fn recover(self: &Arc<Self>) -> Result<()> {
         let half_made = self.load()?;
-        for container in half_made.1 {
+        for container in half_made.containers {
             self.take_back_container(&container).await;
         }
-        for sandbox in half_made.0 {
+        for sandbox in half_made.sandboxes {
             self.take_back_sandbox(&sandbox).await;
         }
         for sandbox in self.store.sandboxes() {
@@ -73,7 +79,7 @@ impl Runtime {
     }
 
     /// Reads all records; returns those that were never answered.
-    fn load(&self) -> Result<(Vec<Arc<Sandbox>>, Vec<Arc<Container>>)> {
+    fn load(&self) -> Result<HalfMade> {
         let (mut sandboxes, mut containers) = (Vec::new(), Vec::new());
         for id in folders(&self.config.state_dir.join("sandboxes"))? {
             let file = self.config.sandbox_state_dir(&id).join("sandbox.json");
@@ -123,7 +129,7 @@ impl Runtime {
                 _ => containers.push(container),
             }
         }
-        Ok((sandboxes, containers))
+        Ok(HalfMade { sandboxes, containers })
     }
 
     async fn take_back_container(&self, container: &Container) {

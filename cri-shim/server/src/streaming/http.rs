@@ -121,6 +121,7 @@ fn has(headers: &HeaderMap, name: &str, what: &str) -> bool {
 }
 
 /// Chooses the protocol and prepares the answer's headers, or refuses.
+#[allow(clippy::result_large_err)] // The refusal is sent as it is, once per connection.
 fn negotiate(session: &Session, headers: &HeaderMap) -> Result<(Speech, Reply), Reply> {
     if !has(headers, "connection", "upgrade") {
         return Err(plain(StatusCode::BAD_REQUEST, "this URL needs an upgrade to SPDY/3.1 or WebSocket\n"));

@@ -180,11 +180,10 @@ pub(super) async fn tunnel(socket: Socket, inner: DuplexStream) {
     let inwards = async {
         while let Some(Ok(message)) = stream.next().await {
             match message {
-                Message::Binary(data) => {
-                    if to_inner.write_all(&data).await.is_err() {
-                        break;
-                    }
-                }
+                Message::Binary(data) => match to_inner.write_all(&data).await {
+                    Ok(()) => {}
+                    Err(_) => break,
+                },
                 Message::Close(_) => break,
                 _ => {}
             }
@@ -202,7 +201,7 @@ pub(super) async fn tunnel(socket: Socket, inner: DuplexStream) {
         }
         close(&mut sink).await;
     };
-    tokio::join!(inwards, async { outwards.await });
+    tokio::join!(inwards, outwards);
 }
 
 #[cfg(test)]

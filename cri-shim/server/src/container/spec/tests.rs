@@ -111,19 +111,19 @@ impl Case {
 #[test]
 fn arguments() {
     // command, args, entrypoint, cmd, result
-    #[rustfmt::skip]
-    let table: &[(&[&str], &[&str], &[&str], &[&str], Option<&[&str]>)] = &[
-        (&["a"], &[], &["e"], &["c"], Some(&["a"])),
-        (&["a"], &["b"], &["e"], &["c"], Some(&["a", "b"])),
-        (&[], &["b"], &["e"], &["c"], Some(&["e", "b"])),
-        (&[], &[], &["e"], &["c"], Some(&["e", "c"])),
-        (&[], &[], &[], &["c"], Some(&["c"])),
-        (&[], &[], &["e"], &[], Some(&["e"])),
-        (&[], &["b"], &[], &["c"], Some(&["b"])),
-        (&[], &[], &[], &[], None),
-        (&["a\0b"], &[], &[], &[], None),
+    type Row = [&'static [&'static str]; 4];
+    let table: &[(Row, Option<&[&str]>)] = &[
+        ([&["a"], &[], &["e"], &["c"]], Some(&["a"])),
+        ([&["a"], &["b"], &["e"], &["c"]], Some(&["a", "b"])),
+        ([&[], &["b"], &["e"], &["c"]], Some(&["e", "b"])),
+        ([&[], &[], &["e"], &["c"]], Some(&["e", "c"])),
+        ([&[], &[], &[], &["c"]], Some(&["c"])),
+        ([&[], &[], &["e"], &[]], Some(&["e"])),
+        ([&[], &["b"], &[], &["c"]], Some(&["b"])),
+        ([&[], &[], &[], &[]], None),
+        ([&["a\0b"], &[], &[], &[]], None),
     ];
-    for (command, args, entrypoint, cmd, want) in table {
+    for ([command, args, entrypoint, cmd], want) in table {
         let config =
             cri::ContainerConfig { command: strings(command), args: strings(args), ..Default::default() };
         let got = process::args(&config, &strings(entrypoint), &strings(cmd)).ok();
@@ -216,11 +216,11 @@ fn mounts_of_the_kubelet_replace_ours_and_parents_come_first() {
         readonly,
         ..Default::default()
     };
-    let mut case = Case::default();
-    case.mounts = [mount("/a/b", "/h1", true), mount("/a", "/h2", false), mount("/etc/hosts", "/h3", false)]
+    let mounts = [mount("/a/b", "/h1", true), mount("/a", "/h2", false), mount("/etc/hosts", "/h3", false)]
         .iter()
         .map(|m| Resolved::new(m, m.host_path.clone().into()).unwrap())
         .collect();
+    let case = Case { mounts, ..Default::default() };
     let spec = case.spec();
     let list = spec.mounts().as_ref().unwrap();
     let at = |d: &str| list.iter().position(|m| m.destination() == Path::new(d)).unwrap();
@@ -250,12 +250,12 @@ fn mounts_that_make_no_sense_are_refused() {
 #[test]
 fn propagation_of_the_root_follows_the_mounts() {
     for (modes, want) in [(vec![0], None), (vec![0, 1], Some("rslave")), (vec![1, 2], Some("rshared"))] {
-        let mut case = Case::default();
-        case.mounts = modes
+        let mounts = modes
             .iter()
             .map(|p| cri::Mount { container_path: format!("/m{p}"), propagation: *p, ..Default::default() })
             .map(|m| Resolved::new(&m, "/x".into()).unwrap())
             .collect();
+        let case = Case { mounts, ..Default::default() };
         let got = case.spec().linux().as_ref().unwrap().rootfs_propagation().clone();
         assert_eq!(got.as_deref(), want);
     }

@@ -182,7 +182,9 @@ mod tests {
 
     #[test]
     fn users() {
-        let table: &[(Option<i64>, &str, Option<i64>, &str, Option<(u32, u32, &[u32])>)] = &[
+        /// run_as_user, run_as_username, run_as_group, the image's user, and what comes of it.
+        type Row = (Option<i64>, &'static str, Option<i64>, &'static str, Option<(u32, u32, &'static [u32])>);
+        let table: &[Row] = &[
             (None, "", None, "", Some((0, 0, &[0, 1000]))),
             (None, "", None, "www", Some((33, 34, &[34, 1000, 50]))),
             (None, "", None, "33", Some((33, 34, &[34, 1000, 50]))),
