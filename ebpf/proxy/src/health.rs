@@ -1,10 +1,11 @@
 //! /healthz and /livez as kube-proxy answers them (load balancers ask for it), /metrics, and the health check node
 //! ports of Services with externalTrafficPolicy Local.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 
 use http_body_util::Full;
 use hyper::body::Bytes;
@@ -15,6 +16,9 @@ use orlop_base::supervise::TaskGroup;
 use orlop_base::telemetry::Metrics;
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::model::Name;
 
 /// What health checks tell.
 #[derive(Default)]
@@ -107,7 +111,8 @@ fn timestamp(seconds: i64) -> String {
 /// Serves the pages on a listener until the group stops.
 pub async fn serve(listener: TcpListener, pages: Pages, tasks: TaskGroup) -> Result<(), std::io::Error> {
     let pages = Arc::new(move |path: &str| pages.answer(path));
-    accept(listener, pages, tasks).await
+    let stop = tasks.stop_token();
+    accept(listener, pages, tasks, stop).await
 }
 
 type Answer = Arc<dyn Fn(&str) -> Response<Full<Bytes>> + Send + Sync>;
@@ -115,8 +120,12 @@ type Answer = Arc<dyn Fn(&str) -> Response<Full<Bytes>> + Send + Sync>;
 /// Connections at a time: health checkers and scrapers are few.
 const MAX_CONNECTIONS: usize = 64;
 
-async fn accept(listener: TcpListener, answer: Answer, tasks: TaskGroup) -> Result<(), std::io::Error> {
-    let stop = tasks.stop_token();
+async fn accept(
+    listener: TcpListener,
+    answer: Answer,
+    tasks: TaskGroup,
+    stop: CancellationToken,
+) -> Result<(), std::io::Error> {
     let places = Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return Ok(()) };
@@ -152,4 +161,78 @@ async fn accept(listener: TcpListener, answer: Answer, tasks: TaskGroup) -> Resu
 /// Binds a listener; the error names the address.
 pub async fn bind(address: SocketAddr) -> Result<TcpListener, crate::Error> {
     TcpListener::bind(address).await.map_err(|source| crate::Error::Listen { address, source })
+}
+
+/// The health check node ports of Services with externalTrafficPolicy Local: load balancers ask there whether this node
+/// has an endpoint.
+pub struct NodePortChecks {
+    tasks: TaskGroup,
+    health: Arc<Health>,
+    ports: HashMap<Name, Check>,
+}
+
+struct Check {
+    port: u16,
+    local: Arc<AtomicUsize>,
+    stop: CancellationToken,
+}
+
+impl NodePortChecks {
+    pub fn new(tasks: TaskGroup, health: Arc<Health>) -> NodePortChecks {
+        NodePortChecks { tasks, health, ports: HashMap::new() }
+    }
+
+    /// Tells a Service's health check port (0 for none) and how many ready endpoints it has on this node.
+    pub fn set(&mut self, name: &Name, port: u16, local: usize) {
+        if let Some(check) = self.ports.get(name) {
+            if check.port == port {
+                check.local.store(local, Ordering::Relaxed);
+                return;
+            }
+            check.stop.cancel();
+            self.ports.remove(name);
+        }
+        if port == 0 {
+            return;
+        }
+        match self.start(name, port, local) {
+            Ok(check) => drop(self.ports.insert(name.clone(), check)),
+            Err(e) => {
+                tracing::warn!(service = %name, port, error = %e, "its health check port cannot be served")
+            }
+        }
+    }
+
+    fn start(&self, name: &Name, port: u16, local: usize) -> std::io::Result<Check> {
+        let listener = std::net::TcpListener::bind(("0.0.0.0", port))?;
+        listener.set_nonblocking(true)?;
+        let listener = TcpListener::from_std(listener)?;
+        let check = Check {
+            port,
+            local: Arc::new(AtomicUsize::new(local)),
+            stop: self.tasks.stop_token().child_token(),
+        };
+        let (name, count, health) = (name.clone(), check.local.clone(), self.health.clone());
+        let answer: Answer =
+            Arc::new(move |_| node_port_answer(&name, count.load(Ordering::Relaxed), health.is_healthy()));
+        let (tasks, stop) = (self.tasks.clone(), check.stop.clone());
+        self.tasks.spawn(async move {
+            if let Err(e) = accept(listener, answer, tasks, stop).await {
+                tracing::warn!(port, error = %e, "a health check port is no longer served");
+            }
+        });
+        Ok(check)
+    }
+}
+
+fn node_port_answer(service: &str, local: usize, healthy: bool) -> Response<Full<Bytes>> {
+    let (namespace, name) = service.split_once('/').unwrap_or_default();
+    let body = serde_json::json!({
+        "service": {"namespace": namespace, "name": name},
+        "localEndpoints": local, "serviceProxyHealthy": healthy,
+    });
+    let status = if local > 0 && healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let mut r = response(status, "application/json", body.to_string());
+    r.headers_mut().insert("x-load-balancing-endpoint-weight", hyper::header::HeaderValue::from(local));
+    r
 }

@@ -122,6 +122,12 @@ impl Model {
         self.of_service.get(service).into_iter().flatten().filter_map(|k| self.slices.get(k))
     }
 
+    /// How many ready endpoints a service has on this node.
+    pub fn ready_here(&self, service: &str) -> usize {
+        let here = self.slices_of(service).flat_map(|s| &s.endpoints).filter(|e| e.local && e.ready);
+        here.map(|e| e.ip).collect::<HashSet<_>>().len()
+    }
+
     /// Names of all services, and of slices.
     pub fn names(&self) -> (Vec<Name>, Vec<Name>) {
         (self.services.keys().cloned().collect(), self.slices.keys().cloned().collect())

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::addresses::{self, Watch};
 use crate::desired::desired;
-use crate::health::{self, Health, Pages};
+use crate::health::{self, Health, NodePortChecks, Pages};
 use crate::metrics::ProxyMetrics;
 use crate::model::{Model, Name};
 use crate::tables::Tables;
@@ -60,6 +60,7 @@ pub(crate) async fn run(
         tables,
         model: Model::default(),
         metrics: proxy_metrics,
+        checks: NodePortChecks::new(tasks.clone(), pages.health.clone()),
         health: pages.health,
         uplinks: HashMap::new(),
         triggers: Vec::new(),
@@ -107,6 +108,7 @@ struct Proxy {
     model: Model,
     metrics: ProxyMetrics,
     health: Arc<Health>,
+    checks: NodePortChecks,
     /// Interfaces that are served, as last told to the datapath.
     uplinks: HashMap<u32, Uplink>,
     /// When the endpoint changes that wait for a sync happened.
@@ -233,6 +235,8 @@ impl Proxy {
         while !self.model.is_clean() {
             for name in self.model.take_dirty() {
                 let wanted = desired(&self.model, &name, self.config.selection);
+                let port = self.model.service(&name).map_or(0, |s| s.health_check_node_port);
+                self.checks.set(&name, port, self.model.ready_here(&name));
                 match self.tables.sync(&mut datapath.maps, &name, &wanted) {
                     Ok(outcome) => outcome.retry.into_iter().for_each(|n| self.model.mark(n)),
                     Err(e) => {

@@ -164,6 +164,19 @@ async fn services_follow_the_api_and_outlive_the_proxy() {
     api.delete("services", "gone");
     wait_until("gone is gone", Duration::from_secs(2), || async { ask("127.96.1.3:80").err() }).await;
 
+    // A load balancer asks whether this node has an endpoint.
+    let check = free_port();
+    let local = json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": check.port()});
+    api.put("services", service("lb", "127.96.1.4", local));
+    wait_until("the check is served", Duration::from_secs(2), || async { TcpStream::connect(check).ok() })
+        .await;
+    assert!(health(check, "/").await.starts_with("HTTP/1.1 503"));
+    api.put("endpointslices", slice("lb", a.port()));
+    wait_until("an endpoint is here", Duration::from_secs(2), || async {
+        health(check, "/").await.starts_with("HTTP/1.1 200").then_some(())
+    })
+    .await;
+
     // New Service to first answer, as a client sees it: watch event, sync, connect.
     let mut times = Vec::new();
     for i in 0..20 {
