@@ -71,7 +71,7 @@ pub enum Error {
     Program { program: &'static str, source: Box<aya::programs::ProgramError> },
     #[error("BPF program or map {name} is not in the object; this build is broken")]
     Missing { name: &'static str },
-    #[error("cannot open BPF map {name}; `orlop proxy purge` removes maps of another version")]
+    #[error("cannot open BPF map {name}; `orlop proxy --cleanup` removes maps of another version")]
     Map { name: &'static str, source: Box<aya::maps::MapError> },
     #[error("cannot attach {program} to {target}")]
     Attach { program: &'static str, target: String, source: io::Error },

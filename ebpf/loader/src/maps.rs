@@ -56,7 +56,7 @@ pub struct Dump {
 /// A map that would not change or be read.
 #[derive(Debug, thiserror::Error)]
 pub enum MapFailure {
-    #[error("BPF map {map} is full; raise its size and run `orlop proxy purge` once")]
+    #[error("BPF map {map} is full; raise its size and run `orlop proxy --cleanup` once")]
     Full { map: &'static str },
     #[error("BPF map {map}")]
     Syscall { map: &'static str, source: Box<dyn std::error::Error + Send + Sync> },

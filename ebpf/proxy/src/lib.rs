@@ -71,7 +71,7 @@ pub enum Error {
     Netlink { source: std::io::Error },
     #[error("cannot read the node's addresses by netlink")]
     Addresses { source: rtnetlink::Error },
-    #[error("cannot read the BPF maps of an earlier run; `orlop proxy purge` removes them")]
+    #[error("cannot read the BPF maps of an earlier run; `orlop proxy --cleanup` removes them")]
     Adopt { source: orlop_ebpf_loader::MapFailure },
     #[error(transparent)]
     Task(#[from] orlop_base::supervise::Failure),
