@@ -16,6 +16,12 @@ pub enum Error {
     Durable(#[from] orlop_base::durable::Error),
     #[error(transparent)]
     Cri(#[from] crate::cri::Error),
+    #[error("cannot listen on {address}; is another kubelet running? Choose another port")]
+    Listen { address: std::net::SocketAddr, source: io::Error },
+    #[error("{path} cannot be used for TLS: {message}", path = path.display())]
+    Certificate { path: PathBuf, message: String },
+    #[error("a stream broke")]
+    Stream(#[source] hyper::Error),
     #[error("the node's address is not known; pass it as the node IP")]
     NoNodeIp,
     #[error(transparent)]

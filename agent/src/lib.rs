@@ -18,6 +18,7 @@ pub mod pods;
 pub mod probes;
 mod purge;
 pub mod runtime;
+mod server;
 pub mod services;
 pub mod sources;
 pub mod spec;

@@ -23,7 +23,7 @@ use crate::node::NodeState;
 use crate::pods::manager::Pods;
 use crate::services::Services;
 use crate::volumes::Volumes;
-use crate::{gc, logs, node, pleg, sources};
+use crate::{gc, logs, node, pleg, server, sources};
 
 /// How long the parts get to end when the agent stops. Containers go on without it.
 const DRAIN: Duration = Duration::from_secs(3);
@@ -44,6 +44,8 @@ pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Resul
         v = wait_for_runtime(&cri) => v,
     };
     let ctx = context(config, client.clone(), cri, version, tasks.clone()).await?;
+    let (listener, acceptor) = server::bind(&ctx).await?;
+    tasks.spawn_essential("node server", server::run(ctx.clone(), listener, acceptor));
     node::status::look_at_runtime(&ctx).await;
     if let Some(dir) = ctx.config.static_pod_dir.clone() {
         tasks.spawn_essential("static pods", sources::file::run(ctx.clone(), dir));

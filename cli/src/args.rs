@@ -16,8 +16,280 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Control plane and node on this machine
+    Up(Box<UpArgs>),
+    /// Stop what `orlop up` started and take back all of it but the data folder
+    Down(Box<UpArgs>),
     /// Control plane only: API server, scheduler, controllers
     Server(ServerArgs),
+    /// Node only: kubelet, CRI server, proxy, DNS
+    Agent(Box<AgentArgs>),
+    /// CRI server only
+    Cri(CriArgs),
+    /// eBPF service load balancer only
+    Proxy(ProxyArgs),
+    /// Images of this node
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// What this kernel and machine lack, each with the remedy
+    Check,
+    /// Print the administrator's kubeconfig
+    Kubeconfig {
+        /// Where the server wrote it
+        #[arg(long, default_value = "/etc/orlop/admin.kubeconfig")]
+        path: PathBuf,
+    },
+}
+
+/// Control plane and node together.
+#[derive(Clone, Debug, Args)]
+pub struct UpArgs {
+    #[command(flatten)]
+    pub server: ServerArgs,
+
+    #[command(flatten)]
+    pub node: NodeArgs,
+
+    /// Go into the background once the node is ready
+    #[arg(long)]
+    pub detach: bool,
+
+    /// With --detach: where the logs go
+    #[arg(long, default_value = "/var/log/orlop.log")]
+    pub log_file: PathBuf,
+
+    /// With --detach: seconds to wait for the node and the manifests' Deployments
+    #[arg(long, default_value_t = 120)]
+    pub wait: u64,
+}
+
+/// What a node needs to know, whatever control plane it belongs to.
+#[derive(Clone, Debug, Args)]
+pub struct NodeArgs {
+    /// The Node's name [default: the host name]
+    #[arg(long)]
+    pub node_name: Option<String>,
+
+    /// The Node's addresses, one per family [default: that of the default route]
+    #[arg(long = "node-ip")]
+    pub node_ips: Vec<IpAddr>,
+
+    /// Labels that the Node registers with
+    #[arg(long = "node-label", value_name = "KEY=VALUE")]
+    pub node_labels: Vec<String>,
+
+    /// KubeletConfiguration file
+    #[arg(long)]
+    pub config: Option<PathBuf>,
+
+    /// Use the CRI runtime at this socket instead of our own
+    #[arg(long, value_name = "SOCK")]
+    pub container_runtime_endpoint: Option<String>,
+
+    /// Leave Services to another proxy
+    #[arg(long)]
+    pub no_proxy: bool,
+
+    /// Leave cluster DNS to another server
+    #[arg(long)]
+    pub no_dns: bool,
+
+    /// Sockets, namespaces and other things that do not outlive a reboot
+    #[arg(long, default_value = "/run/orlop")]
+    pub run_dir: PathBuf,
+
+    /// The kubelet's folder
+    #[arg(long, default_value = "/var/lib/kubelet")]
+    pub kubelet_dir: PathBuf,
+
+    /// Pods' logs
+    #[arg(long, default_value = "/var/log/pods")]
+    pub pod_logs_dir: PathBuf,
+
+    /// Links to pods' logs by container
+    #[arg(long, default_value = "/var/log/containers")]
+    pub container_logs_dir: PathBuf,
+
+    /// Manifests of static pods
+    #[arg(long, default_value = "/etc/kubernetes/manifests")]
+    pub static_pod_dir: PathBuf,
+
+    /// CNI configuration
+    #[arg(long, default_value = "/etc/cni/net.d")]
+    pub cni_conf_dir: PathBuf,
+
+    /// CNI plugins, besides those beside this program
+    #[arg(long, default_value = "/opt/cni/bin")]
+    pub cni_bin_dir: PathBuf,
+
+    /// The cgroup below which pods' cgroups are made
+    #[arg(long, default_value = "/")]
+    pub cgroup_root: String,
+
+    /// Port of the kubelet's server
+    #[arg(long, default_value_t = 10250)]
+    pub kubelet_port: u16,
+
+    /// Where the proxy answers health checks; "none" for nowhere
+    #[arg(long, default_value = "0.0.0.0:10256")]
+    pub proxy_health_address: String,
+
+    /// Where the proxy shows its metrics; "none" for nowhere
+    #[arg(long, default_value = "127.0.0.1:10249")]
+    pub proxy_metrics_address: String,
+
+    /// Pins of the proxy's programs and maps
+    #[arg(long, default_value = "/sys/fs/bpf/orlop")]
+    pub bpf_dir: PathBuf,
+
+    /// Address of the node's DNS server
+    #[arg(long, default_value = "169.254.20.10")]
+    pub dns_address: IpAddr,
+
+    /// The link that carries the DNS server's address
+    #[arg(long, default_value = "orlop-dns")]
+    pub dns_link: String,
+}
+
+/// A node that joins a control plane.
+#[derive(Clone, Debug, Args)]
+pub struct AgentArgs {
+    /// Credentials of the node (system:node:NAME)
+    #[arg(long)]
+    pub kubeconfig: PathBuf,
+
+    /// DNS domain of the cluster
+    #[arg(long, default_value = "cluster.local")]
+    pub cluster_domain: String,
+
+    /// State of all parts
+    #[arg(long, default_value = "/var/lib/orlop")]
+    pub data_dir: PathBuf,
+
+    #[command(flatten)]
+    pub node: NodeArgs,
+}
+
+/// The CRI server alone.
+#[derive(Clone, Debug, Args)]
+pub struct CriArgs {
+    /// Unix socket of both CRI services
+    #[arg(long, default_value = "unix:///run/orlop/cri.sock")]
+    pub listen: String,
+
+    /// State and images
+    #[arg(long, default_value = "/var/lib/orlop")]
+    pub data_dir: PathBuf,
+
+    /// Sockets, namespaces and bundles
+    #[arg(long, default_value = "/run/orlop")]
+    pub run_dir: PathBuf,
+
+    /// CNI configuration
+    #[arg(long, default_value = "/etc/cni/net.d")]
+    pub cni_conf_dir: PathBuf,
+
+    /// CNI plugins, besides those beside this program
+    #[arg(long, default_value = "/opt/cni/bin")]
+    pub cni_bin_dir: PathBuf,
+}
+
+/// The service load balancer alone.
+#[derive(Clone, Debug, Args)]
+pub struct ProxyArgs {
+    /// Credentials with the rights of system:node-proxier
+    #[arg(long)]
+    pub kubeconfig: PathBuf,
+
+    /// This node's name [default: the host name]
+    #[arg(long)]
+    pub node_name: Option<String>,
+
+    /// Pins of programs and maps
+    #[arg(long, default_value = "/sys/fs/bpf/orlop")]
+    pub bpf_dir: PathBuf,
+
+    /// Where health checks are answered; "none" for nowhere
+    #[arg(long, default_value = "0.0.0.0:10256")]
+    pub health_address: String,
+
+    /// Where metrics are shown; "none" for nowhere
+    #[arg(long, default_value = "127.0.0.1:10249")]
+    pub metrics_address: String,
+
+    /// Remove all programs, maps and links and end
+    #[arg(long)]
+    pub cleanup: bool,
+}
+
+/// What `orlop image` does. All but `build` go to the CRI server, which owns the store.
+#[derive(Clone, Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Pull an image from its registry
+    Pull {
+        reference: String,
+        #[command(flatten)]
+        cri: CriSocket,
+    },
+    /// Import an OCI layout or docker archive into the store of a stopped CRI server
+    Import {
+        archive: PathBuf,
+        /// Name for an image that has none
+        #[arg(long)]
+        name: Option<String>,
+        /// The store's folder
+        #[arg(long, default_value = "/var/lib/orlop/images")]
+        images_dir: PathBuf,
+    },
+    /// List images
+    Ls {
+        #[command(flatten)]
+        cri: CriSocket,
+    },
+    /// Remove an image with all its names
+    Rm {
+        reference: String,
+        #[command(flatten)]
+        cri: CriSocket,
+    },
+    /// Delete what no image and no container needs, in the store of a stopped CRI server
+    Gc {
+        #[arg(long, default_value = "/var/lib/orlop/images")]
+        images_dir: PathBuf,
+    },
+    /// A root file system folder and a configuration -> an OCI archive
+    Build {
+        /// Folder that becomes the root file system
+        rootfs: PathBuf,
+        /// The archive to write
+        #[arg(long, short)]
+        output: PathBuf,
+        /// Name and tag of the image
+        #[arg(long, short)]
+        tag: String,
+        /// Program that the container runs (repeatable: one argument each)
+        #[arg(long)]
+        entrypoint: Vec<String>,
+        /// Default arguments (repeatable)
+        #[arg(long)]
+        cmd: Vec<String>,
+        /// Environment, KEY=VALUE (repeatable)
+        #[arg(long)]
+        env: Vec<String>,
+        /// User, numeric or by name
+        #[arg(long)]
+        user: Option<String>,
+        /// Working directory
+        #[arg(long)]
+        workdir: Option<String>,
+    },
+}
+
+/// Which CRI server.
+#[derive(Clone, Debug, Args)]
+pub struct CriSocket {
+    #[arg(long, default_value = "unix:///run/orlop/cri.sock", env = "CONTAINER_RUNTIME_ENDPOINT")]
+    pub endpoint: String,
 }
 
 /// Where the cluster's state is kept.

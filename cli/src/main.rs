@@ -1,9 +1,15 @@
 //! `orlop`: one binary, several roles. This crate parses arguments and wires the parts; it decides nothing else.
 
 mod args;
+mod check;
+mod down;
+mod image;
+mod node;
 mod server;
 mod shutdown;
+mod up;
 
+use std::pin::Pin;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -31,10 +37,32 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<(), Failure> {
+    let daemon = |future: Pin<Box<dyn Future<Output = Result<(), Failure>>>>| {
+        orlop_base::telemetry::init("info");
+        runtime()?.block_on(future)
+    };
     match cli.command {
-        Command::Server(a) => {
-            orlop_base::telemetry::init("info");
-            runtime()?.block_on(server::run(a))
+        Command::Up(a) if a.detach => up::detach(&a),
+        Command::Up(a) => daemon(Box::pin(up::run(*a))),
+        Command::Down(a) => {
+            orlop_base::telemetry::init("warn");
+            runtime()?.block_on(down::run(*a))
+        }
+        Command::Server(a) => daemon(Box::pin(server::run(a))),
+        Command::Agent(a) => daemon(Box::pin(node::run(*a))),
+        Command::Cri(a) => daemon(Box::pin(node::run_cri(a))),
+        Command::Proxy(a) => daemon(Box::pin(node::run_proxy(a))),
+        Command::Image(c) => {
+            orlop_base::telemetry::init("warn");
+            runtime()?.block_on(image::run(c))
+        }
+        Command::Check => check::run(),
+        Command::Kubeconfig { path } => {
+            let text = std::fs::read_to_string(&path).map_err(|e| {
+                format!("cannot read {}: {e}; is the server up, and are you root?", path.display())
+            })?;
+            print!("{text}");
+            Ok(())
         }
     }
 }

@@ -1,0 +1,285 @@
+//! The node side: CRI server, agent, proxy and DNS, each reached by the others only over its standard socket.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use orlop_agent::{KubeletConfiguration, PodCidrHook};
+use orlop_apiserver::pki::Pki;
+use orlop_base::durable::{self, Sync};
+use orlop_base::supervise::{Ready, TaskGroup};
+use orlop_cni_types::{OrlopNetwork, render_conflist};
+
+use crate::Failure;
+use crate::args::{AgentArgs, CriArgs, NodeArgs, ProxyArgs};
+use crate::server::{default_address, wait};
+
+const DRAIN: Duration = Duration::from_secs(10);
+const CONFLIST: &str = "10-orlop.conflist";
+
+/// The credentials of the node's parts.
+pub struct Credentials {
+    pub kubelet: PathBuf,
+    pub proxy: PathBuf,
+    pub dns: PathBuf,
+}
+
+/// A node's settings with all defaults filled in.
+pub struct Node {
+    pub name: String,
+    pub ips: Vec<IpAddr>,
+    pub data_dir: PathBuf,
+    pub cluster_domain: String,
+    pub args: NodeArgs,
+}
+
+impl Node {
+    pub fn new(args: &NodeArgs, data_dir: &Path, cluster_domain: &str) -> Result<Node, Failure> {
+        let name = match &args.node_name {
+            Some(n) => n.to_ascii_lowercase(),
+            None => host_name()?,
+        };
+        let ips = if args.node_ips.is_empty() { vec![default_address()] } else { args.node_ips.clone() };
+        Ok(Node {
+            name,
+            ips,
+            data_dir: data_dir.to_owned(),
+            cluster_domain: cluster_domain.to_owned(),
+            args: args.clone(),
+        })
+    }
+
+    /// Writes what the control plane's key material gives a node on its own machine.
+    pub fn credentials(
+        &self,
+        pki: &Pki,
+        server: &orlop_apiserver::Config,
+        port: u16,
+    ) -> Result<Credentials, Failure> {
+        let kubelet = server.kubeconfig("kubelet");
+        let host =
+            if server.listen.ip().is_unspecified() { "127.0.0.1".parse()? } else { server.listen.ip() };
+        let url = format!("https://{}", SocketAddr::new(host, port));
+        pki.ensure_kubeconfig(&kubelet, &url, &format!("system:node:{}", self.name), Some("system:nodes"))?;
+        let mut names: BTreeSet<String> = self.ips.iter().map(|ip| ip.to_string()).collect();
+        names.insert(self.name.clone());
+        let dir = self.args.kubelet_dir.join("pki");
+        pki.ensure_kubelet_serving(&dir, &self.name, &names)?;
+        durable::write_atomic(&dir.join("ca.crt"), pki.ca.cert_pem.as_bytes(), 0o644, Sync::Disk)?;
+        Ok(Credentials { kubelet, proxy: server.kubeconfig("proxy"), dns: server.kubeconfig("dns") })
+    }
+
+    pub fn cri_config(&self) -> Result<orlop_cri::Config, Failure> {
+        let a = &self.args;
+        cri_config(&a.run_dir.join("cri.sock"), &self.data_dir, &a.run_dir, &a.cni_conf_dir, &a.cni_bin_dir)
+    }
+
+    /// The socket of the runtime that this node uses.
+    fn cri_socket(&self) -> PathBuf {
+        match &self.args.container_runtime_endpoint {
+            Some(s) => unix_path(s),
+            None => self.args.run_dir.join("cri.sock"),
+        }
+    }
+
+    pub fn conflist(&self) -> PathBuf {
+        self.args.cni_conf_dir.join(CONFLIST)
+    }
+
+    fn pod_cidr_hook(&self) -> PodCidrHook {
+        let (path, data_dir) = (self.conflist(), self.data_dir.join("cni"));
+        PodCidrHook(Arc::new(move |cidrs: &[String]| {
+            let pod_cidrs = cidrs.iter().filter_map(|c| c.parse().ok()).collect();
+            let network = OrlopNetwork { data_dir: data_dir.clone(), ..OrlopNetwork::new(pod_cidrs) };
+            if let Err(e) = write_conflist(&path, &render_conflist(&network)) {
+                tracing::error!(error = %orlop_base::telemetry::chain(&e), "pods get no network");
+            }
+        }))
+    }
+
+    pub fn agent_config(&self, kubeconfig: Option<PathBuf>) -> Result<orlop_agent::Config, Failure> {
+        let a = &self.args;
+        let mut c = orlop_agent::Config::new(&*self.name, kubeconfig);
+        c.node_ips = self.ips.clone();
+        c.cri_socket = self.cri_socket();
+        c.cert_dir = a.kubelet_dir.join("pki");
+        c.root_dir = a.kubelet_dir.clone();
+        c.pod_logs_dir = a.pod_logs_dir.clone();
+        c.container_logs_dir = a.container_logs_dir.clone();
+        c.static_pod_dir = Some(a.static_pod_dir.clone());
+        c.on_pod_cidr = Some(self.pod_cidr_hook());
+        c.listen = SocketAddr::from(([0, 0, 0, 0], a.kubelet_port));
+        c.node_labels = labels(&a.node_labels)?;
+        c.kubelet = match &a.config {
+            Some(path) => KubeletConfiguration::read(path)?,
+            None => KubeletConfiguration {
+                cluster_dns: vec![a.dns_address],
+                cluster_domain: self.cluster_domain.clone(),
+                cgroup_root: a.cgroup_root.clone(),
+                ..Default::default()
+            },
+        };
+        if c.kubelet.authentication.x509.client_ca_file.is_empty() {
+            let ca = c.cert_dir.join("ca.crt");
+            c.kubelet.authentication.x509.client_ca_file = ca.to_string_lossy().into_owned();
+        }
+        Ok(c)
+    }
+
+    pub fn proxy_config(&self, kubeconfig: &Path) -> Result<orlop_proxy::Config, Failure> {
+        let a = &self.args;
+        proxy_config(kubeconfig, &self.name, &a.bpf_dir, &a.proxy_health_address, &a.proxy_metrics_address)
+    }
+
+    /// Starts the node's parts in `tasks`; returns once the agent is up.
+    pub async fn start(&self, credentials: &Credentials, tasks: &TaskGroup) -> Result<(), Failure> {
+        let stop = tasks.stop_token();
+        if self.args.container_runtime_endpoint.is_none() {
+            let ready = Ready::default();
+            let config = self.cri_config()?;
+            tasks.spawn_essential("CRI server", orlop_cri::run(config, ready.clone(), stop.clone()));
+            wait(&ready, &stop, "the CRI server did not start").await?;
+        }
+        let ready = Ready::default();
+        let config = self.agent_config(Some(credentials.kubelet.clone()))?;
+        tasks.spawn_essential("agent", orlop_agent::run(config, ready.clone(), stop.clone()));
+        if !self.args.no_proxy {
+            let proxy = self.proxy_config(&credentials.proxy)?;
+            tasks.spawn_essential("proxy", orlop_proxy::run(proxy, Ready::default(), stop.clone()));
+        }
+        if !self.args.no_dns {
+            let client = orlop_client::client_from_kubeconfig(&credentials.dns).await?;
+            let mut dns = orlop_dns::Config::new(client);
+            dns.listen = vec![SocketAddr::new(self.args.dns_address, 53)];
+            dns.cluster_domain = self.cluster_domain.clone();
+            dns.link = Some(self.args.dns_link.clone());
+            tasks.spawn_essential("DNS", orlop_dns::run(dns, Ready::default(), stop.clone()));
+        }
+        wait(&ready, &stop, "the agent did not start").await
+    }
+}
+
+fn host_name() -> Result<String, Failure> {
+    let name = nix::unistd::gethostname()?.to_string_lossy().to_ascii_lowercase();
+    if name.is_empty() {
+        return Err("this machine has no host name; set one or pass --node-name".into());
+    }
+    Ok(name)
+}
+
+fn write_conflist(path: &Path, text: &str) -> Result<(), durable::Error> {
+    if std::fs::read_to_string(path).is_ok_and(|old| old == text) {
+        return Ok(());
+    }
+    if let Some(dir) = path.parent() {
+        // A failure shows in the write that follows, with the path.
+        let _ = std::fs::create_dir_all(dir);
+    }
+    durable::write_atomic(path, text.as_bytes(), 0o644, Sync::Disk)
+}
+
+fn labels(all: &[String]) -> Result<BTreeMap<String, String>, Failure> {
+    let pair = |l: &String| l.split_once('=').map(|(k, v)| (k.to_owned(), v.to_owned()));
+    all.iter().map(|l| pair(l).ok_or_else(|| format!("--node-label {l:?}: write KEY=VALUE").into())).collect()
+}
+
+/// `unix:///path`, `unix:/path` or a plain path.
+pub fn unix_path(endpoint: &str) -> PathBuf {
+    let path =
+        endpoint.strip_prefix("unix://").or_else(|| endpoint.strip_prefix("unix:")).unwrap_or(endpoint);
+    PathBuf::from(path)
+}
+
+/// The folder of this program: the monitor and the CNI plugin lie beside it.
+fn program_dir() -> Result<PathBuf, Failure> {
+    let exe = std::env::current_exe()?;
+    Ok(exe.parent().map(Path::to_owned).unwrap_or_default())
+}
+
+fn cri_config(
+    socket: &Path,
+    data_dir: &Path,
+    run_dir: &Path,
+    cni_conf_dir: &Path,
+    cni_bin_dir: &Path,
+) -> Result<orlop_cri::Config, Failure> {
+    let programs = program_dir()?;
+    let monitor = programs.join("orlop-monitor");
+    if !monitor.exists() {
+        return Err(format!("{} is missing; install it beside orlop", monitor.display()).into());
+    }
+    Ok(orlop_cri::Config {
+        listen: socket.to_owned(),
+        state_dir: data_dir.join("cri"),
+        run_dir: run_dir.join("cri"),
+        images_dir: data_dir.join("images"),
+        monitor,
+        cni_conf_dir: cni_conf_dir.to_owned(),
+        cni_bin_dirs: vec![cni_bin_dir.to_owned(), programs],
+        cni_cache_dir: data_dir.join("cri/cni"),
+        ..Default::default()
+    })
+}
+
+fn address(text: &str) -> Result<Option<SocketAddr>, Failure> {
+    match text {
+        "none" => Ok(None),
+        t => Ok(Some(t.parse().map_err(|_| format!("{t:?} is no address; write IP:PORT or none"))?)),
+    }
+}
+
+fn proxy_config(
+    kubeconfig: &Path,
+    node: &str,
+    bpf_dir: &Path,
+    health: &str,
+    metrics: &str,
+) -> Result<orlop_proxy::Config, Failure> {
+    let mut c = orlop_proxy::Config::new(kubeconfig.to_owned(), node.to_owned());
+    c.datapath.pins = bpf_dir.to_owned();
+    c.health_address = address(health)?;
+    c.metrics_address = address(metrics)?;
+    Ok(c)
+}
+
+/// `orlop agent`.
+pub async fn run(args: AgentArgs) -> Result<(), Failure> {
+    let stop = crate::shutdown::on_signal()?;
+    let tasks = TaskGroup::new(&stop);
+    let node = Node::new(&args.node, &args.data_dir, &args.cluster_domain)?;
+    let credentials = Credentials {
+        kubelet: args.kubeconfig.clone(),
+        proxy: args.kubeconfig.clone(),
+        dns: args.kubeconfig.clone(),
+    };
+    if let Err(e) = node.start(&credentials, &tasks).await {
+        tasks.stop_token().cancel();
+        return Err(tasks.run_until_stopped(DRAIN).await.err().map_or(e, Into::into));
+    }
+    Ok(tasks.run_until_stopped(DRAIN).await?)
+}
+
+/// `orlop cri`.
+pub async fn run_cri(args: CriArgs) -> Result<(), Failure> {
+    let stop = crate::shutdown::on_signal()?;
+    let socket = unix_path(&args.listen);
+    let config = cri_config(&socket, &args.data_dir, &args.run_dir, &args.cni_conf_dir, &args.cni_bin_dir)?;
+    Ok(orlop_cri::run(config, Ready::default(), stop).await?)
+}
+
+/// `orlop proxy`.
+pub async fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
+    let name = match &args.node_name {
+        Some(n) => n.clone(),
+        None => host_name()?,
+    };
+    let config =
+        proxy_config(&args.kubeconfig, &name, &args.bpf_dir, &args.health_address, &args.metrics_address)?;
+    if args.cleanup {
+        return Ok(orlop_proxy::purge(&config)?);
+    }
+    let stop = crate::shutdown::on_signal()?;
+    Ok(orlop_proxy::run(config, Ready::default(), stop).await?)
+}
