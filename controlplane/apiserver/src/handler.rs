@@ -288,16 +288,17 @@ pub fn json_response(code: StatusCode, value: &Value) -> Response<registry::Body
     response
 }
 
-/// A request's object, JSON or YAML.
+/// A request's object: JSON, YAML or protobuf.
 ///
 /// # Errors
-/// 400 when it is neither, 415 for another content type.
+/// 400 when it is none of them, 415 for another content type.
 pub fn parse_object(request: &ApiRequest) -> Result<Value, Status> {
     let content_type =
         request.headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("application/json");
     let kind = content_type.split(';').next().unwrap_or_default().trim();
     let parsed: Result<Value, String> = match kind {
         "application/json" | "" => serde_json::from_slice(&request.body).map_err(|e| e.to_string()),
+        crate::protobuf::MEDIA_TYPE => crate::protobuf::decode(&request.body),
         "application/yaml" => serde_saphyr::from_slice(&request.body).map_err(|e| e.to_string()),
         other => {
             let message = format!(

@@ -18,6 +18,7 @@ mod nodeproxy;
 pub mod openapi;
 pub mod patch;
 pub mod pki;
+mod protobuf;
 pub mod registry;
 pub mod request_info;
 pub mod resources;

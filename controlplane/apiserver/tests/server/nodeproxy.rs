@@ -74,7 +74,7 @@ async fn fixture() -> Fixture {
     let kubelet = Arc::new(Kubelet { tasks: tasks.clone() });
     tasks.spawn_essential("kubelet", transport::serve(listener, tls, verifier, kubelet, tasks.clone()));
 
-    ok(cluster.kubectl(&["create", "serviceaccount", "default"]).await);
+    cluster.create("v1", "ServiceAccount", "default", "").await;
     let node = r#"{"apiVersion":"v1","kind":"Node","metadata":{"name":"n1"}}"#;
     ok(cluster.kubectl_with(&["create", "-f", "-"], node).await);
     let status = format!(
@@ -153,12 +153,13 @@ async fn upgraded_streams_pass_bytes_both_ways() {
     let (_, refused) = upgrade(c, path).await;
     assert!(refused.starts_with("HTTP/1.1 403"), "{refused}");
     // Reading alone does not make a shell.
-    ok(c.kubectl(&["create", "role", "reader", "--verb=get", "--resource=pods/exec"]).await);
-    ok(c.kubectl(&["create", "rolebinding", "reader", "--role=reader", "--user=jane"]).await);
+    let rules = r#","rules":[{"verbs":["get"],"apiGroups":[""],"resources":["pods/exec"]}]"#;
+    c.create("rbac.authorization.k8s.io/v1", "Role", "reader", rules).await;
+    c.bind("reader", "Role", "reader", "User", "jane").await;
     tokio::time::sleep(Duration::from_millis(200)).await;
     let (_, refused) = upgrade(c, path).await;
     assert!(refused.starts_with("HTTP/1.1 403"), "{refused}");
-    ok(c.kubectl(&["create", "rolebinding", "jane", "--clusterrole=edit", "--user=jane"]).await);
+    c.bind("jane", "ClusterRole", "edit", "User", "jane").await;
     tokio::time::sleep(Duration::from_millis(200)).await;
 
     let (mut stream, head) = upgrade(c, path).await;

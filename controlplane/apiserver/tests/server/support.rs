@@ -71,6 +71,22 @@ impl Cluster {
         self.plain_kubectl(&all, input).await
     }
 
+    /// Creates an object in the default namespace; `more` is JSON after the metadata.
+    pub async fn create(&self, version: &str, kind: &str, name: &str, more: &str) {
+        let object =
+            format!(r#"{{"apiVersion":"{version}","kind":"{kind}","metadata":{{"name":"{name}"}}{more}}}"#);
+        ok(self.kubectl_with(&["create", "-f", "-"], &object).await);
+    }
+
+    /// Binds a role to a subject in the default namespace.
+    pub async fn bind(&self, name: &str, role_kind: &str, role: &str, kind: &str, subject: &str) {
+        const GROUP: &str = "rbac.authorization.k8s.io";
+        let more = format!(
+            r#","roleRef":{{"apiGroup":"{GROUP}","kind":"{role_kind}","name":"{role}"}},"subjects":[{{"kind":"{kind}","apiGroup":"{GROUP}","name":"{subject}"}}]"#
+        );
+        self.create(&format!("{GROUP}/v1"), "RoleBinding", name, &more).await;
+    }
+
     /// kubectl with a token and nothing else.
     pub async fn kubectl_token(&self, token: &str, args: &[&str]) -> Output {
         let ca = self.config.pki_dir().join("ca.crt").display().to_string();
