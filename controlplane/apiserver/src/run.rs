@@ -144,21 +144,26 @@ pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Resul
     write_kubeconfigs(&config, &pki, &url, port)?;
 
     let tasks = TaskGroup::new(&stop);
-    // The store outlives the requests that are drained.
-    let storage_stop = CancellationToken::new();
-    let storage = TaskGroup::new(&storage_stop);
-    let result = serve(&config, &pki, url, port, listener, &tasks, &storage, ready).await;
+    // The registry outlives the requests that are drained, and the store the registry.
+    let (registry_stop, storage_stop) = (CancellationToken::new(), CancellationToken::new());
+    let (registry_tasks, storage) = (TaskGroup::new(&registry_stop), TaskGroup::new(&storage_stop));
+    let result = serve(&config, &pki, url, port, listener, &tasks, &registry_tasks, &storage, ready).await;
     if result.is_err() {
         tasks.stop_token().cancel();
     }
     let drained = tasks.run_until_stopped(DRAIN).await;
-    let registry = result?;
-    // The registry and admission refer to each other.
-    registry.set_admission(Arc::new(AdmitAll));
-    drop(registry);
+    if let Ok(registry) = &result {
+        // The registry and admission refer to each other.
+        registry.set_admission(Arc::new(AdmitAll));
+    }
+    let result = result.map(drop);
+    registry_stop.cancel();
+    let unregistered = registry_tasks.run_until_stopped(DRAIN).await;
     storage_stop.cancel();
     let stored = storage.run_until_stopped(DRAIN).await;
+    result?;
     drained?;
+    unregistered?;
     Ok(stored?)
 }
 
@@ -192,6 +197,7 @@ async fn serve(
     port: u16,
     listener: tokio::net::TcpListener,
     tasks: &TaskGroup,
+    registry_tasks: &TaskGroup,
     storage: &TaskGroup,
     ready: Ready,
 ) -> Result<Registry, Error> {
@@ -208,7 +214,7 @@ async fn serve(
 
     let store = Embedded::open(&config.data_dir.join("server/store"), config.store.clone(), storage).await?;
     let store: Arc<dyn Store> = Arc::new(store);
-    let mut options = registry::Options::new(storage.clone());
+    let mut options = registry::Options::new(registry_tasks.clone());
     options.service_cidr = config.service_cidr;
     options.event_ttl = config.event_ttl;
     let registry = Registry::new(store, options).await.map_err(Error::Bootstrap)?;

@@ -36,7 +36,7 @@ async fn kubectl_as_administrator() {
     let denied = c.kubectl(&["delete", "ns", "kube-system"]).await;
     assert!(err(&denied).contains("this namespace may not be deleted"), "{}", err(&denied));
     let map = r#"{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"a"}}"#;
-    let missing = c.kubectl_with(&["create", "-n", "nowhere", "-f", "-"], map).await;
+    let missing = c.kubectl_with(&["create", "--validate=false", "-n", "nowhere", "-f", "-"], map).await;
     assert!(err(&missing).contains("namespaces \"nowhere\" not found"), "{}", err(&missing));
     c.stop().await;
 }
@@ -139,7 +139,7 @@ async fn admission_equips_pods() {
     let c = Cluster::start().await;
     c.create("v1", "ServiceAccount", "default", "").await;
     let pod = r#"{"apiVersion":"v1","kind":"Pod","metadata":{"name":"p"},"spec":{"containers":[{"name":"c","image":"i"}]}}"#;
-    ok(c.kubectl_with(&["create", "-f", "-"], pod).await);
+    ok(c.kubectl_with(&["create", "--validate=false", "-f", "-"], pod).await);
     let get = async |path: &str| ok(c.kubectl(&["get", "pod", "p", "-o", &format!("jsonpath={path}")]).await);
     assert_eq!(get("{.spec.serviceAccountName}").await, "default");
     assert!(get("{.spec.volumes[0].name}").await.starts_with("kube-api-access-"));
@@ -153,7 +153,7 @@ async fn admission_equips_pods() {
     let bad = pod
         .replace("\"name\":\"p\"", "\"name\":\"q\"")
         .replace("\"spec\":{", "\"spec\":{\"hostNetwork\":true,");
-    let refused = c.kubectl_with(&["create", "-f", "-"], &bad).await;
+    let refused = c.kubectl_with(&["create", "--validate=false", "-f", "-"], &bad).await;
     assert!(
         err(&refused).contains("violates PodSecurity \"baseline:latest\": host namespaces"),
         "{}",

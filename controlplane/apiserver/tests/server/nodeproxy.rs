@@ -76,7 +76,7 @@ async fn fixture() -> Fixture {
 
     cluster.create("v1", "ServiceAccount", "default", "").await;
     let node = r#"{"apiVersion":"v1","kind":"Node","metadata":{"name":"n1"}}"#;
-    ok(cluster.kubectl_with(&["create", "-f", "-"], node).await);
+    ok(cluster.kubectl_with(&["create", "--validate=false", "-f", "-"], node).await);
     let status = format!(
         r#"{{"status":{{"addresses":[{{"type":"InternalIP","address":"127.0.0.1"}}],"daemonEndpoints":{{"kubeletEndpoint":{{"Port":{port}}}}}}}}}"#
     );
@@ -90,7 +90,7 @@ async fn fixture() -> Fixture {
             r#"{{"apiVersion":"v1","kind":"Pod","metadata":{{"name":"{name}"}},"spec":{{"nodeName":"n1","containers":[{}]}}}}"#,
             list.join(",")
         );
-        ok(cluster.kubectl_with(&["create", "-f", "-"], &pod).await);
+        ok(cluster.kubectl_with(&["create", "--validate=false", "-f", "-"], &pod).await);
     }
     Fixture { cluster, stop }
 }
