@@ -273,6 +273,10 @@ fn field_selector(query: &str) -> String {
 
 /// The whole body, at most [`BODY_LIMIT`].
 async fn read_body(body: Incoming) -> Result<Bytes, Status> {
+    // Announced too large: refused before the client has sent it.
+    if http_body::Body::size_hint(&body).lower() > BODY_LIMIT as u64 {
+        return Err(Status::too_large(BODY_LIMIT));
+    }
     match Limited::new(body, BODY_LIMIT).collect().await {
         Ok(collected) => Ok(collected.to_bytes()),
         Err(e) if e.is::<LengthLimitError>() => Err(Status::too_large(BODY_LIMIT)),

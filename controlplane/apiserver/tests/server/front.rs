@@ -125,8 +125,14 @@ async fn nobody_gets_past_health() {
     assert_eq!(ask("/api/v1/pods", &["--cert", &cert, "--key", &key]).await, "401");
     let big = foreign.path().join("big");
     std::fs::write(&big, vec![b'x'; 4 << 20]).expect("written");
-    let jane =
-        ["-H", "Authorization: Bearer jane-token", "-H", "Content-Type: application/json", "--data-binary"];
+    let jane = [
+        "--http1.1",
+        "-H",
+        "Authorization: Bearer jane-token",
+        "-H",
+        "Content-Type: application/json",
+        "--data-binary",
+    ];
     let body = format!("@{}", big.display());
     let mut args = jane.to_vec();
     args.push(&body);
