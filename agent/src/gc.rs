@@ -99,7 +99,8 @@ async fn images(ctx: &Context) {
     else {
         return;
     };
-    if total == 0 {
+    // A threshold of 100 % turns the collection off.
+    if total == 0 || k.image_gc_high_threshold_percent >= 100 {
         return;
     }
     let used_percent = 100 - (free * 100 / total);

@@ -153,6 +153,41 @@ fn sandbox_ips(status: &cri::PodSandboxStatus) -> Vec<IpAddr> {
     std::iter::once(net.ip.as_str()).chain(more).filter_map(|ip| ip.parse().ok()).collect()
 }
 
+/// At most this much of a termination message is kept.
+const MAX_MESSAGE: usize = 4096;
+/// Of a log at most this much and so many lines serve as a message.
+const MAX_LOG: usize = 2048;
+const MAX_LINES: usize = 80;
+
+/// What a container left to say: its termination message file, else (where asked for and it failed) the end of its
+/// log, else what the runtime says.
+async fn last_words(c: &Container) -> String {
+    let tail = |text: &[u8], limit: usize| {
+        String::from_utf8_lossy(&text[text.len().saturating_sub(limit)..]).into_owned()
+    };
+    if let Some(path) = &c.termination_log
+        && let Ok(text) = tokio::fs::read(path).await
+        && !text.is_empty()
+    {
+        // The beginning counts, as upstream has it.
+        return String::from_utf8_lossy(&text[..text.len().min(MAX_MESSAGE)]).into_owned();
+    }
+    if c.log_fallback
+        && c.exit_code != 0
+        && let Ok(log) = tokio::fs::read(&c.log_path).await
+    {
+        let lines: Vec<&str> = std::str::from_utf8(&log[log.len().saturating_sub(64 << 10)..])
+            .unwrap_or_default()
+            .lines()
+            // The CRI log format: time, stream, tag, text.
+            .filter_map(|l| l.splitn(4, ' ').nth(3))
+            .collect();
+        let last = lines[lines.len().saturating_sub(MAX_LINES)..].join("\n");
+        return tail(last.as_bytes(), MAX_LOG);
+    }
+    c.message.clone()
+}
+
 /// Asks the runtime for all it has of one pod. Finished containers and stopped sandboxes do not change any more, so
 /// they are taken over from `last`.
 pub async fn observe(cri: &Cri, uid: &str, last: &ObservedPod) -> Result<ObservedPod, Error> {
@@ -202,7 +237,14 @@ pub async fn observe(cri: &Cri, uid: &str, last: &ObservedPod) -> Result<Observe
             _ => {
                 let request = cri::ContainerStatusRequest { container_id: c.id.clone(), verbose: false };
                 match cri.container_status(request).await {
-                    Ok(r) => pod.containers.extend(r.status.map(|s| container(c.pod_sandbox_id, s))),
+                    Ok(r) => {
+                        let Some(status) = r.status else { continue };
+                        let mut seen = container(c.pod_sandbox_id, status);
+                        if seen.state == State::Exited {
+                            seen.message = last_words(&seen).await;
+                        }
+                        pod.containers.push(seen);
+                    }
                     Err(e) if e.is_not_found() => {}
                     Err(e) => return Err(e),
                 }

@@ -190,7 +190,11 @@ pub async fn ensure_image(job: Job, container: String) -> Done {
                     Ok(present.reference)
                 }
                 Err(why) => {
-                    let wait = images.retry_in(c.image.as_deref().unwrap_or_default());
+                    // The error shows for a moment, then the back-off and how long it takes.
+                    let wait = match why.reason.as_str() {
+                        "ErrImagePull" => Duration::from_secs(1),
+                        _ => images.retry_in(c.image.as_deref().unwrap_or_default()),
+                    };
                     Err((why, wait.max(Duration::from_secs(1))))
                 }
             }

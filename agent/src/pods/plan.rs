@@ -483,3 +483,6 @@ impl<'a> Planner<'a> {
 fn go_seconds(secs: i64) -> String {
     if secs < 60 { format!("{secs}s") } else { format!("{}m{}s", secs / 60, secs % 60) }
 }
+
+#[cfg(test)]
+mod tests;

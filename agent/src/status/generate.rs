@@ -400,3 +400,6 @@ impl Generator<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
