@@ -40,13 +40,19 @@ impl Cluster {
     }
 
     pub async fn start_with(config: Config, temp: Option<tempfile::TempDir>) -> Cluster {
-        let (ready, stop) = (Ready::default(), CancellationToken::new());
-        let mut server = tokio::task::spawn(run(config.clone(), ready.clone(), stop.clone()));
-        tokio::select! {
-            () = ready.wait() => {}
-            ended = &mut server => panic!("the server ended: {ended:?}"),
-            () = tokio::time::sleep(Duration::from_secs(30)) => panic!("the server is not ready after 30 s"),
-        }
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+        let (server, stop) = loop {
+            let (ready, stop) = (Ready::default(), CancellationToken::new());
+            let mut server = tokio::task::spawn(run(config.clone(), ready.clone(), stop.clone()));
+            tokio::select! {
+                () = ready.wait() => break (server, stop),
+                // The store's threads of the run before this one, in this process, close the database a moment after it.
+                Ok(Err(Error::Store(_))) = &mut server, if tokio::time::Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                () = tokio::time::sleep_until(deadline) => panic!("the server is not ready after 30 s"),
+            }
+        };
         let url = format!("https://{}", config.listen);
         Cluster { url, dir: config.data_dir.clone(), config, _temp: temp, stop, server }
     }
