@@ -174,7 +174,7 @@ fn message(bytes: &[u8], fields: &[Field], depth: usize) -> Result<Value, String
         let Some((_, name, kind)) = fields.iter().find(|f| f.0 == number) else { continue };
         match (kind, wire) {
             // An empty text stands for a field that was not set.
-            (Type::Text, Wire::Bytes(b)) if b.is_empty() => {}
+            (Type::Text, Wire::Bytes([])) => {}
             (Type::Text, Wire::Bytes(b)) => {
                 object.insert((*name).to_owned(), text(b)?);
             }
