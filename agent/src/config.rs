@@ -15,7 +15,10 @@ use crate::error::Error;
 /// Called with the node's podCIDRs once they are known and each time they change, so that whoever wires the node can
 /// write the CNI configuration. The agent itself reaches networks only over CRI.
 #[derive(Clone)]
-pub struct PodCidrHook(pub Arc<dyn Fn(&[String]) + Send + Sync>);
+pub struct PodCidrHook(pub Arc<PodCidrFn>);
+
+/// Takes all podCIDRs of the node.
+pub type PodCidrFn = dyn Fn(&[String]) + Send + Sync;
 
 impl fmt::Debug for PodCidrHook {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

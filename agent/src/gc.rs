@@ -23,7 +23,7 @@ pub async fn run(ctx: Context, synced: impl Future<Output = ()> + Send) -> Resul
         loop {
             orphans(&ctx).await;
             crate::logs::sweep_links(&ctx.config);
-            if round % IMAGES_EVERY == 0 {
+            if round.is_multiple_of(IMAGES_EVERY) {
                 images(&ctx).await;
             }
             round = round.wrapping_add(1);

@@ -251,8 +251,8 @@ pub async fn observe(cri: &Cri, uid: &str, last: &ObservedPod) -> Result<Observe
             }
         }
     }
-    pod.sandboxes.sort_by(|a, b| (b.created_at, b.attempt).cmp(&(a.created_at, a.attempt)));
-    pod.containers.sort_by(|a, b| (b.created_at, b.attempt).cmp(&(a.created_at, a.attempt)));
+    pod.sandboxes.sort_by_key(|s| std::cmp::Reverse((s.created_at, s.attempt)));
+    pod.containers.sort_by_key(|c| std::cmp::Reverse((c.created_at, c.attempt)));
     Ok(pod)
 }
 

@@ -299,11 +299,11 @@ async fn start_steps(
     };
     let created = job.ctx.cri.create_container(request).await;
     let id = created.map_err(|e| ("CreateContainerError", e.message()))?.container_id;
-    job.ctx.events.container(&job.pod, (&c.name, kind), "Created", format!("Container created"));
+    job.ctx.events.container(&job.pod, (&c.name, kind), "Created", "Container created");
     if let Err(e) = job.ctx.cri.start_container(StartContainerRequest { container_id: id.clone() }).await {
         return Err(("RunContainerError", e.message()));
     }
-    job.ctx.events.container(&job.pod, (&c.name, kind), "Started", format!("Container started"));
+    job.ctx.events.container(&job.pod, (&c.name, kind), "Started", "Container started");
     crate::logs::link(&job.ctx.config, &job.pod, &c.name, &id, &log_dir.join(format!("{attempt}.log")));
     if let Some(hook) = c.lifecycle.as_ref().and_then(|l| l.post_start.as_ref())
         && let Err(e) = hooks::run(&job.ctx, hook, &hooks::Target::new(&job.pod, c, &id, &facts)).await
@@ -412,6 +412,7 @@ pub async fn tear_down(job: Job) -> Done {
 
 /// Everything of a pod that has ended and is not wanted any more: containers, sandboxes, logs, folder.
 pub async fn remove_all(job: Job) -> Result<(), String> {
+    remove_mirror(&job).await?;
     let last = &job.observed;
     let observed = crate::runtime::observe(&job.ctx.cri, &job.uid, last).await.map_err(|e| e.to_string())?;
     for c in &observed.containers {
@@ -436,4 +437,19 @@ pub async fn remove_all(job: Job) -> Result<(), String> {
         volumes::mounts::remove_tree(&logs)
     });
     removed.await.map_err(|e| orlop_base::telemetry::chain(&e))
+}
+
+/// A static pod that has gone takes its mirror with it, unless the mirror is its successor's.
+async fn remove_mirror(job: &Job) -> Result<(), String> {
+    use crate::sources::mirror;
+    let key = job.key();
+    let (Some(client), Some(seen)) = (job.ctx.client.clone(), job.ctx.pods.mirror(&key)) else {
+        return Ok(());
+    };
+    let own = orlop_api::meta::annotation(&seen.metadata, mirror::MIRROR) == Some(job.uid.as_str());
+    if !super::is_static(&job.pod) || !own {
+        return Ok(());
+    }
+    let api: kube::Api<Pod> = kube::Api::namespaced(client, &key.namespace);
+    mirror::remove(&api, &seen).await.map_err(|e| orlop_base::telemetry::chain(&e))
 }

@@ -13,6 +13,8 @@ use tokio::sync::mpsc;
 use super::mirror::HASH;
 use crate::context::Context;
 
+/// How often a missing folder is looked for.
+const MISSING: Duration = Duration::from_secs(1);
 /// A manifest is often written in several steps; what follows within this time is read together.
 const SETTLE: Duration = Duration::from_millis(50);
 
@@ -64,8 +66,9 @@ pub fn parse(path: &Path, text: &str, node: &str) -> Result<Pod, String> {
     Ok(pod)
 }
 
+/// The parser's message without the excerpt it draws below.
 fn one_line(text: &str) -> String {
-    text.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join("; ")
+    text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned()
 }
 
 fn read_all(dir: &Path, node: &str) -> BTreeMap<PathBuf, Result<Pod, String>> {
@@ -125,10 +128,12 @@ pub async fn run(ctx: Context, dir: PathBuf) -> Result<(), crate::Error> {
         }
         complaints = now_bad;
         ctx.pods.set_statics(&ctx, pods);
+        // A folder that is not there yet cannot be watched.
+        let period = if watching { ctx.config.kubelet.file_check_frequency } else { MISSING };
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
             _ = wake.recv() => tokio::time::sleep(SETTLE).await,
-            () = tokio::time::sleep(ctx.config.kubelet.file_check_frequency) => {}
+            () = tokio::time::sleep(period) => {}
         }
         let _ = wake.try_recv();
     }

@@ -14,11 +14,13 @@ use crate::pods::ContainerKind;
 use crate::runtime::labels;
 
 /// Identifies what a container runs: name and image, nothing else, so that a new version of the agent with more fields
-/// in its types never restarts a container. FNV-1 over the fields' JSON, in hexadecimal.
+/// in its types never restarts a container. The same number as upstream's kubelet gives, so that either can take over
+/// the other's containers: FNV-1a over Go's rendering of the JSON's bytes, in hexadecimal.
 pub fn hash(c: &Container) -> String {
     let fields = serde_json::json!({"image": c.image.as_deref().unwrap_or_default(), "name": c.name});
-    let hash =
-        fields.to_string().bytes().fold(0x811c_9dc5u32, |h, b| h.wrapping_mul(0x0100_0193) ^ u32::from(b));
+    let bytes: Vec<String> = fields.to_string().bytes().map(|b| b.to_string()).collect();
+    let text = format!("([]uint8)[{}]", bytes.join(" "));
+    let hash = text.bytes().fold(0x811c_9dc5u32, |h, b| (h ^ u32::from(b)).wrapping_mul(0x0100_0193));
     format!("{hash:x}")
 }
 
@@ -115,6 +117,6 @@ mod tests {
         assert_eq!(hash(&c), hash(&same));
         assert_ne!(hash(&c), hash(&other));
         // Fixed for ever: a change would restart every container at an upgrade of the agent.
-        assert_eq!(hash(&c), "b6bfe551");
+        assert_eq!(hash(&c), "b1bfd35");
     }
 }

@@ -204,13 +204,16 @@ fn value_from(
     Ok(Some(String::new()))
 }
 
+/// Names and values.
+pub type Variables = Vec<(String, String)>;
+
 /// The environment in order of first mention. The second value lists keys of `envFrom` that cannot be names.
 pub fn build(
     pod: &Pod,
     c: &Container,
     lookups: &Lookups,
     facts: &NodeFacts,
-) -> Result<(Vec<(String, String)>, Vec<String>), SpecError> {
+) -> Result<(Variables, Vec<String>), SpecError> {
     let mut env = Env { values: HashMap::new(), order: Vec::new() };
     let mut skipped = Vec::new();
     let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
