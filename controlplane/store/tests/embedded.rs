@@ -156,3 +156,31 @@ proptest! {
         });
     }
 }
+
+/// Not a promise of a number, but of its reason: writers that wait at the same time share a flush.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn concurrent_writes_share_flushes() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let store = open(dir.path()).await;
+    let write = |key: String| {
+        let store = store.clone();
+        async move {
+            let put = Write::Put { value: Bytes::from(vec![b'x'; 1500]), ttl: None };
+            store.compare_and_swap(&key, Expect::Absent, put).await.expect("write")
+        }
+    };
+    let begun = std::time::Instant::now();
+    for i in 0..200 {
+        write(format!("/one/{i}")).await;
+    }
+    let alone = begun.elapsed();
+    let begun = std::time::Instant::now();
+    futures::future::join_all((0..2000).map(|i| write(format!("/many/{i}")))).await;
+    let together = begun.elapsed();
+    println!(
+        "{:.0} writes/s at one client, {:.0} at many",
+        200.0 / alone.as_secs_f64(),
+        2000.0 / together.as_secs_f64()
+    );
+    assert!(together < alone * 5, "2000 concurrent writes took {together:?}, 200 one by one {alone:?}");
+}

@@ -34,6 +34,7 @@ mod write;
 
 pub use admission::{Admission, AdmitAll, Attributes, Operation};
 pub use body::Body;
+pub(crate) use metadata::now;
 
 use context::Context;
 use options::{DeleteOptions, ListOptions, Query};

@@ -83,6 +83,8 @@ pub struct WriteOptions {
     pub validation: FieldValidation,
     /// Apply takes fields from other managers.
     pub force: bool,
+    /// The write comes from an apply, which keeps field ownership itself.
+    pub applying: bool,
 }
 
 impl WriteOptions {
@@ -113,6 +115,7 @@ impl WriteOptions {
             manager,
             validation,
             force: query.flag("force"),
+            applying: false,
         })
     }
 }

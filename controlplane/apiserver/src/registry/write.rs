@@ -15,7 +15,7 @@ use super::{
     respond,
 };
 use crate::{
-    apply,
+    apply, codec,
     patch::{self, PatchType},
     resources::Resource,
     status::Status,
@@ -232,6 +232,10 @@ impl Registry {
     ) -> Result<Response<Body>, Status> {
         let options = ctx.write_options()?;
         let kind = PatchType::of(&ctx.request.headers)?;
+        if kind == PatchType::Apply {
+            let written = self.apply_request(&mut ctx, endpoint, options).await?;
+            return self.answer(ctx, written);
+        }
         let patch = patch::Patch::parse(kind, &ctx.request.body)?;
         let resource = ctx.resource.clone();
         let validation = options.validation;
@@ -244,6 +248,48 @@ impl Registry {
             })
             .await?;
         self.answer(ctx, written)
+    }
+
+    /// Server-side apply: creates the object when there is none.
+    async fn apply_request(
+        &self,
+        ctx: &mut Context,
+        endpoint: Endpoint,
+        mut options: WriteOptions,
+    ) -> Result<Written, Status> {
+        if ctx.query.text("fieldManager").is_empty() {
+            let mut errors = Errors::default();
+            errors.required("fieldManager", "is required for apply patch");
+            return Err(Status::invalid("meta.k8s.io", "PatchOptions", "", errors.into_causes()));
+        }
+        options.applying = true;
+        let resource = ctx.resource.clone();
+        let mut applied = codec::yaml(&ctx.request.body)?.value;
+        if value::text(&applied, "apiVersion").is_empty() || value::text(&applied, "kind").is_empty() {
+            return Err(Status::bad_request("apiVersion and kind must be set in an apply patch"));
+        }
+        check_kind(&mut applied, &resource.api_version(), &resource.kind)?;
+        ctx.conform(&mut applied, &resource, Vec::new(), options.validation)?;
+        metadata::check_namespace(&mut applied, ctx.namespace())?;
+        if !value::list(&applied, "metadata.managedFields").is_empty() {
+            return Err(Status::bad_request("metadata.managedFields must be nil"));
+        }
+        let name = ctx.name().to_owned();
+        value::default_text(&mut applied, "metadata.name", &name);
+        if value::text(&applied, "metadata.name") != name {
+            return Err(Status::bad_request("the name of the object does not match the name on the URL"));
+        }
+        let (wanted, rules) = (applied.clone(), options.clone());
+        let merged = move |ctx: &mut Context, live: &Value| {
+            apply::apply(&ctx.resource, live, &wanted, &rules, endpoint.subresource())
+        };
+        match self.change(ctx, endpoint, &options, merged).await {
+            Err(e) if e.is_not_found() && endpoint == Endpoint::Main => {
+                apply::create(&resource, &mut applied, &options, "");
+                Ok(Written { object: self.create_object(ctx, applied, &options).await?, created: true })
+            }
+            other => other,
+        }
     }
 
     /// Reads, changes and writes an object, again when another writer was faster and the client named no version.
