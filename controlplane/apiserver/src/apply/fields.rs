@@ -353,7 +353,11 @@ pub fn prune(v: &mut Value, gone: &Fields) {
             items.retain_mut(|item| {
                 for (key, below) in &gone.below {
                     match key.split_once(':') {
-                        Some(("v", text)) if item.to_string() == text => return false,
+                        Some(("v", text))
+                            if serde_json::from_str::<Value>(text).is_ok_and(|v| v == *item) =>
+                        {
+                            return false;
+                        }
                         Some(("k", keys)) if is_item(item, keys) => {
                             if below.member {
                                 return false;

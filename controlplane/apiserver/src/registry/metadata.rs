@@ -92,3 +92,18 @@ pub fn check_namespace(object: &mut Value, namespace: &str) -> Result<(), Status
         )),
     }
 }
+
+/// Drops empty maps and lists of metadata, which mean the same as absent ones.
+pub fn tidy(object: &mut Value) {
+    for key in ["labels", "annotations", "finalizers", "ownerReferences"] {
+        let path = format!("metadata.{key}");
+        let empty = match value::at(object, &path) {
+            Some(Value::Object(m)) => m.is_empty(),
+            Some(Value::Array(a)) => a.is_empty(),
+            _ => false,
+        };
+        if empty {
+            value::remove(object, &path);
+        }
+    }
+}

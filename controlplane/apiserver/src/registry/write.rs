@@ -88,6 +88,7 @@ impl Registry {
         }
         to_storage(&ctx.resource, &resource, &mut object);
         metadata::begin(&mut object, resource.generation);
+        metadata::tidy(&mut object);
         if resource.status {
             value::remove(&mut object, "status");
         }
@@ -358,6 +359,7 @@ impl Registry {
     ) -> Result<super::services::Reservation, Status> {
         let resource = ctx.stored.clone();
         metadata::carry(new, old);
+        metadata::tidy(new);
         match endpoint {
             Endpoint::Main => {
                 if resource.status {
