@@ -1,9 +1,9 @@
-//! Encodings: which one a request body has and which one the client accepts. JSON and YAML come in; JSON and YAML go out.
+//! Encodings: which one a request body has and which one the client accepts. JSON, YAML and protobuf come in; JSON and YAML go out.
 
 use http::{HeaderMap, header};
 use serde_json::Value;
 
-use crate::status::Status;
+use crate::{protobuf, status::Status};
 
 /// What the client wants objects turned into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +128,9 @@ pub struct Decoded {
 pub fn decode(headers: &HeaderMap, body: &[u8]) -> Result<Decoded, Status> {
     match content_type(headers).as_str() {
         "" | "application/json" => json(body),
+        protobuf::MEDIA_TYPE => protobuf::decode(body)
+            .map(|value| Decoded { value, duplicates: Vec::new() })
+            .map_err(|e| Status::bad_request(format!("couldn't decode the protobuf body: {e}"))),
         "application/yaml" | "application/x-yaml" | "text/yaml" => yaml(body),
         other => Err(Status::unsupported_media_type(format!(
             "the body of the request was in an unknown format - accepted media types include: application/json, application/yaml; got {other}"
