@@ -1,0 +1,19 @@
+# A whole cluster, and the demo through its Service.
+kill "$(cat /run/cri.pid)" 2>/dev/null
+while kill -0 "$(cat /run/cri.pid)" 2>/dev/null; do sleep 0.1; done
+set -eu
+rm -f /etc/cni/net.d/*
+mkdir -p /var/lib/orlop/server/manifests
+cp /vm/demo.yaml /var/lib/orlop/server/manifests/
+orlop image import /vm/demo-web.tar
+orlop up --detach --wait 240 || { tail -n 60 /var/log/orlop.log; exit 1; }
+for port in 10.96.0.80:80 192.0.2.10:30080; do
+    answer=
+    for _ in $(seq 100); do
+        answer=$(wget -q -T 5 -O - "http://$port/" 2>/dev/null) && break
+        sleep 0.2
+    done
+    echo "$port=$answer"
+done
+[ -n "$answer" ] || { tail -n 60 /var/log/orlop.log; exit 1; }
+orlop down || { tail -n 30 /var/log/orlop.log; exit 1; }

@@ -1,0 +1,117 @@
+//! The node on Linux 6.1 with cgroup v2 only, which is what Debian 12 gives its users: one machine under QEMU, booted once; each
+//! test looks at what one of its steps said.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use orlop_test_vms::vm::{Guest, Outcome, on_path};
+use orlop_test_vms::{program, root, run};
+
+const LIMIT: Duration = Duration::from_secs(420);
+
+/// An image of busybox alone, built by `orlop image build`.
+fn busybox_image(dir: &Path) -> std::path::PathBuf {
+    let rootfs = dir.join("rootfs");
+    for folder in ["bin", "tmp", "etc"] {
+        std::fs::create_dir_all(rootfs.join(folder)).unwrap();
+    }
+    std::fs::copy("/bin/busybox", rootfs.join("bin/busybox"))
+        .expect("/bin/busybox (package busybox-static); run `scripts/deps.sh test`");
+    for applet in ["sh", "cat", "dd", "hostname", "sleep"] {
+        std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(applet)).unwrap();
+    }
+    let archive = dir.join("busybox.tar");
+    let mut build = Command::new(program("orlop"));
+    build.args(["image", "build"]).arg(&rootfs).arg("--output").arg(&archive);
+    run(build.args(["--tag", "localhost/busybox:test", "--env", "PATH=/bin", "--cmd", "sh"]));
+    archive
+}
+
+fn guest() -> Result<Outcome, String> {
+    let mut guest = Guest::new()?;
+    for name in ["orlop", "orlop-monitor", "orlop-cni"] {
+        guest.program(&program(name))?;
+    }
+    guest.program(&on_path("crictl")?)?;
+    let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
+    guest.file("/vm/busybox.tar", &busybox_image(dir.path()))?;
+    let demo = root().join("target/demo/demo-web.tar");
+    if !demo.exists() {
+        return Err(format!(
+            "{} is missing; run scripts/demo-image.sh target/demo/demo-web.tar",
+            demo.display()
+        ));
+    }
+    guest.file("/vm/demo-web.tar", &demo)?;
+    guest.file("/vm/demo.yaml", &root().join("deploy/demo/demo.yaml"))?;
+    guest.step("check", "exec orlop check\n")?;
+    guest.step("cri", include_str!("../guest/cri.sh"))?;
+    guest.step("pod", include_str!("../guest/pod.sh"))?;
+    guest.step("oom", include_str!("../guest/oom.sh"))?;
+    guest.step("up", include_str!("../guest/up.sh"))?;
+    guest.run(LIMIT)
+}
+
+/// What the machine said; its end, when something went wrong, is the failure of each test.
+fn machine() -> &'static Outcome {
+    static MACHINE: LazyLock<Result<Outcome, String>> = LazyLock::new(guest);
+    MACHINE.as_ref().unwrap_or_else(|e| panic!("{e}"))
+}
+
+#[test]
+fn check_finds_all_that_a_node_needs() {
+    let findings = machine().succeeded("check");
+    println!("{findings}");
+    assert!(findings.contains("cgroup version 2"), "{findings}");
+    assert!(!findings.contains("MISSING"), "{findings}");
+}
+
+#[test]
+fn limits_are_in_the_cgroup_of_the_container() {
+    let m = machine();
+    m.succeeded("cri");
+    println!("{}", m.succeeded("pod"));
+    let fact = |key| m.fact("pod", key);
+    assert!(fact("cgroup").starts_with("/sys/fs/cgroup/orlop-vm/limited/"), "{}", fact("cgroup"));
+    assert_eq!(fact("memory.max"), "67108864");
+    assert_eq!(fact("cpu.max"), "50000 100000");
+    assert_eq!(fact("pids.max"), "64");
+    let weight: u32 = fact("cpu.weight").parse().unwrap();
+    assert!((1..100).contains(&weight), "512 shares are less than the usual 1024: weight {weight}");
+}
+
+#[test]
+fn a_pod_runs_is_seen_into_and_leaves_nothing() {
+    let fact = |key| machine().fact("pod", key);
+    assert!(fact("address").starts_with("10.244.0."), "{}", fact("address"));
+    assert_eq!(fact("ping"), "ok");
+    assert_eq!(fact("exec"), "limited 0::/ ", "own host name, own cgroup namespace");
+    assert_eq!(fact("exec_code"), "5");
+    assert_eq!(fact("exit_code"), "7");
+    assert_eq!((fact("stdout"), fact("stderr")), ("1", "1"));
+    assert_eq!(fact("left"), "");
+    assert_eq!(fact("links"), "lo uplink ");
+}
+
+#[test]
+fn too_much_memory_is_reported_as_that() {
+    let fact = |key| machine().fact("oom", key);
+    assert_eq!(fact("state"), "CONTAINER_EXITED");
+    assert_eq!(fact("reason"), "OOMKilled");
+    assert_eq!(fact("exit_code"), "137");
+}
+
+#[test]
+fn a_cluster_serves_the_demo_through_its_service() {
+    let m = machine();
+    println!("{}", m.succeeded("up"));
+    for address in ["10.96.0.80:80", "192.0.2.10:30080"] {
+        let answer = m.fact("up", address);
+        assert!(
+            answer.starts_with("web-") && answer.contains("on vm: hello from the orlop"),
+            "{address}: {answer}"
+        );
+    }
+}
