@@ -26,8 +26,8 @@ pub(crate) struct Overlay<'a> {
 pub(crate) fn mount(overlay: &Overlay<'_>) -> Result<(), String> {
     match mount_by_layer(overlay) {
         Ok(()) => Ok(()),
-        Err(Step { errno: Errno::INVAL | Errno::NOSYS | Errno::PERM, first_layer: true, .. }) => {
-            mount_in_one_page(overlay)
+        Err(Step { errno: Errno::INVAL | Errno::NOSYS | Errno::PERM, too_old: true, text }) => {
+            mount_in_one_page(overlay).map_err(|e| format!("{e}; by layer: {text}"))
         }
         Err(step) => Err(step.text),
     }
@@ -35,24 +35,21 @@ pub(crate) fn mount(overlay: &Overlay<'_>) -> Result<(), String> {
 
 struct Step {
     errno: Errno,
-    /// The kernel does not know `lowerdir+`, or has no such call at all.
-    first_layer: bool,
+    /// The kernel may not know `lowerdir+`, or have no such call at all. Before Linux 6.5 overlayfs collects all options and
+    /// finds the unknown one when the file system is made.
+    too_old: bool,
     text: String,
 }
 
 fn mount_by_layer(o: &Overlay<'_>) -> Result<(), Step> {
-    let step = |what: &'static str, first_layer| {
-        move |errno: Errno| Step {
-            errno,
-            first_layer,
-            text: format!("{what}: {}", std::io::Error::from(errno)),
-        }
+    let step = |what: &'static str, too_old| {
+        move |errno: Errno| Step { errno, too_old, text: format!("{what}: {}", std::io::Error::from(errno)) }
     };
     let fs = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(step("no overlay file system", true))?;
-    let why = |what, first_layer| {
+    let why = |what, too_old| {
         let fs = &fs;
         move |errno| {
-            let mut s = step(what, first_layer)(errno);
+            let mut s = step(what, too_old)(errno);
             if let Some(log) = kernel_says(fs) {
                 s.text = format!("{} ({log})", s.text);
             }
@@ -78,7 +75,7 @@ fn mount_by_layer(o: &Overlay<'_>) -> Result<(), Step> {
             fsconfig_set_string(&fs, key.as_str(), value.as_str()).map_err(why("an extra option", false))?;
         }
     }
-    fsconfig_create(&fs).map_err(why("create", false))?;
+    fsconfig_create(&fs).map_err(why("create", true))?;
     let attributes =
         if o.upper.is_none() { MountAttrFlags::MOUNT_ATTR_RDONLY } else { MountAttrFlags::empty() };
     let mount = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(why("mount", false))?;

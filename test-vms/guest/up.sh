@@ -6,7 +6,7 @@ rm -f /etc/cni/net.d/*
 mkdir -p /var/lib/orlop/server/manifests
 cp /vm/demo.yaml /var/lib/orlop/server/manifests/
 orlop image import /vm/demo-web.tar
-orlop up --detach --wait 240 || { tail -n 60 /var/log/orlop.log; exit 1; }
+orlop up --detach --wait 100 || { tail -n 60 /var/log/orlop.log; exit 1; }
 for port in 10.96.0.80:80 192.0.2.10:30080; do
     answer=
     for _ in $(seq 100); do

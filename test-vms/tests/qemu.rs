@@ -9,7 +9,7 @@ use std::time::Duration;
 use orlop_test_vms::vm::{Guest, Outcome, on_path};
 use orlop_test_vms::{program, root, run};
 
-const LIMIT: Duration = Duration::from_secs(420);
+const LIMIT: Duration = Duration::from_secs(240);
 
 /// An image of busybox alone, built by `orlop image build`.
 fn busybox_image(dir: &Path) -> std::path::PathBuf {
