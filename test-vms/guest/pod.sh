@@ -1,7 +1,7 @@
-# One pod whose container has limits: runs, is seen into, ends with its code, and leaves no cgroup.
+# One pod whose container has limits: runs, is seen into, ends with its code, and leaves no cgroup, link or mount.
 set -eu
 failed() { echo "pod: $*"; tail -n 30 /var/log/cri.log; exit 1; }
-groups() { find /sys/fs/cgroup -type d | sort; }
+things() { find /sys/fs/cgroup -type d | sort; ls /sys/class/net; grep /run/orlop/cri/s/ /proc/mounts || true; }
 cat >/run/pod.json <<'JSON'
 {"metadata": {"name": "limited", "namespace": "default", "uid": "uid-limited", "attempt": 0},
  "log_directory": "/var/log/pods/limited", "hostname": "limited",
@@ -14,7 +14,7 @@ cat >/run/limited.json <<'JSON'
    "memory_limit_in_bytes": 67108864, "unified": {"pids.max": "64"}}}}
 JSON
 mkdir -p /sys/fs/cgroup/orlop-vm/limited
-groups >/run/before
+things >/run/before
 pod=$(crictl runp /run/pod.json) || failed "$pod"
 container=$(crictl create "$pod" /run/limited.json /run/pod.json) || failed "$container"
 crictl start "$container" >/dev/null || failed "no start"
@@ -26,9 +26,9 @@ for f in memory.max cpu.max cpu.weight pids.max; do
     echo "$f=$(cat "$group/$f")"
 done
 echo "exec=$(crictl exec --sync "$container" sh -c 'hostname; cat /proc/self/cgroup' | tr '\n' ' ')"
-code=0
-crictl exec --sync "$container" sh -c 'exit 5' >/dev/null 2>&1 || code=$?
-echo "exec_code=$code"
+# crictl ends with 1 and says what the command ended with.
+crictl exec --sync "$container" sh -c 'exit 5' >/run/exec 2>&1 || true
+echo "exec_code=$(sed -n 's/.* exited with \([0-9]*\).*/\1/p' /run/exec)"
 ping -c 1 -W 5 "$(crictl inspectp -o go-template --template '{{.status.network.ip}}' "$pod")" >/dev/null && echo "ping=ok"
 crictl stop -t 20 "$container" >/dev/null || failed "no stop"
 echo "exit_code=$(crictl inspect -o go-template --template '{{.status.exitCode}}' "$container")"
@@ -36,6 +36,5 @@ echo "stdout=$(grep -c 'stdout F to-stdout$' /var/log/pods/limited/limited.log)"
 echo "stderr=$(grep -c 'stderr F to-stderr$' /var/log/pods/limited/limited.log)"
 crictl stopp "$pod" >/dev/null || failed "no stopp"
 crictl rmp "$pod" >/dev/null || failed "no rmp"
-groups >/run/after
+things >/run/after
 echo "left=$(diff /run/before /run/after | tr '\n' ' ')"
-echo "links=$(ls /sys/class/net | tr '\n' ' ')"

@@ -7,13 +7,16 @@ mkdir -p /var/lib/orlop/server/manifests
 cp /vm/demo.yaml /var/lib/orlop/server/manifests/
 orlop image import /vm/demo-web.tar
 orlop up --detach --wait 100 || { tail -n 60 /var/log/orlop.log; exit 1; }
-for port in 10.96.0.80:80 192.0.2.10:30080; do
+# Busybox's wget looks the protocol up in a way that a static program cannot; its nc does not.
+ask() { printf 'GET / HTTP/1.0\r\nHost: demo\r\n\r\n' | nc -w 5 "$1" "$2" 2>/dev/null | tail -n 1; }
+for target in '10.96.0.80 80' '192.0.2.10 30080'; do
     answer=
-    for _ in $(seq 100); do
-        answer=$(wget -q -T 5 -O - "http://$port/" 2>/dev/null) && break
+    for _ in $(seq 50); do
+        answer=$(ask $target)
+        [ -n "$answer" ] && break
         sleep 0.2
     done
-    echo "$port=$answer"
+    echo "${target% *}=$answer"
 done
 [ -n "$answer" ] || { tail -n 60 /var/log/orlop.log; exit 1; }
 orlop down || { tail -n 30 /var/log/orlop.log; exit 1; }
