@@ -1,4 +1,4 @@
-//! Encodings: which one a request body has and which one the client accepts. JSON, YAML and protobuf come in; JSON and YAML go out.
+//! Encodings: which one a request body has and which one the client accepts. JSON, YAML and protobuf come in and go out.
 
 use http::{HeaderMap, header};
 use serde_json::Value;
@@ -23,6 +23,8 @@ pub enum Encoding {
     Json,
     /// application/yaml
     Yaml,
+    /// application/vnd.kubernetes.protobuf; JSON for what has no such form.
+    Protobuf,
 }
 
 impl Encoding {
@@ -31,6 +33,7 @@ impl Encoding {
         match self {
             Encoding::Json => "application/json",
             Encoding::Yaml => "application/yaml",
+            Encoding::Protobuf => protobuf::MEDIA_TYPE,
         }
     }
 }
@@ -91,18 +94,20 @@ pub fn negotiate(headers: &HeaderMap) -> Result<(Shape, Encoding), Status> {
         let encoding = match range.media.as_str() {
             "application/json" | "*/*" | "application/*" => Encoding::Json,
             "application/yaml" => Encoding::Yaml,
+            protobuf::MEDIA_TYPE => Encoding::Protobuf,
             _ => continue,
         };
         let shape = match (range.param("as"), range.param("g"), range.param("v")) {
             ("", _, _) => Shape::Objects,
-            ("Table", "meta.k8s.io", "v1") => Shape::Table,
+            // Cells have no protobuf form.
+            ("Table", "meta.k8s.io", "v1") if encoding != Encoding::Protobuf => Shape::Table,
             ("PartialObjectMetadata" | "PartialObjectMetadataList", "meta.k8s.io", "v1") => Shape::Partial,
             _ => continue,
         };
         return Ok((shape, encoding));
     }
     Err(Status::not_acceptable(
-        "only the following media types are accepted: application/json, application/yaml",
+        "only the following media types are accepted: application/json, application/yaml, application/vnd.kubernetes.protobuf",
     ))
 }
 
@@ -121,21 +126,27 @@ pub struct Decoded {
     pub duplicates: Vec<String>,
 }
 
-/// Decodes a JSON or YAML body.
+/// Decodes a JSON, YAML or protobuf body.
 ///
 /// # Errors
 /// 400 for what cannot be parsed, 415 for other encodings.
 pub fn decode(headers: &HeaderMap, body: &[u8]) -> Result<Decoded, Status> {
     match content_type(headers).as_str() {
         "" | "application/json" => json(body),
-        protobuf::MEDIA_TYPE => protobuf::decode(body)
-            .map(|value| Decoded { value, duplicates: Vec::new() })
-            .map_err(|e| Status::bad_request(format!("couldn't decode the protobuf body: {e}"))),
         "application/yaml" | "application/x-yaml" | "text/yaml" => yaml(body),
+        protobuf::MEDIA_TYPE => binary(body),
         other => Err(Status::unsupported_media_type(format!(
-            "the body of the request was in an unknown format - accepted media types include: application/json, application/yaml; got {other}"
+            "the body of the request was in an unknown format - accepted media types include: application/json, application/yaml, application/vnd.kubernetes.protobuf; got {other}"
         ))),
     }
+}
+
+fn binary(body: &[u8]) -> Result<Decoded, Status> {
+    let value = protobuf::decode(body).map_err(|e| match e {
+        protobuf::Error::Kind { .. } => Status::unsupported_media_type(e.to_string()),
+        e => Status::bad_request(format!("couldn't decode the protobuf body: {e}")),
+    })?;
+    Ok(Decoded { value, duplicates: Vec::new() })
 }
 
 fn json(body: &[u8]) -> Result<Decoded, Status> {
@@ -283,11 +294,15 @@ mod tests {
         );
         assert_eq!(
             case("application/vnd.kubernetes.protobuf, application/json"),
-            Ok((Shape::Objects, Encoding::Json))
+            Ok((Shape::Objects, Encoding::Protobuf))
         );
         assert_eq!(case("application/yaml"), Ok((Shape::Objects, Encoding::Yaml)));
         assert_eq!(case("text/html;q=0.5, */*;q=0.1"), Ok((Shape::Objects, Encoding::Json)));
-        assert_eq!(case("application/vnd.kubernetes.protobuf"), Err(406));
+        assert_eq!(case("application/vnd.kubernetes.protobuf;as=Table;v=v1;g=meta.k8s.io"), Err(406));
+        assert_eq!(
+            case("application/vnd.kubernetes.protobuf;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io"),
+            Ok((Shape::Partial, Encoding::Protobuf))
+        );
     }
 
     #[test]

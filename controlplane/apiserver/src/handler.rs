@@ -302,7 +302,7 @@ pub fn parse_object(request: &ApiRequest) -> Result<Value, Status> {
     let kind = content_type.split(';').next().unwrap_or_default().trim();
     let parsed: Result<Value, String> = match kind {
         "application/json" | "" => serde_json::from_slice(&request.body).map_err(|e| e.to_string()),
-        crate::protobuf::MEDIA_TYPE => crate::protobuf::decode(&request.body),
+        crate::protobuf::MEDIA_TYPE => crate::protobuf::decode(&request.body).map_err(|e| e.to_string()),
         "application/yaml" => serde_saphyr::from_slice(&request.body).map_err(|e| e.to_string()),
         other => {
             let message = format!(

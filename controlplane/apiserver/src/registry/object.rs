@@ -30,6 +30,17 @@ pub enum EventType {
 }
 
 impl EventType {
+    /// The name on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            EventType::Added => "ADDED",
+            EventType::Modified => "MODIFIED",
+            EventType::Deleted => "DELETED",
+            EventType::Bookmark => "BOOKMARK",
+            EventType::Error => "ERROR",
+        }
+    }
+
     fn head(self) -> &'static [u8] {
         match self {
             EventType::Added => b"{\"type\":\"ADDED\",\"object\":",

@@ -16,7 +16,8 @@ use super::{
     respond::{self, ListMeta, Wanted, served, to_json},
 };
 use crate::{
-    codec::Shape,
+    codec::{Encoding, Shape},
+    protobuf,
     resources::Resource,
     status::Status,
     table, value,
@@ -166,24 +167,35 @@ impl Registry {
             (_, Some(r)) if r > 0 => Start::After(r),
             _ => Start::After(self.inner.store.current_revision().await.map_err(store_status)?),
         };
+        let encoding = watch_encoding(&ctx.resource, &ctx.wanted);
         let body = match self.inner.hub.watch(&ctx.resource, &ctx.stored, selection, start).await {
-            Ok(watching) => self.stream(ctx, watching, &options),
+            Ok(watching) => self.stream(ctx, watching, &options, encoding),
             // Told inside the stream, as upstream does: clients expect a started watch.
-            Err(e) if e.code == 410 => Body::from(frame(EventType::Error, &e.to_json())),
+            Err(e) if e.code == 410 => Body::from(framed(EventType::Error, e.to_json(), encoding)),
             Err(e) => return Err(e),
         };
         let mut response = Response::new(body);
         let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let media = match encoding {
+            Encoding::Protobuf => protobuf::WATCH_MEDIA_TYPE,
+            _ => Encoding::Json.media_type(),
+        };
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, private"));
         Ok(response)
     }
 
-    fn stream(&self, ctx: &Context, mut watching: Watching, options: &ListOptions) -> Body {
+    fn stream(
+        &self,
+        ctx: &Context,
+        mut watching: Watching,
+        options: &ListOptions,
+        encoding: Encoding,
+    ) -> Body {
         let lasts = options.timeout.unwrap_or_else(|| WATCH_TIMEOUT.mul_f64(1.0 + rand::random::<f64>()));
         let watcher = Watcher {
             resource: ctx.resource.clone(),
-            wanted: ctx.wanted,
+            wanted: Wanted { encoding, ..ctx.wanted },
             progress: self.inner.hub.progress(),
             stop: self.inner.stop.clone(),
             revision: watching.revision,
@@ -199,6 +211,32 @@ impl Registry {
         Body::Boxed(Box::pin(futures::stream::unfold(watcher, |mut w| async move {
             w.next().await.map(|b| (b, w))
         })))
+    }
+}
+
+/// The encoding of a watch, which holds for all of its events: protobuf where the kind has it, else JSON.
+fn watch_encoding(resource: &Resource, wanted: &Wanted) -> Encoding {
+    let known = match wanted.shape {
+        Shape::Objects => protobuf::knows(&resource.api_version(), &resource.kind),
+        Shape::Partial => true,
+        Shape::Table => false,
+    };
+    if wanted.encoding == Encoding::Protobuf && known { Encoding::Protobuf } else { Encoding::Json }
+}
+
+/// An event around an object's JSON.
+fn framed(event: EventType, json: Bytes, encoding: Encoding) -> Bytes {
+    if encoding != Encoding::Protobuf {
+        return frame(event, &json);
+    }
+    let encoded = respond::to_protobuf(&json).and_then(|b| b.map_err(Status::internal));
+    match encoded {
+        Ok(object) => protobuf::frame(event.name(), &object).into(),
+        // A Status always has this form; an end of the watch makes the client list again if it should not.
+        Err(e) => match respond::to_protobuf(e.to_json().as_ref()) {
+            Ok(Ok(status)) => protobuf::frame(EventType::Error.name(), &status).into(),
+            _ => Bytes::new(),
+        },
     }
 }
 
@@ -246,7 +284,8 @@ impl Watcher {
     }
 
     fn encode(&mut self, seen: &Seen) -> Bytes {
-        if self.wanted.shape == Shape::Objects && self.resource.conversion.is_none() {
+        let plain = self.wanted.shape == Shape::Objects && self.wanted.encoding == Encoding::Json;
+        if plain && self.resource.conversion.is_none() {
             return seen.object.event(seen.event);
         }
         let object = match self.wanted.shape {
@@ -254,8 +293,8 @@ impl Watcher {
             _ => served(&self.resource, &seen.object, &self.wanted),
         };
         match object {
-            Ok(bytes) => frame(seen.event, &bytes),
-            Err(e) => frame(EventType::Error, &e.to_json()),
+            Ok(bytes) => framed(seen.event, bytes, self.wanted.encoding),
+            Err(e) => framed(EventType::Error, e.to_json(), self.wanted.encoding),
         }
     }
 
@@ -289,8 +328,8 @@ impl Watcher {
             }}]);
         }
         match to_json(&object) {
-            Ok(bytes) => frame(EventType::Bookmark, &bytes),
-            Err(e) => frame(EventType::Error, &e.to_json()),
+            Ok(bytes) => framed(EventType::Bookmark, bytes, self.wanted.encoding),
+            Err(e) => framed(EventType::Error, e.to_json(), self.wanted.encoding),
         }
     }
 }

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::{Body, object::Object};
 use crate::{
     codec::{Encoding, Shape},
+    protobuf,
     resources::Resource,
     status::Status,
     table, value,
@@ -23,7 +24,7 @@ const COMPRESS_FROM: u64 = 128 << 10;
 pub struct Wanted {
     /// Objects, table or metadata only.
     pub shape: Shape,
-    /// JSON or YAML.
+    /// How bytes are written.
     pub encoding: Encoding,
     /// Whether gzip is accepted.
     pub gzip: bool,
@@ -115,6 +116,14 @@ pub fn list(
         Shape::Partial => ("PartialObjectMetadataList".to_owned(), "meta.k8s.io/v1".to_owned()),
         _ => (resource.list_kind.to_string(), resource.api_version()),
     };
+    if wanted.encoding == Encoding::Protobuf
+        && let Some(chunks) = binary_list(resource, objects, (&version, &kind), &list_meta, wanted)?
+    {
+        return send(Body::Chunks(chunks), StatusCode::OK, wanted);
+    }
+    // A list is in one encoding: what could not be written as protobuf is JSON as a whole.
+    let encoding = if wanted.encoding == Encoding::Protobuf { Encoding::Json } else { wanted.encoding };
+    let wanted = &Wanted { encoding, ..*wanted };
     let head = format!(
         "{{\"kind\":{},\"apiVersion\":{},\"metadata\":{list_meta},\"items\":[",
         Value::from(kind),
@@ -132,11 +141,52 @@ pub fn list(
     finish(Body::Chunks(chunks), StatusCode::OK, wanted)
 }
 
-fn finish(body: Body, code: StatusCode, wanted: &Wanted) -> Result<Response<Body>, Status> {
-    let mut body = body;
-    if wanted.encoding == Encoding::Yaml {
-        body = yaml(body)?;
+/// A list in protobuf; `None` when something of it has no such form.
+fn binary_list(
+    resource: &Resource,
+    objects: &[Arc<Object>],
+    (version, kind): (&str, &str),
+    metadata: &Value,
+    wanted: &Wanted,
+) -> Result<Option<VecDeque<Bytes>>, Status> {
+    let item_kind = kind.strip_suffix("List").unwrap_or(kind);
+    let Ok(mut list) = protobuf::List::new(version, kind, item_kind, metadata) else { return Ok(None) };
+    for object in objects {
+        let v: Value =
+            serde_json::from_slice(&served(resource, object, wanted)?).map_err(Status::internal)?;
+        if let Err(error) = list.push(&v) {
+            tracing::warn!(%error, kind = %resource.kind, "a stored object has no protobuf form");
+            return Ok(None);
+        }
     }
+    Ok(Some(list.finish().into_iter().map(Bytes::from).collect()))
+}
+
+/// An object's JSON as protobuf.
+pub(super) fn to_protobuf(json: &[u8]) -> Result<Result<Vec<u8>, protobuf::Error>, Status> {
+    let v: Value = serde_json::from_slice(json).map_err(Status::internal)?;
+    Ok(protobuf::encode(&v))
+}
+
+/// An answer with JSON, in the wanted encoding.
+fn finish(body: Body, code: StatusCode, wanted: &Wanted) -> Result<Response<Body>, Status> {
+    let (Body::Chunks(chunks), Encoding::Yaml | Encoding::Protobuf) = (&body, wanted.encoding) else {
+        return send(body, code, wanted);
+    };
+    let json = chunks.iter().map(|b| &b[..]).collect::<Vec<_>>().concat();
+    if wanted.encoding == Encoding::Protobuf {
+        return match to_protobuf(&json)? {
+            Ok(bytes) => send(Body::from(bytes), code, wanted),
+            Err(_) => send(body, code, &Wanted { encoding: Encoding::Json, ..*wanted }),
+        };
+    }
+    let v: Value = serde_json::from_slice(&json).map_err(Status::internal)?;
+    send(Body::from(crate::codec::to_yaml(&v)?), code, wanted)
+}
+
+/// An answer with a body that is in the wanted encoding.
+fn send(body: Body, code: StatusCode, wanted: &Wanted) -> Result<Response<Body>, Status> {
+    let mut body = body;
     let mut headers = HeaderMap::new();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(wanted.encoding.media_type()));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, private"));
@@ -150,13 +200,6 @@ fn finish(body: Body, code: StatusCode, wanted: &Wanted) -> Result<Response<Body
     *response.status_mut() = code;
     *response.headers_mut() = headers;
     Ok(response)
-}
-
-fn yaml(body: Body) -> Result<Body, Status> {
-    let Body::Chunks(chunks) = body else { return Ok(body) };
-    let bytes = chunks.into_iter().collect::<Vec<_>>().concat();
-    let v: Value = serde_json::from_slice(&bytes).map_err(Status::internal)?;
-    Ok(Body::from(crate::codec::to_yaml(&v)?))
 }
 
 fn compress(body: Body) -> Result<Body, Status> {

@@ -2,4 +2,5 @@
 
 mod front;
 mod nodeproxy;
+mod protobuf;
 mod support;
