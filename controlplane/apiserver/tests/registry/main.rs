@@ -473,3 +473,35 @@ async fn events_have_two_names_and_collections_are_deleted() {
     s.ok(Method::DELETE, &format!("{MAPS}?labelSelector=of%3Ddrop"), Value::Null).await;
     assert_eq!(names(&s.get(MAPS).await.1), ["m0"]);
 }
+
+/// Answers come in protobuf where it is preferred and the kind has it; a Table has not.
+#[tokio::test]
+async fn protobuf_is_answered_to_those_who_prefer_it() {
+    const BINARY: &str = "application/vnd.kubernetes.protobuf";
+    let s = Server::start().await;
+    s.ok(Method::POST, "/api/v1/namespaces", json!({"metadata": {"name": "pb"}})).await;
+    let get = async |path: &str, accept: &'static str| {
+        let response = s.send(Method::GET, path, &[(header::ACCEPT, accept)], Bytes::new()).await;
+        let media = response.headers()[header::CONTENT_TYPE].to_str().expect("text").to_owned();
+        (media, response.into_body())
+    };
+    let both = "application/vnd.kubernetes.protobuf,application/json";
+    let (media, body) = get("/api/v1/namespaces/pb", both).await;
+    assert_eq!((media.as_str(), &body.collect().await[..4]), (BINARY, &b"k8s\0"[..]));
+    let (media, body) = get("/api/v1/namespaces", both).await;
+    assert_eq!((media.as_str(), &body.collect().await[..4]), (BINARY, &b"k8s\0"[..]));
+    let table = "application/vnd.kubernetes.protobuf;as=Table;v=v1;g=meta.k8s.io,application/json;as=Table;v=v1;g=meta.k8s.io";
+    assert_eq!(get("/api/v1/namespaces", table).await.0, "application/json");
+
+    let (media, mut body) = get("/api/v1/namespaces?watch=true", both).await;
+    assert_eq!(media, format!("{BINARY};stream=watch"));
+    let event = tokio::time::timeout(Duration::from_secs(10), body.frame())
+        .await
+        .expect("an event within 10 s")
+        .expect("an event")
+        .expect("no error")
+        .into_data()
+        .expect("data");
+    assert_eq!(event[..4], (event.len() as u32 - 4).to_be_bytes());
+    assert_eq!(event[4..11], *b"\x0a\x05ADDED");
+}
