@@ -83,6 +83,10 @@ pub async fn purge(config: &Config) -> Result<(), Error> {
         roots.extend(entries.map(|e| e.path()).filter(|p| p.is_dir() && !p.is_symlink()));
         for kubepods in roots.iter().map(|r| pods(r)).filter(|p| p.is_dir()) {
             remove_cgroups(&kubepods);
+            // A cgroup root of our own has nothing else in it; anybody else's is not empty and stays.
+            if !below.is_empty() {
+                let _ = kubepods.parent().map(fs::remove_dir);
+            }
         }
         Ok(())
     });

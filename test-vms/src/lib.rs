@@ -16,9 +16,10 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_owned).unwrap_or_default()
 }
 
-/// A program of `make build`.
+/// A program of `make build`, or of the folder that ORLOP_PROGRAMS names.
 pub fn program(name: &str) -> PathBuf {
-    let path = root().join("target/release").join(name);
+    let dir = std::env::var_os("ORLOP_PROGRAMS").map_or_else(|| root().join("target/release"), PathBuf::from);
+    let path = dir.join(name);
     assert!(path.exists(), "{} is missing; run `make build` first", path.display());
     path
 }
@@ -75,6 +76,7 @@ impl Cluster {
             ("--static-pod-dir", at("manifests")),
             ("--cni-conf-dir", at("cni")),
             ("--cgroup-root", format!("/orlop-test-{number}")),
+            ("--config", at("kubelet.yaml")),
             ("--kubelet-port", (18000 + number).to_string()),
             ("--proxy-health-address", "none".into()),
             ("--proxy-metrics-address", "none".into()),
@@ -82,6 +84,17 @@ impl Cluster {
             ("--dns-address", format!("169.254.21.{}", 10 + number)),
             ("--dns-link", format!("orl-dns{number}")),
         ];
+        // A nearly full disk of the test machine is not what these tests are about.
+        std::fs::write(
+            dir.path().join("kubelet.yaml"),
+            format!(
+                "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nevictionHard: {{}}\n\
+                 imageGCHighThresholdPercent: 100\nclusterDNS: [169.254.21.{}]\nclusterDomain: cluster.local\n\
+                 cgroupRoot: /orlop-test-{number}\n",
+                10 + number
+            ),
+        )
+        .expect("a kubelet configuration");
         let args = pairs.into_iter().flat_map(|(k, v)| [k.to_owned(), v]).collect();
         let c = Cluster { dir, number, args, child: None, down: false };
         let image = root().join("target/demo/demo-web.tar");
