@@ -271,7 +271,9 @@ fn commands_and_streams(c: &Cluster) {
         .spawn()
         .unwrap();
     let mut first = String::new();
-    BufReader::new(forward.stdout.take().unwrap()).read_line(&mut first).unwrap();
+    // Kept open: kubectl ends when nobody reads what it says.
+    let mut said = BufReader::new(forward.stdout.take().unwrap());
+    said.read_line(&mut first).unwrap();
     let body = http_get("127.0.0.1:18991");
     forward.kill().unwrap();
     forward.wait().unwrap();

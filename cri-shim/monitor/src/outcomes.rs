@@ -378,6 +378,9 @@ impl Monitor {
                 if let (Some(conn), true) = (conn, stream) {
                     self.answer(conn, request, Body::StreamStarted(pb::StreamStarted { pid: pid as u32 }));
                 }
+                if stream && let Some(e) = self.execs.get_mut(&id) {
+                    e.io.pause(&self.poll, false);
+                }
                 if exit.is_some() {
                     self.exec_ended(id);
                 }

@@ -433,22 +433,25 @@ impl Monitor {
         }
         // A synchronous exec answers with both streams whatever the flags.
         let (stdout, stderr) = if r.stream { (r.stdout, r.stderr) } else { (true, true) };
-        let (io, stdio, tokens) = match Io::new(&mut self.poll, r.tty, r.stream && r.stdin, stdout, stderr) {
-            Ok(v) => v,
-            Err(e) => {
-                return self.refuse(
-                    token,
-                    id,
-                    failure(FailureKind::Runtime, "stdio", format!("cannot make pipes: {e}")),
-                );
-            }
-        };
+        let (mut io, stdio, tokens) =
+            match Io::new(&mut self.poll, r.tty, r.stream && r.stdin, stdout, stderr) {
+                Ok(v) => v,
+                Err(e) => {
+                    return self.refuse(
+                        token,
+                        id,
+                        failure(FailureKind::Runtime, "stdio", format!("cannot make pipes: {e}")),
+                    );
+                }
+            };
         let spec =
             ExecSpec { root: &self.oci_root(), id: &r.container_id, process: &r.process, tty: r.tty, stdio };
         let helper = match orlop_oci::exec(spec) {
             Ok(h) => h,
             Err(e) => return self.refuse(token, id, oci_failure(&e)),
         };
+        // What a quick process writes must not overtake the answer that the stream is set up.
+        io.pause(&self.poll, r.stream);
         self.next_exec += 1;
         let exec = self.next_exec;
         for (t, s) in [
