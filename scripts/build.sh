@@ -7,7 +7,6 @@ host=$(rustc -vV | sed -n 's/^host: //p')
 
 cargo build --release -p orlop
 RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" \
-LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/$(uname -m)-linux-gnu \
     cargo build --release --target "$host" -p orlop-monitor -p orlop-cni
 for program in orlop-monitor orlop-cni; do
     install -m 0755 "target/$host/release/$program" "target/release/.$program.new"

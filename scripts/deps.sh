@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-build_packages=(rustc-web rust-web-src llvm-22-dev libpolly-22-dev libseccomp-dev pkg-config)
+build_packages=(rustc-web rust-web-src llvm-22-dev libpolly-22-dev)
 test_packages=(busybox-static docker-registry qemu-system-x86 linux-image-cloud-amd64 cpio curl iproute2 jq socat bind9-dnsutils)
 bpf_linker_version=0.13.0
 

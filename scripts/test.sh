@@ -11,7 +11,6 @@ step "what the tests need"
 scripts/deps.sh test
 PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
 export PATH="$PATH:${ORLOP_TOOLS:-/var/cache/orlop-tools}"
-export LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/$(uname -m)-linux-gnu
 
 step "format"
 cargo fmt --all --check

@@ -51,6 +51,21 @@ fn synchronous() {
 }
 
 #[test]
+fn a_quick_process_does_not_overtake_the_answer() {
+    let pod = Pod::new("execquick");
+    let mut c = pod.client();
+    pod.create_started(&mut c, "a", &["sleep", "1000"]);
+    for _ in 0..40 {
+        let mut s = pod.client();
+        s.send(Ask::Exec(stream(&["echo", "quick"])));
+        let first = s.recv().expect("an answer").body.unwrap();
+        assert!(matches!(first, Body::StreamStarted(_)), "{first:?} came before the stream was set up");
+        assert_eq!(s.stream_to_end(), (b"quick\n".to_vec(), Vec::new(), 0));
+    }
+    pod.finish();
+}
+
+#[test]
 fn limits() {
     let pod = Pod::new("execlimits");
     let mut c = pod.client();
