@@ -46,7 +46,7 @@ go_tool() { # name, package, module, version, ldflags
     work=$(mktemp -d)
     (
         cd "$work"
-        printf 'module tool\ngo 1.24.0\nrequire %s %s\n' "$3" "$4" >go.mod
+        printf 'module orlop.invalid/tools\ngo 1.24.0\nrequire %s %s\n' "$3" "$4" >go.mod
         target=$2
         if [ "$1" = kubectl ]; then
             # The module has the command but no main package.
