@@ -1,7 +1,8 @@
 //! Which address a pod gets: values in, values out.
 
+// `core::net` has the address types and no sockets, which a decision module may not name.
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::collections::{BTreeMap, HashSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use orlop_cni_types::Attachment;
