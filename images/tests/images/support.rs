@@ -256,6 +256,15 @@ impl Drop for Place {
         for target in mounts.lines().filter_map(|l| l.split(' ').nth(1)).filter(|t| t.starts_with(&dir)) {
             let _ = rustix::mount::unmount(target, rustix::mount::UnmountFlags::DETACH);
         }
+        // A store that was dropped just now may still be writing: a file that appears while its folder is emptied keeps the folder.
+        for _ in 0..100 {
+            match std::fs::remove_dir_all(self.dir.path()) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    std::thread::sleep(std::time::Duration::from_millis(20));
+                }
+                _ => break,
+            }
+        }
     }
 }
 
