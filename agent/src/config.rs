@@ -231,11 +231,26 @@ impl Default for KubeletConfiguration {
 }
 
 impl KubeletConfiguration {
-    /// Reads a KubeletConfiguration file, YAML or JSON.
-    pub fn read(path: &Path) -> Result<KubeletConfiguration, Error> {
+    /// Reads a KubeletConfiguration file, YAML or JSON. Fields that it lacks are taken from `otherwise`, then from upstream's defaults.
+    pub fn read_over(
+        path: &Path,
+        otherwise: &serde_json::Map<String, serde_json::Value>,
+    ) -> Result<KubeletConfiguration, Error> {
+        let bad = |message: String| Error::ConfigFile { path: path.to_owned(), message };
         let text = std::fs::read_to_string(path).map_err(|source| Error::io("read", path, source))?;
-        serde_saphyr::from_str(&text)
-            .map_err(|e| Error::ConfigFile { path: path.to_owned(), message: e.to_string() })
+        let file: serde_json::Value = serde_saphyr::from_str(&text).map_err(|e| bad(e.to_string()))?;
+        let serde_json::Value::Object(file) = file else { return Err(bad("it holds no fields".into())) };
+        let mut all = otherwise.clone();
+        all.extend(file);
+        serde_json::from_value(all.into()).map_err(|e| bad(e.to_string()))
+    }
+
+    /// From fields alone.
+    pub fn from_values(
+        values: serde_json::Map<String, serde_json::Value>,
+    ) -> Result<KubeletConfiguration, Error> {
+        serde_json::from_value(values.into())
+            .map_err(|e| Error::ConfigFile { path: "the command line".into(), message: e.to_string() })
     }
 
     /// The longest wait between restarts of a container.
@@ -300,6 +315,17 @@ mod tests {
         assert_eq!((k.max_pods, k.image_minimum_gc_age.as_secs()), (42, 90));
         assert_eq!(k.cluster_dns, ["10.96.0.10".parse::<IpAddr>().unwrap()]);
         assert_eq!(k.authentication.anonymous.enabled, Some(false));
+    }
+
+    #[test]
+    fn a_file_goes_before_the_command_line() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "maxPods: 7\nclusterDomain: file.local\n").unwrap();
+        let flags = serde_json::json!({"clusterDomain": "flag.local", "cgroupRoot": "/flag"});
+        let k = KubeletConfiguration::read_over(file.path(), flags.as_object().unwrap()).unwrap();
+        assert_eq!((k.max_pods, &*k.cluster_domain, &*k.cgroup_root), (7, "file.local", "/flag"));
+        std::fs::write(file.path(), "[]").unwrap();
+        assert!(KubeletConfiguration::read_over(file.path(), &Default::default()).is_err());
     }
 
     #[test]

@@ -36,14 +36,9 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
     }
     note("the run folder", remove_dir(&args.node.run_dir));
     // Folders that only held our files; those with anything else in them stay.
-    for dir in [
-        args.server.write_kubeconfig.parent(),
-        Some(&args.node.cni_conf_dir),
-        args.node.cni_conf_dir.parent(),
-    ] {
-        if let Some(d) = dir {
-            let _ = std::fs::remove_dir(d);
-        }
+    let (kubeconfig, cni) = (args.server.write_kubeconfig.parent(), &args.node.cni_conf_dir);
+    for dir in [kubeconfig, Some(cni.as_path()), cni.parent()].into_iter().flatten() {
+        let _ = std::fs::remove_dir(dir);
     }
     match first {
         Some(_) => {

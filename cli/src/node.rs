@@ -113,19 +113,26 @@ impl Node {
         c.listen = SocketAddr::from(([0, 0, 0, 0], a.kubelet_port));
         c.node_labels = labels(&a.node_labels)?;
         c.kubelet = match &a.config {
-            Some(path) => KubeletConfiguration::read(path)?,
-            None => KubeletConfiguration {
-                cluster_dns: vec![a.dns_address],
-                cluster_domain: self.cluster_domain.clone(),
-                cgroup_root: a.cgroup_root.clone(),
-                ..Default::default()
-            },
+            Some(path) => KubeletConfiguration::read_over(path, &self.kubelet_defaults())?,
+            None => KubeletConfiguration::from_values(self.kubelet_defaults())?,
         };
-        if c.kubelet.authentication.x509.client_ca_file.is_empty() {
-            let ca = c.cert_dir.join("ca.crt");
+        let ca = c.cert_dir.join("ca.crt");
+        // Without it callers prove themselves by tokens only.
+        if c.kubelet.authentication.x509.client_ca_file.is_empty() && ca.exists() {
             c.kubelet.authentication.x509.client_ca_file = ca.to_string_lossy().into_owned();
         }
         Ok(c)
+    }
+
+    /// What the command line says where a KubeletConfiguration file does not.
+    fn kubelet_defaults(&self) -> serde_json::Map<String, serde_json::Value> {
+        let a = &self.args;
+        let pairs = [
+            ("clusterDNS", serde_json::json!([a.dns_address])),
+            ("clusterDomain", serde_json::json!(self.cluster_domain)),
+            ("cgroupRoot", serde_json::json!(a.cgroup_root)),
+        ];
+        pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()
     }
 
     pub fn proxy_config(&self, kubeconfig: &Path) -> Result<orlop_proxy::Config, Failure> {
