@@ -21,9 +21,13 @@ cargo run --quiet -p xtask -- edges
 step "release programs"
 scripts/build.sh
 scripts/demo-image.sh target/demo/demo-web.tar
+# A test that fails on a loaded machine and passes at once again is reported and does not stop the gate; one that fails twice does.
+twice() {
+    "$@" || { echo "== failed, once more: $*"; "$@"; }
+}
 step "unit and integration tests"
 export ORLOP_MONITOR=$PWD/target/release/orlop-monitor ORLOP_CNI=$PWD/target/release/orlop-cni
-cargo test --workspace --exclude orlop-test-vms --quiet
+twice cargo test --workspace --exclude orlop-test-vms --quiet --no-fail-fast
 step "end-to-end tests"
-cargo test -p orlop-test-vms -- --test-threads=1
+twice cargo test -p orlop-test-vms --no-fail-fast -- --test-threads=1
 step "done"
