@@ -7,7 +7,7 @@
 pub mod maglev;
 
 /// Version of all layouts in this crate. Pinned maps live in a folder named after it.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// An address of either family: four words in network byte order; IPv4 is mapped (`::ffff:a.b.c.d`), so one set of maps
 /// serves both families and dual-stack sockets.
@@ -130,12 +130,28 @@ shared! {
 
     /// An interface that the packet programs serve: value of UPLINKS, keyed by its index.
     Uplink[40] {
-        /// Source addresses for translated packets; zero when there is none.
+        /// The node's addresses towards whoever is there: sources of translated packets; zero when there is none.
         addr4: Addr,
         addr6: Addr,
         /// Offset of the IP header: 14 on Ethernet, 0 on tunnels without a link header.
         l3_offset: u32,
-        reserved: u32,
+        /// [`uplink_flags`].
+        flags: u32,
+    }
+
+    /// Fragments of one datagram: key of FRAGMENTS. The value is the ports, which only the first fragment carries.
+    FragmentKey[40] { src: Addr, dst: Addr, id: u32, proto: u8, pad: u8, pad2: u16, }
+    FragmentPorts[4] { sport: u16, dport: u16, }
+
+    /// A source that a service port admits: key of RANGES, a trie; the prefix counts from `service`.
+    RangeKey[20] { service: u32, addr: Addr, }
+
+    /// What happened to a service port: value of STATS, keyed by its number.
+    Stats[16] {
+        /// Connections and datagram flows that were given a backend.
+        connections: u64,
+        /// Those that were refused or dropped.
+        refused: u64,
     }
 
     /// The only value of CONFIG.
@@ -150,6 +166,18 @@ shared! {
         reserved: u32,
     }
 }
+
+/// Bytes of a service port's name.
+pub const NAME_SIZE: usize = 144;
+
+/// `namespace/name:port`, cut off at its size and filled up with zeros: value of NAMES, keyed by the service port's
+/// number. No program reads it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServiceName(pub [u8; NAME_SIZE]);
+// SAFETY: an array of bytes.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for ServiceName {}
 
 /// Table for a set's Maglev selection: backend ids.
 #[repr(C)]
@@ -168,6 +196,21 @@ pub mod frontend_flags {
     pub const MAGLEV: u32 = 4;
     /// The set is listed in MEMBERS.
     pub const MEMBERS: u32 = 8;
+    /// Only sources in RANGES are served.
+    pub const RANGES: u32 = 16;
+    /// With RANGES: an address of this node is among them.
+    pub const NODE_ADMITTED: u32 = 32;
+}
+
+pub mod config_flags {
+    /// Node ports answer on 127.0.0.0/8, and on ::1.
+    pub const LOOPBACK4: u32 = 1;
+    pub const LOOPBACK6: u32 = 2;
+}
+
+pub mod uplink_flags {
+    /// The node's end of a pod's veth pair: who comes in here is inside the cluster.
+    pub const POD: u32 = 1;
 }
 
 pub mod backend_flags {
@@ -204,6 +247,12 @@ pub mod counters {
     pub const PACKET_DROPPED: u32 = 4;
     pub const FRAGMENTS: u32 = 5;
     pub const SNAT_EXHAUSTED: u32 = 6;
+    /// ICMP errors about translated packets, translated too.
+    pub const ICMP_ERRORS: u32 = 7;
+    /// Sources outside of loadBalancerSourceRanges.
+    pub const NOT_ADMITTED: u32 = 8;
+    /// Packets too large for the way to their backend.
+    pub const TOO_BIG: u32 = 9;
     pub const COUNT: u32 = 16;
 }
 
@@ -220,6 +269,22 @@ mod user {
                 let o = a.octets();
                 [0, 4, 8, 12].map(|i| u32::from_ne_bytes([o[i], o[i + 1], o[i + 2], o[i + 3]]))
             }
+        }
+    }
+
+    impl super::ServiceName {
+        pub fn new(name: &str) -> Self {
+            let mut bytes = [0; super::NAME_SIZE];
+            let n = name.len().min(bytes.len());
+            bytes[..n].copy_from_slice(&name.as_bytes()[..n]);
+            super::ServiceName(bytes)
+        }
+    }
+
+    impl std::fmt::Display for super::ServiceName {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            let end = self.0.iter().position(|b| *b == 0).unwrap_or(self.0.len());
+            f.write_str(&String::from_utf8_lossy(&self.0[..end]))
         }
     }
 

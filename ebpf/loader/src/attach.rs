@@ -6,14 +6,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
-use aya::programs::{CgroupSockAddr, ProgramFd, SchedClassifier, TcAttachType};
+use aya::programs::{CgroupSockAddr, ProgramFd, SchedClassifier};
 use aya::{Ebpf, EbpfLoader};
 use orlop_ebpf_common::{Config as KernelConfig, LAYOUT, Uplink};
 
 use crate::maps::RealMaps;
 use crate::sys::{self, AttachType};
-use crate::{Config, Error, MapFailure, path_err, pin, probe};
+use crate::{Config, Error, MapFailure, clsact, path_err, pin, probe};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb.o"));
 
@@ -29,18 +28,20 @@ const SOCKET_PROGRAMS: [(&str, AttachType); 8] = [
     ("lb_sendmsg6", AttachType::Sendmsg6),
 ];
 
-/// Place of our filters among others' on clsact.
-const CLSACT_PRIORITY: u16 = 49;
-const CLSACT_HANDLE: TcHandle = TcHandle::new(0, 1);
-
 /// Source ports for packets to other nodes: above ip_local_port_range's default of 32768-60999.
 const SNAT_PORTS: (u16, u16) = (61_000, 65_535);
+/// Node ports, which no translated source may have either.
+const NODE_PORTS: (u16, u16) = (30_000, 32_767);
+/// Fewer source ports than this towards one backend are too few.
+const MIN_SNAT_PORTS: u16 = 1024;
 
-/// The attached load balancer. Dropping it detaches nothing: the pins hold.
+/// The load balancer in the kernel. Dropping it detaches nothing: the pins hold.
 pub struct Datapath {
     pub maps: RealMaps,
+    /// The object, until its socket programs are attached.
+    object: Option<Ebpf>,
     packet: Packet,
-    pins: PathBuf,
+    config: Config,
 }
 
 enum Packet {
@@ -49,34 +50,24 @@ enum Packet {
 }
 
 impl Datapath {
-    /// Loads the programs, adopting pinned maps, and attaches the socket programs. Links that an earlier process
-    /// pinned get the new programs in one step each: no connection sees a moment without them.
-    pub fn open(config: &Config) -> Result<Datapath, Error> {
-        let cgroup = match &config.cgroup {
-            Some(c) => c.clone(),
-            None => probe::cgroup2().ok_or(Error::NoCgroup2)?,
-        };
+    /// Loads the programs and adopts pinned maps; those of an older layout as far as they are alike. What an earlier
+    /// process attached goes on with its own programs and maps until [`Datapath::attach`].
+    pub fn load(config: &Config) -> Result<Datapath, Error> {
         pin::prepare(&config.pins)?;
+        pin::adopt_older(&config.pins)?;
         let mut bpf = load(config)?;
         let mut maps = RealMaps::take(&mut bpf)?;
+        let snat = snat_ports();
+        let flags = maps.config().map(|c| c.flags).unwrap_or(0);
         maps.set_config(KernelConfig {
             layout: LAYOUT,
+            flags,
             netns_cookie: sys::netns_cookie().map_err(|source| Error::Netns { source })?,
-            snat_first: SNAT_PORTS.0,
-            snat_last: SNAT_PORTS.1,
-            ..KernelConfig::default()
-        })?;
-        let dir = File::open(&cgroup).map_err(path_err("open cgroup", &cgroup))?;
-        let cgroup_id = dir.metadata().map_err(path_err("read cgroup", &cgroup))?.ino();
-        for (name, attach) in SOCKET_PROGRAMS {
-            let program: &mut CgroupSockAddr = program(&mut bpf, name)?;
-            program.load().map_err(|e| Error::Program { program: name, source: Box::new(e) })?;
-            let fd = program.fd().map_err(|e| Error::Program { program: name, source: Box::new(e) })?;
-            let target = Target { number: dir.as_raw_fd() as u32, id: cgroup_id };
-            link(&pin::links(&config.pins).join(name), fd.as_fd(), target, attach).map_err(|source| {
-                Error::Attach { program: name, target: cgroup.display().to_string(), source }
-            })?;
-        }
+            snat_first: snat.0,
+            snat_last: snat.1,
+            reserved: 0,
+        })
+        .map_err(|e| map_error("CONFIG", e))?;
         let packet = if !config.force_clsact && probe::has_tcx() {
             Packet::Tcx {
                 ingress: classifier(&mut bpf, "lb_ingress")?,
@@ -88,16 +79,51 @@ impl Datapath {
                 egress: Box::new(lasting(&mut bpf, "lb_egress", &config.pins)?),
             }
         };
-        drop(bpf);
+        Ok(Datapath { maps, object: Some(bpf), packet, config: config.clone() })
+    }
+
+    /// [`Datapath::load`] and [`Datapath::attach`] in one.
+    pub fn open(config: &Config) -> Result<Datapath, Error> {
+        let mut datapath = Datapath::load(config)?;
+        datapath.attach()?;
+        Ok(datapath)
+    }
+
+    /// Attaches the socket programs. Links that an earlier process pinned get the new programs in one step each: no
+    /// connection sees a moment without them. Maps of older layouts go. Doing it again does nothing.
+    pub fn attach(&mut self) -> Result<(), Error> {
+        let Some(bpf) = &mut self.object else { return Ok(()) };
+        let cgroup = match &self.config.cgroup {
+            Some(c) => c.clone(),
+            None => probe::cgroup2().ok_or(Error::NoCgroup2)?,
+        };
+        let dir = File::open(&cgroup).map_err(path_err("open cgroup", &cgroup))?;
+        let cgroup_id = dir.metadata().map_err(path_err("read cgroup", &cgroup))?.ino();
+        for (name, attach) in SOCKET_PROGRAMS {
+            let program: &mut CgroupSockAddr = program(bpf, name)?;
+            let failed = |e| Error::Program { program: name, source: Box::new(e) };
+            if program.fd().is_err() {
+                program.load().map_err(failed)?;
+            }
+            let fd = program.fd().map_err(failed)?;
+            let target = Target { number: dir.as_raw_fd() as u32, id: cgroup_id };
+            let pin = pin::links(&self.config.pins).join(name);
+            link(&pin, fd.as_fd(), target, attach).map_err(|source| Error::Attach {
+                program: name,
+                target: cgroup.display().to_string(),
+                source,
+            })?;
+        }
+        self.object = None;
         sys::release_memory();
-        Ok(Datapath { maps, packet, pins: config.pins.clone() })
+        pin::remove_older(&self.config.pins)
     }
 
     /// Serves packets of an interface, or changes how it is served. The interface's settings are in place before its
     /// programs run.
     pub fn attach_uplink(&mut self, index: u32, name: &str, uplink: Uplink) -> Result<(), Error> {
         self.maps.put_uplink(index, uplink).map_err(|e| map_error("UPLINKS", e))?;
-        let links = pin::links(&self.pins);
+        let links = pin::links(&self.config.pins);
         match &mut self.packet {
             Packet::Tcx { ingress, egress } => {
                 let target = Target { number: index, id: u64::from(index) };
@@ -110,29 +136,7 @@ impl Datapath {
                 }
             }
             Packet::Clsact { ingress, egress } => {
-                let failed = |program| {
-                    move |e: aya::programs::ProgramError| Error::Clsact {
-                        program,
-                        target: name.to_owned(),
-                        source: Box::new(e),
-                    }
-                };
-                let mark = links.join(format!("clsact_{index}"));
-                fs::create_dir_all(&mark).map_err(path_err("create", &mark))?;
-                match aya::programs::tc::qdisc_add_clsact(name) {
-                    Ok(()) | Err(aya::programs::tc::TcError::AlreadyAttached) => {}
-                    Err(aya::programs::tc::TcError::NetlinkError(e))
-                        if e.raw_os_error() == Some(libc::EEXIST) => {}
-                    Err(e) => {
-                        return Err(Error::Clsact {
-                            program: "lb_ingress",
-                            target: name.to_owned(),
-                            source: Box::new(e),
-                        });
-                    }
-                }
-                clsact(egress, name, TcAttachType::Egress).map_err(failed("lb_egress"))?;
-                clsact(ingress, name, TcAttachType::Ingress).map_err(failed("lb_ingress"))?;
+                clsact::attach(&self.config.pins, index, name, ingress, egress)?;
             }
         }
         Ok(())
@@ -140,7 +144,7 @@ impl Datapath {
 
     /// Stops serving every interface whose index is not in `wanted`, whoever attached it.
     pub fn keep_uplinks(&mut self, wanted: &[u32]) -> Result<(), Error> {
-        let links = pin::links(&self.pins);
+        let links = pin::links(&self.config.pins);
         for entry in fs::read_dir(&links).map_err(path_err("read", &links))?.flatten() {
             let name = entry.file_name();
             let Some((kind, index)) = name.to_str().and_then(|n| n.split_once('_')) else { continue };
@@ -148,15 +152,13 @@ impl Datapath {
             if wanted.contains(&index) {
                 continue;
             }
-            if kind == "clsact" {
-                remove_filters(index);
-                // An empty folder; when it stays, the next start tries again.
-                let _ = fs::remove_dir(entry.path());
-            } else {
-                fs::remove_file(entry.path()).map_err(path_err("remove", &entry.path()))?;
+            match kind {
+                "clsact" => clsact::detach(&self.config.pins, index),
+                "in" | "out" => pin::remove_link(&entry.path())?,
+                _ => {}
             }
         }
-        for index in self.maps.uplinks() {
+        for (index, _) in self.maps.uplinks() {
             if !wanted.contains(&index) {
                 self.maps.del_uplink(index).map_err(|e| map_error("UPLINKS", e))?;
             }
@@ -167,6 +169,31 @@ impl Datapath {
 
 fn map_error(name: &'static str, e: MapFailure) -> Error {
     Error::Path { what: "write BPF map", path: PathBuf::from(name), source: io::Error::other(e) }
+}
+
+/// The range for translated sources: where the node's own sockets get no port by themselves.
+fn snat_ports() -> (u16, u16) {
+    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let mut numbers = text.split_whitespace().filter_map(|n| n.parse().ok());
+    let (Some(first), Some(last)) = (numbers.next(), numbers.next()) else { return SNAT_PORTS };
+    let chosen = outside(first, last);
+    if chosen.is_none() {
+        tracing::warn!(
+            first,
+            last,
+            "net.ipv4.ip_local_port_range leaves no room for translated source ports; they may meet those of the \
+             node's sockets. Set it to 32768 60999"
+        );
+    }
+    chosen.unwrap_or(SNAT_PORTS)
+}
+
+fn outside(first: u16, last: u16) -> Option<(u16, u16)> {
+    let wide = |r: &(u16, u16)| r.1.saturating_sub(r.0) >= MIN_SNAT_PORTS;
+    let above = (last.saturating_add(1).max(SNAT_PORTS.0), u16::MAX);
+    let between = (NODE_PORTS.1 + 1, first.saturating_sub(1));
+    let below = (10_000, NODE_PORTS.0.min(first) - 1);
+    [above, between, below].into_iter().find(wide)
 }
 
 fn load(config: &Config) -> Result<Ebpf, Error> {
@@ -183,6 +210,8 @@ fn load(config: &Config) -> Result<Ebpf, Error> {
         .map_max_entries("SOCK_REVERSE", sizes.sockets)
         .map_max_entries("SOCK_FLOWS", (sizes.sockets / 2).max(1))
         .map_max_entries("AFFINITY", (sizes.sockets / 2).max(1))
+        .map_max_entries("STATS", sizes.frontends)
+        .map_max_entries("NAMES", sizes.frontends)
         .load(OBJECT)
         .map_err(|e| Error::Load { source: Box::new(e) })
 }
@@ -248,51 +277,15 @@ fn link(path: &Path, program: BorrowedFd<'_>, target: Target, attach: AttachType
     sys::pin(link.as_fd(), path)
 }
 
-fn clsact(
-    program: &mut SchedClassifier,
-    interface: &str,
-    attach: TcAttachType,
-) -> Result<(), aya::programs::ProgramError> {
-    let old = SchedClassifierLink::attached(interface, attach, CLSACT_PRIORITY, CLSACT_HANDLE, None)?;
-    let id = match program.attach_to_link(old) {
-        Ok(id) => id,
-        Err(_) => program.attach_with_options(
-            interface,
-            attach,
-            TcAttachOptions::Netlink(NlOptions {
-                priority: CLSACT_PRIORITY,
-                handle: CLSACT_HANDLE,
-                classid: None,
-            }),
-        )?,
-    };
-    // The filter must outlive this process.
-    std::mem::forget(program.take_link(id)?);
-    Ok(())
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn interface_name(index: u32) -> Option<String> {
-    nix::net::if_::if_indextoname(index).ok().and_then(|n| n.into_string().ok())
-}
-
-fn remove_filters(index: u32) {
-    let Some(name) = interface_name(index) else { return };
-    for attach in [TcAttachType::Ingress, TcAttachType::Egress] {
-        if let Ok(link) = SchedClassifierLink::attached(&name, attach, CLSACT_PRIORITY, CLSACT_HANDLE, None)
-            && let Err(e) = aya::programs::links::Link::detach(link)
-        {
-            tracing::debug!(interface = name, error = %e, "no filter to remove");
-        }
-    }
-}
-
-/// Takes filters off the interfaces that the pins name.
-pub(crate) fn detach_clsact(config: &Config) {
-    let Ok(entries) = fs::read_dir(pin::links(&config.pins)) else { return };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        if let Some(Ok(index)) = name.to_str().and_then(|n| n.strip_prefix("clsact_")).map(str::parse) {
-            remove_filters(index);
-        }
+    #[test]
+    fn translated_sources_keep_clear_of_the_nodes_ports() {
+        assert_eq!(outside(32_768, 60_999), Some((61_000, 65_535)));
+        assert_eq!(outside(40_000, 65_535), Some((32_768, 39_999)));
+        assert_eq!(outside(32_768, 65_535), Some((10_000, 29_999)));
+        assert_eq!(outside(1024, 65_535), None);
     }
 }

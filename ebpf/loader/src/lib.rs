@@ -4,7 +4,10 @@
 //! the programs link by link.
 
 pub mod attach;
+mod clsact;
+pub mod diag;
 pub mod maps;
+mod netlink;
 mod pin;
 pub mod probe;
 mod sys;
@@ -12,9 +15,12 @@ mod sys;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use orlop_ebpf_common::LAYOUT;
+
 pub use attach::Datapath;
-pub use maps::{Dump, MapFailure, Maps, Op};
+pub use maps::{Dump, MapFailure, Maps, Op, Range, RealMaps};
 pub use probe::{Finding, Level, check};
+pub use sys::release_memory;
 
 /// Where the load balancer lives on this machine.
 #[derive(Clone, Debug)]
@@ -71,8 +77,16 @@ pub enum Error {
     Program { program: &'static str, source: Box<aya::programs::ProgramError> },
     #[error("BPF program or map {name} is not in the object; this build is broken")]
     Missing { name: &'static str },
-    #[error("cannot open BPF map {name}; `orlop proxy --cleanup` removes maps of another version")]
+    #[error("cannot open BPF map {name}; `orlop proxy cleanup` removes all of them")]
     Map { name: &'static str, source: Box<aya::maps::MapError> },
+    #[error("no service load balancer is loaded at {pins}; start `orlop proxy`", pins = pins.display())]
+    NotLoaded { pins: PathBuf },
+    #[error(
+        "{pins} holds maps of a newer version (layout {found}, this program has {LAYOUT}); run that version, or \
+         `orlop proxy cleanup` and lose the connections that it translates",
+        pins = pins.display()
+    )]
+    Newer { pins: PathBuf, found: u32 },
     #[error("cannot attach {program} to {target}")]
     Attach { program: &'static str, target: String, source: io::Error },
     #[error("cannot attach {program} to {target} by clsact; is the kernel module sch_ingress available?")]
@@ -89,6 +103,6 @@ pub(crate) fn path_err(what: &'static str, path: &Path) -> impl FnOnce(io::Error
 /// Removes all that the load balancer left in the kernel: links, programs, maps, pins, and the BPF file system if it
 /// was mounted for them. Nothing there is no error. A running daemon must be stopped first.
 pub fn purge(config: &Config) -> Result<(), Error> {
-    attach::detach_clsact(config);
+    clsact::detach_all(&config.pins);
     pin::remove(&config.pins)
 }

@@ -1,14 +1,19 @@
 //! The maps as user space sees them: single changes, and a dump of all that is in them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use orlop_ebpf_common::{Addr, Backend, FrontendKey, FrontendValue, MaglevTable, SlotKey, maglev};
+use orlop_ebpf_common::{
+    Addr, Backend, FrontendKey, FrontendValue, MaglevTable, RangeKey, ServiceName, SlotKey, maglev,
+};
 
 mod fake;
 mod real;
 
 pub use fake::{FakeMaps, FaultyMaps};
 pub use real::RealMaps;
+
+/// A range of source addresses of a service port: its key and the number of bits of the address that count, of 128.
+pub type Range = (RangeKey, u8);
 
 /// One change of one map. Deleting what is not there succeeds.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,6 +26,11 @@ pub enum Op {
     DelMember(SlotKey),
     PutMaglev(u32, Box<[u32; maglev::SIZE]>),
     DelMaglev(u32),
+    /// A service port's number and name; its counters start at zero.
+    PutService(u32, Box<ServiceName>),
+    DelService(u32),
+    PutRange(Range),
+    DelRange(Range),
     PutFrontend(FrontendKey, FrontendValue),
     DelFrontend(FrontendKey),
     PutLocal(Addr, u32),
@@ -35,6 +45,8 @@ impl Op {
             Op::PutSlot(..) | Op::DelSlot(_) => "SLOTS",
             Op::PutMember(_) | Op::DelMember(_) => "MEMBERS",
             Op::PutMaglev(..) | Op::DelMaglev(_) => "MAGLEV",
+            Op::PutService(..) | Op::DelService(_) => "NAMES",
+            Op::PutRange(_) | Op::DelRange(_) => "RANGES",
             Op::PutFrontend(..) | Op::DelFrontend(_) => "FRONTENDS",
             Op::PutLocal(..) | Op::DelLocal(_) => "LOCAL_ADDRS",
         }
@@ -50,13 +62,16 @@ pub struct Dump {
     /// Sets that have a Maglev table.
     pub maglev: Vec<u32>,
     pub backends: HashMap<u32, Backend>,
+    /// Names of service ports by number.
+    pub services: HashMap<u32, String>,
+    pub ranges: HashSet<Range>,
     pub locals: HashMap<Addr, u32>,
 }
 
 /// A map that would not change or be read.
 #[derive(Debug, thiserror::Error)]
 pub enum MapFailure {
-    #[error("BPF map {map} is full; raise its size and run `orlop proxy --cleanup` once")]
+    #[error("BPF map {map} is full; raise its size and run `orlop proxy cleanup` once")]
     Full { map: &'static str },
     #[error("BPF map {map}")]
     Syscall { map: &'static str, source: Box<dyn std::error::Error + Send + Sync> },

@@ -3,6 +3,7 @@
 //! ```text
 //! <pins>/links/<program>          cgroup links           <pins>/links/{in,out}_<ifindex>   tcx links
 //! <pins>/links/clsact_<ifindex>   a folder: attached by clsact
+//! <pins>/links/qdisc_<ifindex>    a folder: the queueing discipline is ours
 //! <pins>/v<layout>/               maps                   <pins>/mounted   a folder: the file system is ours
 //! ```
 
@@ -10,9 +11,16 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use std::os::fd::AsFd;
+
+use aya::maps::MapData;
+use orlop_ebpf_common::{
+    AffinityKey, AffinityValue, Backend, CtKey, CtValue, FrontendKey, FrontendValue, LAYOUT, ServiceName,
+    SlotKey, SockFlow, SockKey, SockReverse, Stats,
+};
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use crate::{Error, path_err};
+use crate::{Error, path_err, sys};
 
 const STANDARD: &str = "/sys/fs/bpf";
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
@@ -36,7 +44,7 @@ pub(crate) fn links(pins: &Path) -> PathBuf {
 }
 
 pub(crate) fn maps(pins: &Path) -> PathBuf {
-    pins.join(format!("v{}", orlop_ebpf_common::LAYOUT))
+    pins.join(format!("v{LAYOUT}"))
 }
 
 /// Makes the folders, mounting a BPF file system when the place is on none.
@@ -67,12 +75,74 @@ pub(crate) fn prepare(pins: &Path) -> Result<(), Error> {
     Ok(())
 }
 
+/// Layouts whose maps are pinned.
+fn layouts(pins: &Path) -> Vec<u32> {
+    let names = fs::read_dir(pins).into_iter().flatten().flatten().map(|e| e.file_name());
+    names.filter_map(|n| n.to_str()?.strip_prefix('v')?.parse().ok()).collect()
+}
+
+/// Brings the maps of the latest older layout over, as far as their keys and values have the same size; a map whose
+/// meaning changes without them gets another name. A newer layout is refused.
+pub(crate) fn adopt_older(pins: &Path) -> Result<(), Error> {
+    let found = layouts(pins);
+    if let Some(newer) = found.iter().copied().filter(|l| *l > LAYOUT).max() {
+        return Err(Error::Newer { pins: pins.to_owned(), found: newer });
+    }
+    let Some(older) = found.into_iter().filter(|l| *l < LAYOUT).max() else { return Ok(()) };
+    let (from, to) = (pins.join(format!("v{older}")), maps(pins));
+    for entry in fs::read_dir(&from).map_err(path_err("read", &from))?.flatten() {
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        let target = to.join(&name);
+        if target.exists() || !like_ours(&entry.path(), &name) {
+            continue;
+        }
+        let map = sys::open_pinned(&entry.path()).map_err(path_err("open", &entry.path()))?;
+        sys::pin(map.as_fd(), &target).map_err(path_err("pin", &target))?;
+    }
+    Ok(())
+}
+
+fn like_ours(path: &Path, name: &str) -> bool {
+    let Some((_, key, value)) = SHAPES.iter().find(|(n, ..)| *n == name) else { return false };
+    MapData::from_pin(path)
+        .and_then(|m| m.info())
+        .is_ok_and(|i| i.key_size() as usize == *key && i.value_size() as usize == *value)
+}
+
+/// Maps worth keeping over a change of layouts, with the sizes of key and value.
+const SHAPES: [(&str, usize, usize); 10] = [
+    ("FRONTENDS", size_of::<FrontendKey>(), size_of::<FrontendValue>()),
+    ("SLOTS", size_of::<SlotKey>(), size_of::<u32>()),
+    ("MEMBERS", size_of::<SlotKey>(), size_of::<u32>()),
+    ("BACKENDS", size_of::<u32>(), size_of::<Backend>()),
+    ("NAMES", size_of::<u32>(), size_of::<ServiceName>()),
+    ("STATS", size_of::<u32>(), size_of::<Stats>()),
+    ("CONNECTIONS", size_of::<CtKey>(), size_of::<CtValue>()),
+    ("AFFINITY", size_of::<AffinityKey>(), size_of::<AffinityValue>()),
+    ("SOCK_REVERSE", size_of::<SockKey>(), size_of::<SockReverse>()),
+    ("SOCK_FLOWS", size_of::<SockKey>(), size_of::<SockFlow>()),
+];
+
+/// Removes the maps of older layouts, which no program uses any more.
+pub(crate) fn remove_older(pins: &Path) -> Result<(), Error> {
+    for l in layouts(pins).into_iter().filter(|l| *l < LAYOUT) {
+        let dir = pins.join(format!("v{l}"));
+        gone(fs::remove_dir_all(&dir)).map_err(path_err("remove", &dir))?;
+    }
+    Ok(())
+}
+
 /// Unlinks every pin, links first so that no program runs without its maps.
 pub(crate) fn remove(pins: &Path) -> Result<(), Error> {
     if !pins.exists() || !on_bpffs(pins) {
         return Ok(());
     }
     let ours = pins.join("mounted").exists();
+    for entry in fs::read_dir(links(pins)).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|t| t.is_file()) {
+            remove_link(&entry.path())?;
+        }
+    }
     gone(fs::remove_dir_all(links(pins))).map_err(path_err("remove", &links(pins)))?;
     let at = mount_point(pins);
     if at == pins {
@@ -92,6 +162,17 @@ pub(crate) fn remove(pins: &Path) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Detaches a link and removes its pin: nothing runs its program any more when this returns.
+pub(crate) fn remove_link(path: &Path) -> Result<(), Error> {
+    if let Ok(link) = sys::open_pinned(path)
+        && let Err(e) = sys::link_detach(link.as_fd())
+    {
+        // What it was attached to may be gone; then it is detached already.
+        tracing::debug!(link = %path.display(), error = %e, "cannot detach");
+    }
+    gone(fs::remove_file(path)).map_err(path_err("remove", path))
 }
 
 /// The folders below, without what the kernel puts into every BPF file system (`maps.debug`, `progs.debug`).

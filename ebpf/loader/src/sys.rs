@@ -12,6 +12,8 @@ const OBJ_GET: libc::c_int = 7;
 const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const LINK_CREATE: libc::c_int = 28;
 const LINK_UPDATE: libc::c_int = 29;
+const LINK_DETACH: libc::c_int = 34;
+const MAP_LOOKUP_BATCH: libc::c_int = 24;
 
 /// Attach points (enum bpf_attach_type).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +39,19 @@ struct Create {
     attach_type: u32,
     flags: u32,
     rest: [u64; 4],
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Batch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
 }
 
 #[repr(C)]
@@ -117,6 +132,12 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
     bpf(LINK_UPDATE, &mut attr).map(drop)
 }
 
+/// Detaches now. Without it a link whose last pin goes is let go by the kernel some time later, after a grace period.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = Update { link_fd: link.as_raw_fd() as u32, ..Update::default() };
+    bpf(LINK_DETACH, &mut attr).map(drop)
+}
+
 pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let mut info = LinkInfo::default();
     let mut attr = InfoByFd {
@@ -138,6 +159,42 @@ pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     let path = c_path(path)?;
     let mut attr = Object { path: path.as_ptr() as u64, ..Object::default() };
     bpf(OBJ_GET, &mut attr).map(owned)
+}
+
+/// All entries of a hash map of at most `capacity` entries.
+pub fn lookup_batch<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, capacity: u32) -> io::Result<Vec<(K, V)>> {
+    // A batch must hold the longest bucket; few are longer than one or two.
+    const STEP: usize = 4096;
+    let mut out = Vec::new();
+    let mut keys: Vec<std::mem::MaybeUninit<K>> = Vec::with_capacity(STEP);
+    let mut values: Vec<std::mem::MaybeUninit<V>> = Vec::with_capacity(STEP);
+    let (mut position, mut first) = (0u64, true);
+    while first || out.len() <= capacity as usize {
+        let mut next = 0u64;
+        let mut attr = Batch {
+            in_batch: if first { 0 } else { std::ptr::from_ref(&position) as u64 },
+            out_batch: std::ptr::from_mut(&mut next) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: STEP as u32,
+            map_fd: map.as_raw_fd() as u32,
+            ..Batch::default()
+        };
+        let end = match bpf(MAP_LOOKUP_BATCH, &mut attr) {
+            Ok(_) => false,
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(e) => return Err(e),
+        };
+        for i in 0..(attr.count as usize).min(STEP) {
+            // SAFETY: within the capacity reserved above, and the kernel has filled `count` of them with plain data.
+            out.push(unsafe { (*keys.as_ptr().add(i).cast::<K>(), *values.as_ptr().add(i).cast::<V>()) });
+        }
+        if end {
+            break;
+        }
+        (position, first) = (next, false);
+    }
+    Ok(out)
 }
 
 /// The cookie of this process's network namespace, which programs compare with that of a socket.

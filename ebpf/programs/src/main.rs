@@ -2,8 +2,11 @@
 #![no_std]
 #![no_main]
 
+mod icmp;
 mod maps;
 mod packet;
+mod parse;
+mod rewrite;
 mod select;
 mod sock;
 

@@ -1,8 +1,10 @@
 //! The maps. All are pinned by name; user space sets their sizes when it creates them (see the loader's `Sizes`).
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::bindings::bpf_fib_lookup as FibLookup;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::maps::lpm_trie::Key;
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap};
 use orlop_ebpf_common::*;
 
 #[map]
@@ -30,6 +32,14 @@ pub static LOCAL_ADDRS: HashMap<Addr, u32> = HashMap::pinned(1024, BPF_F_NO_PREA
 #[map]
 pub static UPLINKS: HashMap<u32, Uplink> = HashMap::pinned(256, BPF_F_NO_PREALLOC);
 #[map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts> = LruHashMap::pinned(4096, 0);
+#[map]
+pub static RANGES: LpmTrie<RangeKey, u32> = LpmTrie::pinned(65536, BPF_F_NO_PREALLOC);
+#[map]
+pub static STATS: PerCpuHashMap<u32, Stats> = PerCpuHashMap::pinned(32768, BPF_F_NO_PREALLOC);
+#[map]
+pub static NAMES: HashMap<u32, ServiceName> = HashMap::pinned(32768, BPF_F_NO_PREALLOC);
+#[map]
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(counters::COUNT, 0);
 
 #[inline(always)]
@@ -40,13 +50,63 @@ pub fn count(index: u32) {
     }
 }
 
-/// Room for what a new connection's entries are put together from. Not pinned: no program leaves anything in it.
+/// Counts in favour of a service port, whose entry user space made.
+#[inline(always)]
+pub fn count_connection(service: u32, served: bool) {
+    if let Some(s) = STATS.get_ptr_mut(&service) {
+        // SAFETY: this CPU's element, as above.
+        unsafe {
+            if served {
+                (*s).connections = (*s).connections.wrapping_add(1);
+            } else {
+                (*s).refused = (*s).refused.wrapping_add(1);
+            }
+        }
+    }
+}
+
+/// Whether a service port admits this source.
+#[inline(always)]
+pub fn admits(service: u32, source: &Addr) -> bool {
+    let key = Key::new(160, RangeKey { service, addr: *source });
+    RANGES.get(&key).is_some()
+}
+
+/// A TCP or UDP packet, or the ICMP error about one.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Packet {
+    pub src: Addr,
+    pub dst: Addr,
+    /// Offsets of the IP and the transport (or ICMP) header.
+    pub l3: u32,
+    pub l4: u32,
+    pub sport: u16,
+    pub dport: u16,
+    pub proto: u8,
+    /// TCP's flags.
+    pub tcp: u8,
+    pub v4: bool,
+    /// A fragment other than the first: there is no transport header.
+    pub headless: bool,
+}
+
+/// Room for what does not fit on the stack: kernels count it with that of the compiler's own functions. Not pinned: no
+/// program leaves anything in it.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Scratch {
+    pub packet: Packet,
+    /// What an ICMP error quotes.
+    pub quote: Packet,
     pub forward: CtValue,
     pub reply: CtValue,
+    pub key: CtKey,
     pub rkey: CtKey,
+    pub fragment: FragmentKey,
+    pub fib: FibLookup,
+    /// A header as it was read.
+    pub head: [u8; 40],
 }
 
 #[map]

@@ -1,27 +1,25 @@
-//! Packet hooks on uplinks: node ports, external IPs and load balancer IPs for clients outside of the node.
+//! Packet hooks. On uplinks: node ports, external IPs and load balancer IPs for clients outside of the node. On the
+//! node's end of pods' veth pairs: every Service, for what the socket hooks do not see (sockets of the kernel, virtual
+//! machines, processes outside of the cgroup) and for source ranges.
 //!
-//! A backend on this node sees the client's address; its answers are named back on the uplink's egress. A backend on
+//! A backend on this node sees the client's address; its answers are named back where they leave the node. A backend on
 //! another node gets a source of ours, so that its answers come back here, and such packets leave by the route of their
-//! new destination at once: the stack would drop a packet that arrives with a source of its own.
+//! new destination at once: the stack would drop a packet that arrives with a source of its own. The same goes for a pod
+//! that reaches itself.
+//!
+//! A Service without endpoints is refused by the node's own stack: the packet is sent to port 0 of the node, where nobody
+//! can listen, and the stack's reset or ICMP error is named back like any answer.
 
-use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_fib_lookup as FibLookup};
-use aya_ebpf::helpers::{bpf_fib_lookup, bpf_get_prandom_u32, bpf_ktime_get_ns, bpf_redirect_neigh};
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use orlop_ebpf_common::*;
 
+use crate::icmp;
 use crate::maps::*;
+use crate::parse::{Kind, parse};
+use crate::rewrite::{self, DROP, NEXT, dropped};
 use crate::select;
-
-/// Passes the packet to the next program and then the stack, on tcx and on clsact.
-const NEXT: i32 = -1;
-const DROP: i32 = 2;
-
-const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
-const AF_INET: u8 = 2;
-const FIB_SUCCESS: i64 = 0;
-/// The route is known, the neighbour not yet: bpf_redirect_neigh resolves it.
-const FIB_NO_NEIGH: i64 = 7;
 
 const SECOND: u64 = 1_000_000_000;
 /// After this silence a translated source port may be taken over: nf_conntrack's figures.
@@ -38,41 +36,9 @@ const TCP_SYN: u8 = 2;
 const TCP_RST: u8 = 4;
 const TCP_ACK: u8 = 16;
 
-struct Packet {
-    l3: usize,
-    l4: usize,
-    src: u32,
-    dst: u32,
-    sport: u16,
-    dport: u16,
-    proto: u8,
-    tcp: u8,
-}
-
-impl Packet {
-    #[inline(always)]
-    fn key(&self, dir: u8) -> CtKey {
-        CtKey {
-            src: addr4(self.src),
-            dst: addr4(self.dst),
-            sport: self.sport,
-            dport: self.dport,
-            proto: self.proto,
-            dir,
-            pad: 0,
-        }
-    }
-
-    #[inline(always)]
-    fn opens(&self) -> bool {
-        self.proto == TCP && self.tcp & (TCP_SYN | TCP_ACK) == TCP_SYN
-    }
-}
-
 #[inline(always)]
-fn uplink(index: u32) -> Option<Uplink> {
-    // SAFETY: copied out; elements are replaced as a whole.
-    unsafe { UPLINKS.get(&index) }.copied()
+fn opens(p: &Packet) -> bool {
+    p.proto == TCP && p.tcp & (TCP_SYN | TCP_ACK) == TCP_SYN
 }
 
 #[inline(always)]
@@ -81,126 +47,34 @@ fn ifindex(ctx: &TcContext) -> u32 {
     unsafe { (*ctx.skb.skb).ifindex }
 }
 
+/// The interface's entry; a pointer, as the stack is small.
 #[inline(always)]
-fn parse(ctx: &TcContext, link: &Uplink) -> Option<Packet> {
-    if ctx.skb.protocol() != ETH_P_IP {
-        return None;
-    }
-    let l3 = if link.l3_offset == 0 { 0 } else { 14 };
-    let head: [u8; 20] = ctx.load(l3).ok()?;
-    let proto = head[9];
-    if proto != TCP && proto != UDP {
-        return None;
-    }
-    // More fragments or an offset: ports are in the first fragment only, so none of them is translated.
-    if (u16::from_be_bytes([head[6], head[7]]) & 0x3fff) != 0 {
-        count(counters::FRAGMENTS);
-        return None;
-    }
-    let l4 = l3 + ((head[0] & 0x0f) as usize) * 4;
-    let ports: [u8; 4] = ctx.load(l4).ok()?;
-    let tcp = if proto == TCP { ctx.load::<u8>(l4 + 13).ok()? } else { 0 };
-    Some(Packet {
-        l3,
-        l4,
-        src: u32::from_ne_bytes([head[12], head[13], head[14], head[15]]),
-        dst: u32::from_ne_bytes([head[16], head[17], head[18], head[19]]),
-        sport: u16::from_be_bytes([ports[0], ports[1]]),
-        dport: u16::from_be_bytes([ports[2], ports[3]]),
-        proto,
-        tcp,
-    })
-}
-
-/// Replaces one address and port. `addr_at` and `port_at` are offsets within the IP and the transport header.
-#[inline(always)]
-fn replace(
-    ctx: &TcContext,
-    p: &Packet,
-    old: (u32, u16),
-    new: (u32, u16),
-    addr_at: usize,
-    port_at: usize,
-) -> Option<()> {
-    let (check_at, mangled) = if p.proto == TCP { (16, 0) } else { (6, BPF_F_MARK_MANGLED_0 as u64) };
-    let check = p.l4 + check_at;
-    if old.0 != new.0 {
-        ctx.l4_csum_replace(check, old.0 as u64, new.0 as u64, BPF_F_PSEUDO_HDR as u64 | mangled | 4).ok()?;
-        ctx.l3_csum_replace(p.l3 + 10, old.0 as u64, new.0 as u64, 4).ok()?;
-        ctx.store(p.l3 + addr_at, &new.0, 0).ok()?;
-    }
-    if old.1 != new.1 {
-        let (from, to) = (old.1.to_be(), new.1.to_be());
-        ctx.l4_csum_replace(check, from as u64, to as u64, mangled | 2).ok()?;
-        ctx.store(p.l4 + port_at, &to, 0).ok()?;
-    }
-    Some(())
-}
-
-/// Carries out a connection's translation.
-#[inline(always)]
-fn apply(ctx: &TcContext, p: &Packet, v: &CtValue) -> i32 {
-    if v.flags & ct_flags::SRC != 0 && replace(ctx, p, (p.src, p.sport), (v.src[3], v.sport), 12, 0).is_none()
-    {
-        return dropped();
-    }
-    if v.flags & ct_flags::DST != 0 && replace(ctx, p, (p.dst, p.dport), (v.dst[3], v.dport), 16, 2).is_none()
-    {
-        return dropped();
-    }
-    if v.flags & ct_flags::REDIRECT == 0 {
-        return NEXT;
-    }
-    let Some(out) = route(ctx, v.dst[3]) else { return NEXT };
-    if lower_ttl(ctx, p).is_none() {
-        return dropped();
-    }
-    // SAFETY: no parameters: the kernel looks the next hop up itself.
-    unsafe { bpf_redirect_neigh(out, core::ptr::null_mut(), 0, 0) as i32 }
+fn uplink(index: u32) -> Option<&'static Uplink> {
+    // SAFETY: elements are replaced as a whole and stay until a grace period after this program ended.
+    unsafe { UPLINKS.get(&index) }
 }
 
 #[inline(always)]
-fn dropped() -> i32 {
-    count(counters::PACKET_DROPPED);
-    DROP
+fn scratch() -> Option<&'static mut Scratch> {
+    // SAFETY: this CPU's element; nothing else uses it while this program runs.
+    SCRATCH.get_ptr_mut(0).map(|s| unsafe { &mut *s })
 }
 
 #[inline(always)]
-fn lower_ttl(ctx: &TcContext, p: &Packet) -> Option<()> {
-    let word: [u8; 2] = ctx.load(p.l3 + 8).ok()?;
-    if word[0] <= 1 {
-        return None;
-    }
-    let new = [word[0] - 1, word[1]];
-    ctx.l3_csum_replace(p.l3 + 10, u16::from_ne_bytes(word) as u64, u16::from_ne_bytes(new) as u64, 2)
-        .ok()?;
-    ctx.store(p.l3 + 8, &new, 0).ok()
-}
-
-/// The interface by which `dst` is reached.
-#[inline(always)]
-fn route(ctx: &TcContext, dst: u32) -> Option<u32> {
-    // SAFETY: all zeros is a valid value of this plain C struct.
-    let mut q: FibLookup = unsafe { core::mem::zeroed() };
-    q.family = AF_INET;
-    q.ifindex = ifindex(ctx);
-    q.__bindgen_anon_4.ipv4_dst = dst;
-    // SAFETY: the struct lives on the stack and its size is given.
-    let r = unsafe { bpf_fib_lookup(ctx.skb.skb.cast(), &mut q, core::mem::size_of::<FibLookup>() as i32, 0) }
-        as i64;
-    if r == FIB_SUCCESS || r == FIB_NO_NEIGH { Some(q.ifindex) } else { None }
+fn set_key(k: &mut CtKey, p: &Packet, dir: u8) {
+    (k.src, k.dst) = (p.src, p.dst);
+    (k.sport, k.dport) = (p.sport, p.dport);
+    (k.proto, k.dir, k.pad) = (p.proto, dir, 0);
 }
 
 /// Notes a packet of a known connection.
 #[inline(always)]
-fn touch(key: &CtKey, p: &Packet, now: u64) {
-    if let Some(e) = CONNECTIONS.get_ptr_mut(key) {
-        // SAFETY: a valid element; racing writers store the same flag and nearly the same time.
-        unsafe {
-            (*e).last_seen_ns = now;
-            if p.proto == TCP && p.tcp & (TCP_FIN | TCP_RST) != 0 {
-                (*e).flags |= ct_flags::CLOSING;
-            }
+fn touch(e: *mut CtValue, p: &Packet, now: u64) {
+    // SAFETY: a valid element; racing writers store the same flag and nearly the same time.
+    unsafe {
+        (*e).last_seen_ns = now;
+        if p.proto == TCP && p.tcp & (TCP_FIN | TCP_RST) != 0 {
+            (*e).flags |= ct_flags::CLOSING;
         }
     }
 }
@@ -220,123 +94,243 @@ fn idle(v: &CtValue, proto: u8, now: u64) -> bool {
 #[classifier]
 pub fn lb_ingress(ctx: TcContext) -> i32 {
     let Some(link) = uplink(ifindex(&ctx)) else { return NEXT };
-    let Some(p) = parse(&ctx, &link) else { return NEXT };
+    let Some(s) = scratch() else { return NEXT };
+    let kind = parse(&ctx, link, s);
+    let found = match kind {
+        Kind::Transport => incoming(&ctx, link, s),
+        Kind::Error => icmp::find(&ctx, s, true).ok_or(NEXT),
+        Kind::Other => return NEXT,
+    };
+    carry_out(&ctx, s, kind, found)
+}
+
+#[classifier]
+pub fn lb_egress(ctx: TcContext) -> i32 {
+    let Some(link) = uplink(ifindex(&ctx)) else { return NEXT };
+    let Some(s) = scratch() else { return NEXT };
+    let kind = parse(&ctx, link, s);
+    let found = match kind {
+        Kind::Transport => outgoing(s),
+        Kind::Error => icmp::find(&ctx, s, false).ok_or(NEXT),
+        Kind::Other => return NEXT,
+    };
+    carry_out(&ctx, s, kind, found)
+}
+
+/// Rewrites the packet as its connection says. All ways lead here, so that the verifier walks this once.
+#[inline(always)]
+fn carry_out(ctx: &TcContext, s: &mut Scratch, kind: Kind, found: Result<*const CtValue, i32>) -> i32 {
+    let v = match found {
+        // SAFETY: a valid element, or the scratch's, whose other fields are what changes below.
+        Ok(v) => unsafe { &*v },
+        Err(verdict) => return verdict,
+    };
+    let done = if kind as u8 == Kind::Error as u8 {
+        icmp::translate(ctx, &s.packet, &s.quote, v)
+    } else {
+        rewrite::apply(ctx, &s.packet, v)
+    };
+    if done.is_none() {
+        return dropped();
+    }
+    if v.flags & ct_flags::REDIRECT == 0 {
+        return NEXT;
+    }
+    rewrite::send(ctx, s.packet.l3, s.packet.v4, &v.dst, &mut s.fib)
+}
+
+/// An answer of a backend that leaves by the interface that its client came in by.
+#[inline(always)]
+fn outgoing(s: &mut Scratch) -> Result<*const CtValue, i32> {
+    set_key(&mut s.key, &s.packet, ct_dir::REPLY);
+    let v = CONNECTIONS.get_ptr_mut(&s.key).ok_or(NEXT)?;
+    // SAFETY: a valid element.
+    if unsafe { (*v).flags } & ct_flags::REDIRECT != 0 {
+        return Err(NEXT);
+    }
+    // SAFETY: no arguments.
+    touch(v, &s.packet, unsafe { bpf_ktime_get_ns() });
+    Ok(v.cast_const())
+}
+
+/// A packet for a Service, or an answer of a backend on another node.
+#[inline(always)]
+fn incoming(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const CtValue, i32> {
     // SAFETY: no arguments.
     let now = unsafe { bpf_ktime_get_ns() };
-
-    let Some(config) = CONFIG.get(0).copied() else { return NEXT };
+    let config = CONFIG.get(0).ok_or(NEXT)?;
     // An answer from a backend on another node comes to one of the translated ports.
-    if p.dport >= config.snat_first && p.dport <= config.snat_last {
-        let key = p.key(ct_dir::REPLY);
-        // SAFETY: copied out; elements are replaced as a whole.
-        if let Some(v) = unsafe { CONNECTIONS.get(&key) }.copied()
-            && v.flags & ct_flags::REDIRECT != 0
-        {
-            touch(&key, &p, now);
-            return apply(&ctx, &p, &v);
+    if s.packet.dport >= config.snat_first && s.packet.dport <= config.snat_last {
+        set_key(&mut s.key, &s.packet, ct_dir::REPLY);
+        if let Some(v) = CONNECTIONS.get_ptr_mut(&s.key) {
+            // SAFETY: a valid element.
+            if unsafe { (*v).flags } & ct_flags::REDIRECT != 0 {
+                touch(v, &s.packet, now);
+                return Ok(v.cast_const());
+            }
         }
     }
-
-    let Some(front) = select::frontend(&addr4(p.dst), p.dport, p.proto, SCOPE_EXTERNAL, false) else {
-        return NEXT;
-    };
-    let key = p.key(ct_dir::FORWARD);
-    // SAFETY: copied out; elements are replaced as a whole.
-    if let Some(v) = unsafe { CONNECTIONS.get(&key) }.copied() {
-        let gone = || select::backend(v.backend).is_none();
+    let scope = if link.flags & uplink_flags::POD != 0 { SCOPE_INTERNAL } else { SCOPE_EXTERNAL };
+    let p = &s.packet;
+    let front = select::frontend(&p.dst, p.dport, p.proto, scope, false, config).ok_or(NEXT)?;
+    set_key(&mut s.key, p, ct_dir::FORWARD);
+    if let Some(v) = CONNECTIONS.get_ptr_mut(&s.key) {
+        // SAFETY: a valid element.
+        let known = unsafe { &*v };
+        let gone = select::backend(known.backend).is_none();
         let renew = if p.proto == UDP {
-            idle(&v, UDP, now) || gone()
+            gone || idle(known, UDP, now)
+                || (front.flags & frontend_flags::MEMBERS != 0
+                    && !select::is_member(front.set, known.backend))
         } else {
-            p.opens() && (v.flags & ct_flags::CLOSING != 0 || gone())
+            opens(p) && (gone || known.flags & ct_flags::CLOSING != 0)
         };
         if !renew {
-            touch(&key, &p, now);
-            return apply(&ctx, &p, &v);
+            touch(v, p, now);
+            return Ok(v.cast_const());
         }
     }
-    connect(&ctx, &p, &front, &config, now)
+    connect(ctx, front, config, link, s, now)
 }
 
-/// For a backend on another node the source that its packets get (zero: none can be given). Endpoints that name no node
-/// count as what they are: one that is reached by no uplink is here.
+/// A packet without a known connection: chooses a backend and notes the connection in both directions.
 #[inline(always)]
-fn elsewhere(ctx: &TcContext, b: &Backend) -> Option<Addr> {
-    if b.flags & backend_flags::LOCAL != 0 || LOCAL_ADDRS.get_ptr(&b.addr).is_some() {
-        return None;
+fn connect(
+    ctx: &TcContext,
+    front: &FrontendValue,
+    config: &Config,
+    link: &Uplink,
+    s: &mut Scratch,
+    now: u64,
+) -> Result<*const CtValue, i32> {
+    let p = &s.packet;
+    if front.flags & frontend_flags::RANGES != 0 && !admits(front.service, &p.src) {
+        count(counters::NOT_ADMITTED);
+        count_connection(front.service, false);
+        return Err(DROP);
     }
-    match route(ctx, b.addr[3]) {
-        Some(out) => uplink(out).map(|u| u.addr4),
-        None => Some([0; 4]),
+    let mut id = 0;
+    let flags;
+    if let Some((chosen, b)) = select::choose(front, KIND_ADDRESS, &p.src, Some(hash(p))) {
+        id = chosen;
+        (s.forward.dst, s.forward.dport) = (b.addr, b.port);
+        flags = b.flags;
+    } else {
+        count_connection(front.service, false);
+        if front.flags & frontend_flags::DROP_WHEN_EMPTY != 0 {
+            return Err(dropped());
+        }
+        count(counters::PACKET_REFUSED);
+        s.forward.dst = if is_local(&p.dst) { p.dst } else { own_address(link, p.v4) };
+        s.forward.dport = 0;
+        flags = backend_flags::LOCAL;
+        if is_unspecified(&s.forward.dst) {
+            return Err(dropped());
+        }
     }
+    if is_v4(&s.forward.dst) != p.v4 {
+        return Err(NEXT);
+    }
+    (s.forward.src, s.forward.sport) = ([0; 4], 0);
+    (s.reply.src, s.reply.sport) = (p.dst, p.dport);
+    (s.reply.dst, s.reply.dport) = (p.src, p.sport);
+    s.forward.flags = ct_flags::DST;
+    s.reply.flags = ct_flags::SRC;
+    (s.forward.backend, s.forward.service) = (id, front.service);
+    (s.reply.backend, s.reply.service) = (id, front.service);
+    (s.forward.last_seen_ns, s.forward.created_ns) = (now, now);
+    (s.reply.last_seen_ns, s.reply.created_ns) = (now, now);
+    (s.rkey.src, s.rkey.sport) = (s.forward.dst, s.forward.dport);
+    (s.rkey.dst, s.rkey.dport) = (p.src, p.sport);
+    (s.rkey.proto, s.rkey.dir, s.rkey.pad) = (p.proto, ct_dir::REPLY, 0);
+    if masquerade(ctx, flags, link, s) {
+        if is_unspecified(&s.rkey.dst) {
+            return Err(dropped());
+        }
+        s.reply.flags |= ct_flags::DST | ct_flags::REDIRECT;
+        let Some(port) = source_port(s, config, now) else {
+            count(counters::SNAT_EXHAUSTED);
+            return Err(dropped());
+        };
+        (s.forward.src, s.forward.sport) = (s.rkey.dst, port);
+        s.forward.flags |= ct_flags::SRC | ct_flags::REDIRECT;
+    } else if CONNECTIONS.insert(&s.rkey, &s.reply, 0).is_err() {
+        return Err(dropped());
+    }
+    set_key(&mut s.key, &s.packet, ct_dir::FORWARD);
+    if CONNECTIONS.insert(&s.key, &s.forward, 0).is_err() {
+        return Err(dropped());
+    }
+    if id != 0 {
+        count(counters::PACKET_CONNECTIONS);
+        count_connection(front.service, true);
+    }
+    Ok(&raw const s.forward)
 }
 
-/// FNV-1a over what makes up a connection.
+#[inline(always)]
+fn own_address(link: &Uplink, v4: bool) -> Addr {
+    if v4 { link.addr4 } else { link.addr6 }
+}
+
+#[inline(always)]
+fn is_local(addr: &Addr) -> bool {
+    LOCAL_ADDRS.get_ptr(addr).is_some()
+}
+
+/// Whether packets to the backend in `forward` need another source than the client's; puts it into the reply's key
+/// (zero: none can be given). Endpoints that name no node count as what they are: one that is reached by no uplink is
+/// here.
+#[inline(always)]
+fn masquerade(ctx: &TcContext, flags: u8, link: &Uplink, s: &mut Scratch) -> bool {
+    let v4 = s.packet.v4;
+    if same(&s.forward.dst, &s.packet.src) {
+        s.rkey.dst = own_address(link, v4);
+        return true;
+    }
+    // A pod's address is known in the whole cluster, and answers to it pass its veth pair.
+    if link.flags & uplink_flags::POD != 0 || flags & backend_flags::LOCAL != 0 || is_local(&s.forward.dst) {
+        return false;
+    }
+    let Some(out) = rewrite::route(ctx, &s.forward.dst, v4, &mut s.fib) else { return false };
+    let Some(out) = uplink(out) else { return false };
+    if out.flags & uplink_flags::POD != 0 {
+        return false;
+    }
+    s.rkey.dst = own_address(out, v4);
+    true
+}
+
+#[inline(always)]
+pub fn same(a: &Addr, b: &Addr) -> bool {
+    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
+}
+
 #[inline(always)]
 fn hash(p: &Packet) -> u32 {
     let mut h = 0x811c_9dc5_u32;
     let ports = ((p.sport as u32) << 16) | p.dport as u32;
-    for word in [p.src, p.dst, ports, p.proto as u32] {
+    for word in [
+        p.src[0],
+        p.src[1],
+        p.src[2],
+        p.src[3],
+        p.dst[0],
+        p.dst[1],
+        p.dst[2],
+        p.dst[3],
+        ports,
+        p.proto as u32,
+    ] {
         h = (h ^ word).wrapping_mul(0x0100_0193);
         h ^= h >> 15;
     }
     h
 }
 
-/// A packet without a known connection: chooses a backend and notes the connection in both directions.
-#[inline(always)]
-fn connect(ctx: &TcContext, p: &Packet, front: &FrontendValue, config: &Config, now: u64) -> i32 {
-    let Some((id, b)) = select::choose(front, KIND_ADDRESS, &addr4(p.src), Some(hash(p))) else {
-        if front.flags & frontend_flags::DROP_WHEN_EMPTY != 0 {
-            return dropped();
-        }
-        // The node's own stack refuses: nobody listens there.
-        count(counters::PACKET_REFUSED);
-        return NEXT;
-    };
-    if !is_v4(&b.addr) {
-        return NEXT;
-    }
-    // Too large for the stack: kernels count it with that of the compiler's own functions.
-    let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return dropped() };
-    // SAFETY: this CPU's element; nothing else uses it while this program runs.
-    let Scratch { forward, reply, rkey } = unsafe { &mut *scratch };
-    (forward.src, forward.sport) = ([0; 4], 0);
-    (forward.dst, forward.dport) = (b.addr, b.port);
-    (reply.src, reply.sport) = (addr4(p.dst), p.dport);
-    (reply.dst, reply.dport) = (addr4(p.src), p.sport);
-    for (v, flags) in [(&mut *forward, ct_flags::DST), (&mut *reply, ct_flags::SRC)] {
-        (v.flags, v.backend, v.service) = (flags, id, front.service);
-        (v.last_seen_ns, v.created_ns) = (now, now);
-    }
-    (rkey.src, rkey.sport) = (b.addr, b.port);
-    (rkey.dst, rkey.dport) = (addr4(p.src), p.sport);
-    (rkey.proto, rkey.dir, rkey.pad) = (p.proto, ct_dir::REPLY, 0);
-    if let Some(own) = elsewhere(ctx, &b) {
-        if own[3] == 0 {
-            return dropped();
-        }
-        rkey.dst = own;
-        reply.flags |= ct_flags::DST | ct_flags::REDIRECT;
-        let Some(port) = source_port(rkey, reply, config, now) else {
-            count(counters::SNAT_EXHAUSTED);
-            return dropped();
-        };
-        forward.src = own;
-        forward.sport = port;
-        forward.flags |= ct_flags::SRC | ct_flags::REDIRECT;
-    } else if CONNECTIONS.insert(&*rkey, &*reply, 0).is_err() {
-        return dropped();
-    }
-    if CONNECTIONS.insert(p.key(ct_dir::FORWARD), &*forward, 0).is_err() {
-        return dropped();
-    }
-    count(counters::PACKET_CONNECTIONS);
-    apply(ctx, p, forward)
-}
-
 /// Reserves a source port towards the backend by inserting the reply's entry.
 #[inline(always)]
-fn source_port(rkey: &mut CtKey, reply: &CtValue, config: &Config, now: u64) -> Option<u16> {
+fn source_port(s: &mut Scratch, config: &Config, now: u64) -> Option<u16> {
     const NO_EXIST: u64 = 1;
     // Never 0: a division by zero would need a panic, which no BPF program can have.
     let range = (config.snat_last as u32).saturating_sub(config.snat_first as u32).max(1);
@@ -344,31 +338,16 @@ fn source_port(rkey: &mut CtKey, reply: &CtValue, config: &Config, now: u64) -> 
     let start = unsafe { bpf_get_prandom_u32() };
     for i in 0..SNAT_TRIES {
         let port = (config.snat_first as u32 + start.wrapping_add(i * 7) % range) as u16;
-        rkey.dport = port;
-        // SAFETY: copied out; elements are replaced as a whole.
-        let flags = match unsafe { CONNECTIONS.get(&*rkey) } {
-            Some(old) if idle(old, rkey.proto, now) => 0,
+        s.rkey.dport = port;
+        // SAFETY: elements are replaced as a whole.
+        let flags = match unsafe { CONNECTIONS.get(&s.rkey) } {
+            Some(old) if idle(old, s.rkey.proto, now) => 0,
             Some(_) => continue,
             None => NO_EXIST,
         };
-        if CONNECTIONS.insert(&*rkey, reply, flags).is_ok() {
+        if CONNECTIONS.insert(&s.rkey, &s.reply, flags).is_ok() {
             return Some(port);
         }
     }
     None
-}
-
-#[classifier]
-pub fn lb_egress(ctx: TcContext) -> i32 {
-    let Some(link) = uplink(ifindex(&ctx)) else { return NEXT };
-    let Some(p) = parse(&ctx, &link) else { return NEXT };
-    let key = p.key(ct_dir::REPLY);
-    // SAFETY: copied out; elements are replaced as a whole.
-    let Some(v) = (unsafe { CONNECTIONS.get(&key) }).copied() else { return NEXT };
-    if v.flags & ct_flags::REDIRECT != 0 {
-        return NEXT;
-    }
-    // SAFETY: no arguments.
-    touch(&key, &p, unsafe { bpf_ktime_get_ns() });
-    apply(&ctx, &p, &v)
 }

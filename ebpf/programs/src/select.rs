@@ -6,33 +6,41 @@ use orlop_ebpf_common::*;
 use crate::maps::*;
 
 /// The frontend at this address: its own, or a node port when the address is the node's.
-/// `on_node`: loopback addresses mean the node (the asker lives in its network namespace).
+/// `on_node`: the asker lives in the node's network namespace, where loopback addresses mean the node.
 #[inline(always)]
-pub fn frontend(addr: &Addr, port: u16, proto: u8, scope: u8, on_node: bool) -> Option<FrontendValue> {
+pub fn frontend(
+    addr: &Addr,
+    port: u16,
+    proto: u8,
+    scope: u8,
+    on_node: bool,
+    config: &Config,
+) -> Option<&'static FrontendValue> {
     let mut key = FrontendKey { addr: *addr, port, proto, scope };
     let unspecified = is_unspecified(addr);
     if !unspecified {
-        // SAFETY: values are copied out; a concurrent update replaces whole elements.
+        // SAFETY: an update replaces whole elements, and a replaced one stays until a grace period after this program.
         if let Some(v) = unsafe { FRONTENDS.get(&key) } {
-            return Some(*v);
+            return Some(v);
         }
         key.addr = any_addr(is_v4(addr));
     }
     // SAFETY: as above.
     let v = unsafe { FRONTENDS.get(&key) }?;
     let ours = if unspecified || is_loopback(addr) {
-        on_node
+        let flag = if is_v4(addr) { config_flags::LOOPBACK4 } else { config_flags::LOOPBACK6 };
+        on_node && config.flags & flag != 0
     } else {
         // SAFETY: as above.
         matches!(unsafe { LOCAL_ADDRS.get(addr) }, Some(f) if *f & local_flags::NODE_PORT != 0)
     };
-    if ours { Some(*v) } else { None }
+    if ours { Some(v) } else { None }
 }
 
 #[inline(always)]
-pub fn backend(id: u32) -> Option<Backend> {
-    // SAFETY: copied out; elements are replaced as a whole.
-    unsafe { BACKENDS.get(&id) }.copied()
+pub fn backend(id: u32) -> Option<&'static Backend> {
+    // SAFETY: as above.
+    unsafe { BACKENDS.get(&id) }
 }
 
 #[inline(always)]
@@ -42,7 +50,12 @@ pub fn is_member(set: u32, backend: u32) -> bool {
 
 /// Chooses a backend for a new connection. `hash` is `None` for a random choice.
 #[inline(always)]
-pub fn choose(v: &FrontendValue, kind: u32, client: &Addr, hash: Option<u32>) -> Option<(u32, Backend)> {
+pub fn choose(
+    v: &FrontendValue,
+    kind: u32,
+    client: &Addr,
+    hash: Option<u32>,
+) -> Option<(u32, &'static Backend)> {
     if v.count == 0 {
         return None;
     }
@@ -83,7 +96,7 @@ fn remember(key: &AffinityKey, backend: u32) {
 }
 
 #[inline(always)]
-fn by_maglev(set: u32, hash: u32) -> Option<(u32, Backend)> {
+fn by_maglev(set: u32, hash: u32) -> Option<(u32, &'static Backend)> {
     let table = MAGLEV.get_ptr(&set)?;
     let index = hash as usize % maglev::SIZE;
     // The verifier does not follow a remainder: it must see a comparison, which the compiler must not drop.
@@ -98,18 +111,22 @@ fn by_maglev(set: u32, hash: u32) -> Option<(u32, Backend)> {
 }
 
 #[inline(always)]
-fn by_slot(v: &FrontendValue, hash: Option<u32>) -> Option<(u32, Backend)> {
+fn by_slot(v: &FrontendValue, hash: Option<u32>) -> Option<(u32, &'static Backend)> {
     let h = match hash {
         Some(h) => h,
         // SAFETY: no arguments.
         None => unsafe { bpf_get_prandom_u32() },
     };
+    // Checked where it is used: a division by zero would need a panic, which no BPF program can have.
+    if v.count == 0 {
+        return None;
+    }
     // The first slot is the second try: while user space shrinks a set, a slot may go between two look-ups.
     slot(v.set, h % v.count).or_else(|| slot(v.set, 0))
 }
 
 #[inline(always)]
-fn slot(set: u32, slot: u32) -> Option<(u32, Backend)> {
+fn slot(set: u32, slot: u32) -> Option<(u32, &'static Backend)> {
     // SAFETY: copied out; elements are replaced as a whole.
     let id = unsafe { SLOTS.get(&SlotKey { set, slot }) }.copied()?;
     Some((id, backend(id)?))

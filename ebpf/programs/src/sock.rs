@@ -55,9 +55,9 @@ fn port(sa: *mut bpf_sock_addr) -> u16 {
 }
 
 #[inline(always)]
-fn refuse(v: &FrontendValue) -> i32 {
+fn refuse(v: &FrontendValue, errno: i32) -> i32 {
     count(counters::SOCK_REFUSED);
-    let errno = if v.flags & frontend_flags::DROP_WHEN_EMPTY != 0 { EHOSTUNREACH } else { ECONNREFUSED };
+    count_connection(v.service, false);
     // SAFETY: sets the errno of this call; a kernel without the helper refuses the program when it is loaded.
     unsafe { bpf_set_retval(-errno) };
     REFUSE
@@ -74,8 +74,19 @@ fn outgoing(ctx: &SockAddrContext, v6: bool, connected: bool) -> i32 {
     let port = port(sa);
     // SAFETY: the context is valid while the program runs.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    let on_node = matches!(CONFIG.get(0), Some(c) if c.netns_cookie == netns);
-    let Some(v) = select::frontend(&addr, port, proto, SCOPE_INTERNAL, on_node) else { return ALLOW };
+    let Some(config) = CONFIG.get(0) else { return ALLOW };
+    let on_node = config.netns_cookie == netns;
+    let Some(v) = select::frontend(&addr, port, proto, SCOPE_INTERNAL, on_node, config) else { return ALLOW };
+    if v.flags & frontend_flags::RANGES != 0 {
+        if !on_node {
+            // A pod's source address is not known yet: its packets are looked at where they enter the node.
+            return ALLOW;
+        }
+        if v.flags & frontend_flags::NODE_ADMITTED == 0 {
+            count(counters::NOT_ADMITTED);
+            return refuse(v, EHOSTUNREACH);
+        }
+    }
 
     // SAFETY: as above.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
@@ -91,15 +102,19 @@ fn outgoing(ctx: &SockAddrContext, v6: bool, connected: bool) -> i32 {
             chosen = select::backend(f.backend).map(|b| (f.backend, b));
         }
     }
-    if chosen.is_none() {
+    let fresh = chosen.is_none();
+    if fresh {
         let client = [netns as u32, (netns >> 32) as u32, 0, 0];
-        chosen = select::choose(&v, KIND_NETNS, &client, None);
+        chosen = select::choose(v, KIND_NETNS, &client, None);
         if sticky && let Some((backend, _)) = chosen {
             // A full table evicts; without an entry the next datagram chooses again.
             let _ = SOCK_FLOWS.insert(&asked, SockFlow { backend, set: v.set }, 0);
         }
     }
-    let Some((_, b)) = chosen else { return refuse(&v) };
+    let Some((_, b)) = chosen else {
+        let hidden = v.flags & frontend_flags::DROP_WHEN_EMPTY != 0;
+        return refuse(v, if hidden { EHOSTUNREACH } else { ECONNREFUSED });
+    };
     if !v6 && !is_v4(&b.addr) {
         return ALLOW;
     }
@@ -109,6 +124,9 @@ fn outgoing(ctx: &SockAddrContext, v6: bool, connected: bool) -> i32 {
     let _ = SOCK_REVERSE.insert(&seen, SockReverse { addr, port, pad: 0, service: v.service }, 0);
     set_address(sa, v6, &b.addr, b.port);
     count(counters::SOCK_TRANSLATED);
+    if fresh {
+        count_connection(v.service, true);
+    }
     ALLOW
 }
 

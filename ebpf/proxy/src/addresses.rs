@@ -2,14 +2,14 @@
 //! come in.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use futures::TryStreamExt;
 use futures::channel::mpsc::UnboundedReceiver;
 use ipnet::IpNet;
 use netlink_packet_route::address::{AddressAttribute, AddressScope};
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType};
-use orlop_ebpf_common::{Addr, Uplink, addr_from, local_flags};
+use orlop_ebpf_common::{Addr, Uplink, addr_from, config_flags, local_flags, uplink_flags};
 use rtnetlink::{Handle, MulticastGroup};
 
 /// An interface that is up, with its addresses.
@@ -29,19 +29,35 @@ pub struct Interface {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Node {
     pub locals: HashMap<Addr, u32>,
+    /// Addresses by which others know this node.
+    pub ips: Vec<IpAddr>,
+    /// [`config_flags`].
+    pub flags: u32,
     pub uplinks: Vec<(u32, String, Uplink)>,
 }
 
 /// Decides which addresses are node port addresses and which interfaces are uplinks. Empty lists mean: all addresses,
-/// and every interface that others can reach this node by.
-pub fn decide(interfaces: &[Interface], node_port_addresses: &[IpNet], uplinks: &[String]) -> Node {
+/// and every interface that others can reach this node by. `pods`: the node's ends of pods' veth pairs are served too.
+pub fn decide(
+    interfaces: &[Interface],
+    node_port_addresses: &[IpNet],
+    uplinks: &[String],
+    pods: bool,
+) -> Node {
     let mut node = Node::default();
+    let serves =
+        |ip: &IpAddr| node_port_addresses.is_empty() || node_port_addresses.iter().any(|n| n.contains(ip));
+    for (flag, loopback) in [
+        (config_flags::LOOPBACK4, IpAddr::from([127, 0, 0, 1])),
+        (config_flags::LOOPBACK6, IpAddr::from(Ipv6Addr::LOCALHOST)),
+    ] {
+        node.flags |= if serves(&loopback) { flag } else { 0 };
+    }
+    let mut pod_links = Vec::new();
     for i in interfaces {
         for (net, _) in &i.addresses {
             let ip = net.addr();
-            let serves =
-                node_port_addresses.is_empty() || node_port_addresses.iter().any(|n| n.contains(&ip));
-            let flags = if serves { local_flags::NODE_PORT } else { 0 };
+            let flags = if serves(&ip) { local_flags::NODE_PORT } else { 0 };
             node.locals.insert(addr_from(ip), flags);
         }
         let is_uplink = if uplinks.is_empty() {
@@ -66,11 +82,21 @@ pub fn decide(interfaces: &[Interface], node_port_addresses: &[IpNet], uplinks: 
                 addr4: first(true),
                 addr6: first(false),
                 l3_offset: if i.ethernet { 14 } else { 0 },
-                reserved: 0,
+                flags: 0,
             };
+            node.ips.extend(i.addresses.iter().filter(|(_, global)| *global).map(|(n, _)| n.addr()));
             node.uplinks.push((i.index, i.name.clone(), uplink));
+        } else if pods && i.veth && !i.internal {
+            pod_links.push(i);
         }
     }
+    // Whatever interface it is on, any address of the node will do towards its own pods.
+    let own = |v4: bool| {
+        let of = |a: &&Uplink| if v4 { a.addr4 } else { a.addr6 };
+        node.uplinks.iter().map(|(.., u)| u).find(|u| of(u) != [0; 4]).map_or([0; 4], |u| of(&u))
+    };
+    let pod = Uplink { addr4: own(true), addr6: own(false), l3_offset: 14, flags: uplink_flags::POD };
+    node.uplinks.extend(pod_links.into_iter().map(|i| (i.index, i.name.clone(), pod)));
     node
 }
 
@@ -193,14 +219,21 @@ mod tests {
             interface("dummy0", &["169.254.20.10/32"]),
             interface("down", &[]),
         ];
-        let n = decide(&all, &[], &[]);
+        let n = decide(&all, &[], &[], false);
         assert_eq!(names(&n), ["eth0", "veth333"]);
         assert_eq!(n.uplinks[0].2.addr4, addr_from("192.0.2.5".parse().unwrap()));
         assert!(n.locals.values().all(|f| *f == local_flags::NODE_PORT));
         assert_eq!(n.locals.len(), 6);
-        assert_eq!(names(&decide(&all, &[], &["veth1".into()])), ["veth1"]);
+        assert_eq!(names(&decide(&all, &[], &["veth1".into()], false)), ["veth1"]);
 
-        let n = decide(&all, &["192.0.2.6/32".parse().unwrap()], &[]);
+        let n = decide(&all, &["192.0.2.6/32".parse().unwrap()], &[], true);
+        assert_eq!(n.flags, 0, "nor on loopback");
+        assert_eq!(names(&n), ["eth0", "veth333", "veth1", "veth22"], "pods' veths come last");
+        assert!(
+            n.uplinks[2..]
+                .iter()
+                .all(|(.., u)| u.flags == uplink_flags::POD && u.addr4 == n.uplinks[0].2.addr4)
+        );
         let serving: Vec<_> = n.locals.iter().filter(|(_, f)| **f != 0).map(|(a, _)| *a).collect();
         assert_eq!(serving, [addr_from("192.0.2.6".parse().unwrap())]);
     }

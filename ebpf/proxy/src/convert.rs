@@ -6,7 +6,9 @@ use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use orlop_ebpf_common::{TCP, UDP};
 
-use crate::model::{Endpoint, Port, Service, Slice, SlicePort};
+use ipnet::IpNet;
+
+use crate::model::{Endpoint, Hint, Hints, Port, Service, Slice, SlicePort};
 
 /// Services and slices with one of these labels are somebody else's; used as a selector at the server too.
 pub const SELECTOR: &str = "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless";
@@ -55,14 +57,19 @@ pub fn service(s: &core::Service) -> Option<Service> {
         return None;
     }
     let mut external_ips = addresses(spec.external_ips.as_ref());
+    let mut load_balancer_ips = Vec::new();
     let ingress = s.status.as_ref().and_then(|s| s.load_balancer.as_ref()).and_then(|l| l.ingress.as_ref());
     if spec.type_.as_deref() == Some("LoadBalancer") {
         for i in ingress.into_iter().flatten().filter(|i| i.ip_mode.as_deref() != Some("Proxy")) {
-            external_ips.extend(i.ip.as_ref().and_then(|a| a.parse::<IpAddr>().ok()));
+            load_balancer_ips.extend(i.ip.as_ref().and_then(|a| a.parse::<IpAddr>().ok()));
         }
     }
-    external_ips.sort_unstable();
-    external_ips.dedup();
+    for list in [&mut external_ips, &mut load_balancer_ips] {
+        list.sort_unstable();
+        list.dedup();
+    }
+    // Who may come by the one way may not be kept off by the other.
+    load_balancer_ips.retain(|ip| !external_ips.contains(ip));
     let ports = spec
         .ports
         .iter()
@@ -88,6 +95,8 @@ pub fn service(s: &core::Service) -> Option<Service> {
     Some(Service {
         cluster_ips,
         external_ips,
+        load_balancer_ips,
+        source_ranges: source_ranges(spec),
         ports,
         internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
         external_local: spec.external_traffic_policy.as_deref() == Some("Local"),
@@ -96,8 +105,15 @@ pub fn service(s: &core::Service) -> Option<Service> {
     })
 }
 
-/// `None`: of no Service, of names in place of addresses, or handled by another proxy. `node` is this node's name.
-pub fn slice(s: &discovery::EndpointSlice, node: &str) -> Option<Slice> {
+/// Blanks around a range are allowed, as the API allows them.
+fn source_ranges(spec: &core::ServiceSpec) -> Vec<IpNet> {
+    let ranges = spec.load_balancer_source_ranges.iter().flatten();
+    ranges.filter_map(|r| r.trim().parse().ok()).collect()
+}
+
+/// `None`: of no Service, of names in place of addresses, or handled by another proxy. `node` and `zone` are
+/// this node's (an empty zone is none).
+pub fn slice(s: &discovery::EndpointSlice, node: &str, zone: &str) -> Option<Slice> {
     let labels = s.metadata.labels.as_ref()?;
     if FOREIGN.iter().any(|l| labels.contains_key(*l)) {
         return None;
@@ -134,10 +150,22 @@ pub fn slice(s: &discovery::EndpointSlice, node: &str) -> Option<Slice> {
                 serving: c.and_then(|c| c.serving).unwrap_or(ready),
                 terminating: c.and_then(|c| c.terminating).unwrap_or(false),
                 local: e.node_name.as_deref() == Some(node),
+                hints: hints(e.hints.as_ref(), node, zone),
             })
         })
         .collect();
     Some(Slice { service: service.into(), v4, ports, endpoints })
+}
+
+fn hints(h: Option<&discovery::EndpointHints>, node: &str, zone: &str) -> Hints {
+    fn hint<'a>(names: impl Iterator<Item = &'a str>, ours: &str) -> Hint {
+        names.fold(Hint::None, |h, n| if n == ours || h == Hint::Ours { Hint::Ours } else { Hint::Others })
+    }
+    let Some(h) = h else { return Hints::default() };
+    Hints {
+        node: hint(h.for_nodes.iter().flatten().map(|n| n.name.as_str()), node),
+        zone: hint(h.for_zones.iter().flatten().map(|z| z.name.as_str()), zone),
+    }
 }
 
 /// When the endpoints changed, as their controller noted it: start of network_programming_duration.
@@ -170,10 +198,11 @@ mod tests {
             assert_eq!(parse(spec.clone()), None, "{spec}");
         }
         let s = parse(json!({"type": "LoadBalancer", "clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1", "fd00::1"], "ports": port,
-            "sessionAffinity": "ClientIP", "externalTrafficPolicy": "Local"}))
+            "sessionAffinity": "ClientIP", "externalTrafficPolicy": "Local", "loadBalancerSourceRanges": [" 10.0.0.0/8 "]}))
         .unwrap();
         assert_eq!(s.cluster_ips.len(), 2);
-        assert_eq!(s.external_ips, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
+        assert_eq!(s.load_balancer_ips, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
+        assert_eq!(s.source_ranges, ["10.0.0.0/8".parse::<IpNet>().unwrap()]);
         assert_eq!(s.ports.len(), 1, "SCTP is left out");
         assert_eq!(s.affinity_seconds, 10_800);
         assert!(s.external_local && !s.internal_local);
@@ -185,16 +214,17 @@ mod tests {
             "metadata": {"name": "s-1", "namespace": "n", "labels": {"kubernetes.io/service-name": "s"}},
             "addressType": "IPv4", "ports": [{"port": 8080}],
             "endpoints": [
-                {"addresses": ["10.1.0.1"], "nodeName": "me"},
+                {"addresses": ["10.1.0.1"], "nodeName": "me", "hints": {"forZones": [{"name": "y"}, {"name": "z"}, {"name": "x"}]}},
                 {"addresses": ["10.1.0.2"], "conditions": {"ready": false, "serving": true, "terminating": true}},
                 {"addresses": ["bad"]},
             ]
         }))
         .unwrap();
-        let m = slice(&s, "me").unwrap();
+        let m = slice(&s, "me", "z").unwrap();
         assert_eq!(&*m.service, "n/s");
         let states: Vec<_> =
             m.endpoints.iter().map(|e| (e.ready, e.serving, e.terminating, e.local)).collect();
+        assert_eq!(m.endpoints[0].hints, Hints { node: Hint::None, zone: Hint::Ours });
         assert_eq!(states, [(true, true, false, true), (false, true, true, false)]);
     }
 }

@@ -1,10 +1,14 @@
 //! From the model to the entries that maps should hold for one Service. Pure.
 
 use orlop_ebpf_common::{
-    Backend, FrontendKey, SCOPE_EXTERNAL, SCOPE_INTERNAL, addr_from, any_addr, backend_flags, maglev,
+    Backend, FrontendKey, RangeKey, SCOPE_EXTERNAL, SCOPE_INTERNAL, addr_from, any_addr, backend_flags,
+    maglev,
 };
 
-use crate::model::{Endpoint, Model, Port, Service};
+use ipnet::IpNet;
+use orlop_ebpf_loader::Range;
+
+use crate::model::{Endpoint, Hint, Model, Port, Service};
 
 /// Identifies a set of backends within a Service, over restarts and updates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -34,12 +38,20 @@ pub struct Frontend {
     pub set: usize,
     /// There are endpoints, but policy Local hides them all: drop in place of refuse.
     pub hidden: bool,
+    /// Only sources in the service's ranges are served.
+    pub ranged: bool,
 }
 
 /// All entries of one Service.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Desired {
     pub affinity_seconds: u32,
+    /// Names of ports, by port and protocol.
+    pub names: Vec<((u16, u8), Box<str>)>,
+    /// Sources that ranged frontends serve.
+    pub ranges: Vec<Range>,
+    /// This node is among them, by IPv4 and by IPv6.
+    pub node_admitted: [bool; 2],
     pub sets: Vec<Set>,
     pub frontends: Vec<Frontend>,
 }
@@ -57,13 +69,33 @@ pub enum Selection {
 /// The entries of a Service; none when the model does not have it.
 pub fn desired(model: &Model, name: &str, selection: Selection) -> Desired {
     let Some(service) = model.service(name) else { return Desired::default() };
-    let mut d = Desired { affinity_seconds: service.affinity_seconds, ..Desired::default() };
+    let admitted = |v4: bool| {
+        let ranges = service.source_ranges.iter();
+        let mut own = model.node_ips().iter().filter(|ip| ip.is_ipv4() == v4);
+        own.any(|ip| ranges.clone().any(|r| r.contains(ip)))
+    };
+    let mut d = Desired {
+        affinity_seconds: service.affinity_seconds,
+        ranges: service.source_ranges.iter().map(range).collect(),
+        node_admitted: if service.source_ranges.is_empty() {
+            [false; 2]
+        } else {
+            [admitted(true), admitted(false)]
+        },
+        ..Desired::default()
+    };
     for port in &service.ports {
         for v4 in [true, false] {
             add_port(&mut d, model, name, service, port, v4, selection);
         }
     }
     d
+}
+
+/// The service's number is filled in when it has one.
+fn range(net: &IpNet) -> Range {
+    let before = if net.addr().is_ipv4() { 96 } else { 0 };
+    (RangeKey { service: 0, addr: addr_from(net.network()) }, before + net.prefix_len())
 }
 
 fn add_port(
@@ -78,27 +110,35 @@ fn add_port(
     if !service.cluster_ips.iter().any(|a| a.is_ipv4() == v4) {
         return;
     }
+    let number = (port.port, port.proto);
+    if !d.names.iter().any(|(n, _)| *n == number) {
+        d.names.push((number, port.name.clone()));
+    }
     let mut addresses = Vec::new();
     for ip in service.cluster_ips.iter().filter(|a| a.is_ipv4() == v4) {
-        addresses.push((addr_from(*ip), port.port, SCOPE_INTERNAL, service.internal_local));
+        addresses.push((addr_from(*ip), port.port, SCOPE_INTERNAL, service.internal_local, false));
     }
+    let ranged = service.source_ranges.iter().any(|r| r.addr().is_ipv4() == v4);
     // Traffic from within the cluster takes the short cut to all endpoints; only what comes from outside is bound to
     // this node by externalTrafficPolicy.
-    let mut external = |addr, number| {
-        addresses.push((addr, number, SCOPE_INTERNAL, false));
-        addresses.push((addr, number, SCOPE_EXTERNAL, service.external_local));
+    let mut external = |addr, number, ranged| {
+        addresses.push((addr, number, SCOPE_INTERNAL, false, ranged));
+        addresses.push((addr, number, SCOPE_EXTERNAL, service.external_local, ranged));
     };
     for ip in service.external_ips.iter().filter(|a| a.is_ipv4() == v4) {
-        external(addr_from(*ip), port.port);
+        external(addr_from(*ip), port.port, false);
+    }
+    for ip in service.load_balancer_ips.iter().filter(|a| a.is_ipv4() == v4) {
+        external(addr_from(*ip), port.port, ranged);
     }
     if port.node_port != 0 {
-        external(any_addr(v4), port.node_port);
+        external(any_addr(v4), port.node_port, false);
     }
 
     let (cluster, local) = endpoints(model, name, port, v4);
     let hidden = local.is_empty() && !cluster.is_empty();
     let first = d.sets.len();
-    for (addr, number, scope, only_local) in addresses {
+    for (addr, number, scope, only_local, ranged) in addresses {
         let key = SetKey { port: port.port, proto: port.proto, v4, local: only_local };
         let set = match d.sets[first..].iter().position(|s| s.key == key) {
             Some(i) => first + i,
@@ -117,7 +157,7 @@ fn add_port(
             d.sets[set].maglev = true;
         }
         let key = FrontendKey { addr, port: number, proto: port.proto, scope };
-        d.frontends.push(Frontend { key, set, hidden: only_local && hidden });
+        d.frontends.push(Frontend { key, set, hidden: only_local && hidden, ranged });
     }
 }
 
@@ -142,17 +182,36 @@ fn endpoints(model: &Model, name: &str, port: &Port, v4: bool) -> (Vec<Backend>,
     let pick = |usable: &dyn Fn(&Endpoint) -> bool| -> Vec<Backend> {
         all.iter().filter(|(_, e)| usable(e)).map(|(b, _)| *b).collect()
     };
-    let or_terminating = |place: &dyn Fn(&Endpoint) -> bool| {
-        let ready = pick(&|e| place(e) && e.ready);
+    let or_terminating = |ready: Vec<Backend>, place: &dyn Fn(&Endpoint) -> bool| {
         if ready.is_empty() { pick(&|e| place(e) && e.serving && e.terminating) } else { ready }
     };
-    (or_terminating(&|_| true), or_terminating(&|e| e.local))
+    let prefers = preference(all.iter().map(|(_, e)| e));
+    (
+        or_terminating(pick(&|e| e.ready && prefers(e)), &|_| true),
+        or_terminating(pick(&|e| e.ready && e.local), &|e| e.local),
+    )
+}
+
+/// Which endpoints traffic policy Cluster takes (KEP-3015, KEP-2433): those meant for this node when every ready one
+/// says for which nodes it is and one of them is for this; else the same by zones; else all.
+fn preference<'a>(all: impl Iterator<Item = &'a Endpoint> + Clone) -> fn(&Endpoint) -> bool {
+    let ready = all.filter(|e| e.ready);
+    let decides = |hint: fn(&Endpoint) -> Hint| {
+        ready.clone().all(|e| hint(e) != Hint::None) && ready.clone().any(|e| hint(e) == Hint::Ours)
+    };
+    if decides(|e| e.hints.node) {
+        |e| e.hints.node == Hint::Ours
+    } else if decides(|e| e.hints.zone) {
+        |e| e.hints.zone == Hint::Ours
+    } else {
+        |_| true
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Slice, SlicePort};
+    use crate::model::{Hints, Slice, SlicePort};
     use orlop_ebpf_common::{TCP, addr_to};
 
     fn endpoint(ip: &str, state: &str) -> Endpoint {
@@ -162,6 +221,16 @@ mod tests {
             serving: state.contains('s'),
             terminating: state.contains('t'),
             local: state.contains('l'),
+            hints: Hints { node: hint(state, "nN"), zone: hint(state, "zZ") },
+        }
+    }
+
+    /// `letters`: for others, for us.
+    fn hint(state: &str, letters: &str) -> Hint {
+        match state.find(|c| letters.contains(c)).map(|i| &state[i..=i]) {
+            None => Hint::None,
+            Some(c) if letters.ends_with(c) => Hint::Ours,
+            Some(_) => Hint::Others,
         }
     }
 
@@ -244,6 +313,50 @@ mod tests {
             let d = desired(&model(service(), eps), "n/s", Selection::Random);
             assert_eq!(show(&d)[2], format!("10.96.0.10:80/in -> {expected}"), "{eps:?}");
         }
+    }
+
+    #[test]
+    fn hints_choose_among_ready_endpoints() {
+        let cases: [(&[&str], &str); 9] = [
+            (&["rsZ", "rsz"], "10.1.0.1"),
+            (&["rsZ", "rs"], "10.1.0.1,10.1.0.2"),
+            (&["rsz", "rsz"], "10.1.0.1,10.1.0.2"),
+            (&["sZ", "rsz"], "10.1.0.2"),
+            (&["rsZN", "rsZn"], "10.1.0.1"),
+            (&["rsZ", "rszN"], "10.1.0.1"),
+            (&["rsZn", "rszn"], "10.1.0.1"),
+            (&["rsN", "s"], "10.1.0.1"),
+            (&["stZ", "stz"], "10.1.0.1,10.1.0.2"),
+        ];
+        for (states, expected) in cases {
+            let eps: Vec<(&str, &str)> =
+                ["10.1.0.1", "10.1.0.2"].into_iter().zip(states.iter().copied()).collect();
+            let d = desired(&model(service(), &eps), "n/s", Selection::Random);
+            assert_eq!(show(&d)[2], format!("10.96.0.10:80/in -> {expected}"), "{states:?}");
+        }
+    }
+
+    #[test]
+    fn source_ranges_hold_for_load_balancer_addresses_only() {
+        let s = Service {
+            load_balancer_ips: vec!["192.0.2.9".parse().unwrap()],
+            external_ips: vec!["192.0.2.8".parse().unwrap()],
+            source_ranges: vec!["10.0.0.0/8".parse().unwrap()],
+            ..service()
+        };
+        let mut m = model(s, &[("10.1.0.1", "rs")]);
+        let ranged = |m: &Model| {
+            let d = desired(m, "n/s", Selection::Random);
+            let ips = d.frontends.iter().filter(|f| f.ranged).map(|f| addr_to(&f.key.addr).to_string());
+            (ips.collect::<Vec<_>>(), d.node_admitted)
+        };
+        assert_eq!(ranged(&m), (vec!["192.0.2.9".to_owned(); 2], [false, false]));
+        m.take_dirty();
+        m.set_node_ips(vec!["10.3.0.1".parse().unwrap()]);
+        assert_eq!(m.take_dirty().len(), 1, "the node's addresses matter");
+        assert_eq!(ranged(&m).1, [true, false]);
+        let d = desired(&m, "n/s", Selection::Random);
+        assert_eq!(d.ranges, [(RangeKey { service: 0, addr: addr_from("10.0.0.0".parse().unwrap()) }, 104)]);
     }
 
     #[test]

@@ -204,7 +204,10 @@ impl NodePortChecks {
     }
 
     fn start(&self, name: &Name, port: u16, local: usize) -> std::io::Result<Check> {
-        let listener = std::net::TcpListener::bind(("0.0.0.0", port))?;
+        let any = SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, port));
+        // Both families; a kernel without IPv6 has only the other.
+        let listener =
+            std::net::TcpListener::bind(any).or_else(|_| std::net::TcpListener::bind(("0.0.0.0", port)))?;
         listener.set_nonblocking(true)?;
         let listener = TcpListener::from_std(listener)?;
         let check = Check {

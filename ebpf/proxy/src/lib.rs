@@ -4,6 +4,7 @@
 //! this module drives them.
 
 mod addresses;
+mod closer;
 mod convert;
 pub mod desired;
 mod health;
@@ -33,6 +34,9 @@ pub struct Config {
     pub datapath: DatapathConfig,
     /// Interfaces that clients outside of the node come in by; empty: found by their addresses.
     pub uplinks: Vec<String>,
+    /// Translate also packets that enter the node from pods' veth pairs untranslated: of virtual machines, of the kernel's
+    /// own sockets, of processes outside of the cgroup. Source ranges hold for pods only with it.
+    pub pod_packets: bool,
     /// /healthz and /livez. Upstream: 0.0.0.0:10256.
     pub health_address: Option<SocketAddr>,
     /// /metrics. Upstream: 127.0.0.1:10249.
@@ -50,6 +54,7 @@ impl Config {
             node_name,
             datapath: DatapathConfig::default(),
             uplinks: Vec::new(),
+            pod_packets: true,
             health_address: Some(SocketAddr::from(([0, 0, 0, 0], 10256))),
             metrics_address: Some(SocketAddr::from(([127, 0, 0, 1], 10249))),
             node_port_addresses: Vec::new(),
@@ -71,7 +76,7 @@ pub enum Error {
     Netlink { source: std::io::Error },
     #[error("cannot read the node's addresses by netlink")]
     Addresses { source: rtnetlink::Error },
-    #[error("cannot read the BPF maps of an earlier run; `orlop proxy --cleanup` removes them")]
+    #[error("cannot read the BPF maps of an earlier run; `orlop proxy cleanup` removes them")]
     Adopt { source: orlop_ebpf_loader::MapFailure },
     #[error(transparent)]
     Task(#[from] orlop_base::supervise::Failure),

@@ -18,6 +18,7 @@ pub struct ProxyMetrics {
     pub slice_changes: Counter,
     pub failures: Counter,
     pub map_writes: Counter,
+    pub closed_sockets: Counter,
     pub frontends: Gauge,
     pub backends: Gauge,
     pub sock_translated: Gauge,
@@ -40,6 +41,7 @@ impl ProxyMetrics {
             slice_changes: Counter::default(),
             failures: Counter::default(),
             map_writes: Counter::default(),
+            closed_sockets: Counter::default(),
             frontends: Gauge::default(),
             backends: Gauge::default(),
             sock_translated: Gauge::default(),
@@ -76,6 +78,11 @@ impl ProxyMetrics {
             r.register(k("sync_proxy_rules_failures"), "Syncs that failed", m.failures.clone());
             let o = |n: &str| format!("orlop_proxy_{n}");
             r.register(o("map_writes"), "Changes of BPF maps", m.map_writes.clone());
+            r.register(
+                o("closed_sockets"),
+                "Sockets closed because their backend was gone",
+                m.closed_sockets.clone(),
+            );
             r.register(o("frontends"), "Service addresses in the maps", m.frontends.clone());
             r.register(o("backends"), "Endpoints in the maps", m.backends.clone());
             r.register(

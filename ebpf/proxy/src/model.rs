@@ -4,6 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
+
 /// `namespace/name`.
 pub type Name = Arc<str>;
 
@@ -12,8 +14,11 @@ pub type Name = Arc<str>;
 pub struct Service {
     /// One per family at most.
     pub cluster_ips: Vec<IpAddr>,
-    /// External IPs, and load balancer IPs whose ipMode is VIP.
     pub external_ips: Vec<IpAddr>,
+    /// Load balancer IPs whose ipMode is VIP.
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// loadBalancerSourceRanges: who may come by load balancer IPs; empty for all.
+    pub source_ranges: Vec<IpNet>,
     pub ports: Vec<Port>,
     /// internalTrafficPolicy: Local.
     pub internal_local: bool,
@@ -60,6 +65,24 @@ pub struct Endpoint {
     pub terminating: bool,
     /// On this node.
     pub local: bool,
+    pub hints: Hints,
+}
+
+/// Whom an endpoint is meant for (topology hints, trafficDistribution), as seen from this node.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Hints {
+    pub node: Hint,
+    pub zone: Hint,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Hint {
+    /// For anyone.
+    #[default]
+    None,
+    /// For this node or zone.
+    Ours,
+    Others,
 }
 
 /// Everything known, and which services changed since they were last taken.
@@ -70,6 +93,8 @@ pub struct Model {
     /// Slices by service. Few each, so a list.
     of_service: HashMap<Name, Vec<Name>>,
     dirty: HashSet<Name>,
+    /// This node's addresses.
+    node_ips: Vec<IpAddr>,
 }
 
 impl Model {
@@ -108,6 +133,24 @@ impl Model {
             self.dirty.insert(slice.service.clone());
             self.slices.insert(key, slice);
         }
+    }
+
+    /// Notes this node's addresses, on which source ranges depend.
+    pub fn set_node_ips(&mut self, ips: Vec<IpAddr>) {
+        if self.node_ips != ips {
+            self.node_ips = ips;
+            let ranged = self.services.iter().filter(|(_, s)| !s.source_ranges.is_empty());
+            self.dirty.extend(ranged.map(|(n, _)| n.clone()));
+        }
+    }
+
+    pub fn node_ips(&self) -> &[IpAddr] {
+        &self.node_ips
+    }
+
+    /// Whether an address is among a service's endpoints, in whatever state.
+    pub fn has_endpoint(&self, service: &str, ip: IpAddr) -> bool {
+        self.slices_of(service).flat_map(|s| &s.endpoints).any(|e| e.ip == ip)
     }
 
     pub fn service(&self, name: &str) -> Option<&Service> {

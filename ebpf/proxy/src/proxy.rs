@@ -5,15 +5,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::Api;
 use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt, watcher as watch};
 use orlop_base::supervise::{Ready, TaskGroup};
 use orlop_base::telemetry::{Metrics, chain};
-use orlop_ebpf_common::{Uplink, counters};
-use orlop_ebpf_loader::{Datapath, MapFailure, Maps};
+use orlop_ebpf_common::{TCP, UDP, Uplink, counters};
+use orlop_ebpf_loader::{Datapath, Maps};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
@@ -23,11 +23,16 @@ use crate::health::{self, Health, NodePortChecks, Pages};
 use crate::metrics::ProxyMetrics;
 use crate::model::{Model, Name};
 use crate::tables::Tables;
-use crate::{Config, Error, convert};
+use crate::{Config, Error, closer, convert};
 
 /// First pause after a failed write; doubled up to [`MAX_RETRY`].
 const RETRY: Duration = Duration::from_millis(500);
 const MAX_RETRY: Duration = Duration::from_secs(30);
+/// How long to wait for the node's zone before endpoints are chosen without it.
+const NODE_PATIENCE: Duration = Duration::from_secs(2);
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+/// Changes of endpoints come in groups; sockets are looked through once for each.
+const CLOSE_AFTER: Duration = Duration::from_millis(50);
 /// How long connections to the health pages may take to end.
 const DRAIN: Duration = Duration::from_secs(2);
 
@@ -49,7 +54,7 @@ pub(crate) async fn run(
     let (netlink, connection) = Watch::open().map_err(|source| Error::Netlink { source })?;
     tasks.spawn(stoppable(tasks.stop_token(), connection));
 
-    let datapath = Datapath::open(&config.datapath)?;
+    let datapath = Datapath::load(&config.datapath)?;
     let tables = Tables::adopt(datapath.maps.dump().map_err(|source| Error::Adopt { source })?);
     let datapath = Arc::new(Mutex::new(datapath));
     *pages.refresh.lock() = Some(counter_refresh(datapath.clone(), proxy_metrics.clone()));
@@ -67,6 +72,9 @@ pub(crate) async fn run(
         retry: None,
         pause: RETRY,
         writes_seen: 0,
+        zone: String::new(),
+        attached: false,
+        closing: None,
     };
     proxy.follow_node(&netlink).await?;
     let result_tasks = tasks.clone();
@@ -117,6 +125,12 @@ struct Proxy {
     retry: Option<tokio::time::Instant>,
     pause: Duration,
     writes_seen: u64,
+    /// This node's topology.kubernetes.io/zone; empty for none.
+    zone: String,
+    /// The programs run on these maps. Until the maps are full, those of an earlier process go on.
+    attached: bool,
+    /// When to look for sockets whose backend is gone.
+    closing: Option<tokio::time::Instant>,
 }
 
 /// One watched kind: names seen during a list, and whether a list has ever been complete.
@@ -124,6 +138,12 @@ struct Proxy {
 struct Listing {
     seen: Option<HashSet<String>>,
     complete: bool,
+}
+
+impl Listing {
+    fn started(&self) -> bool {
+        self.seen.is_some() || self.complete
+    }
 }
 
 impl Proxy {
@@ -135,31 +155,38 @@ impl Proxy {
         stop: CancellationToken,
     ) {
         let filter = watcher::Config::default().labels(convert::SELECTOR);
+        let own = watcher::Config::default().fields(&format!("metadata.name={}", self.config.node_name));
+        let watch_slices =
+            || watch(Api::<EndpointSlice>::all(client.clone()), filter.clone()).default_backoff().boxed();
         let mut services =
             std::pin::pin!(watch(Api::<Service>::all(client.clone()), filter.clone()).default_backoff());
-        let mut slices = std::pin::pin!(watch(Api::<EndpointSlice>::all(client), filter).default_backoff());
+        let mut node = std::pin::pin!(watch(Api::<Node>::all(client.clone()), own).default_backoff());
+        let mut slices = watch_slices();
         let (mut service_list, mut slice_list) = (Listing::default(), Listing::default());
         let mut initial = true;
+        // Slices are read with the node's zone in mind, so it comes first; not for ever.
+        let mut zone_known = false;
+        let patience = tokio::time::Instant::now() + NODE_PATIENCE;
         loop {
-            let retry = self.retry;
+            let (retry, closing) = (self.retry, self.closing);
             // All arms are cancel-safe: pinned streams keep their state, and the node's change is looked up anew.
             tokio::select! {
                 () = stop.cancelled() => return,
                 e = services.next() => self.service_event(e, &mut service_list),
-                e = slices.next() => self.slice_event(e, &mut slice_list),
-                () = netlink.changed() => {
-                    if let Err(e) = self.follow_node(&netlink).await {
-                        tracing::warn!(error = %chain(&e), "trying again");
-                        self.try_later();
+                e = slices.next(), if zone_known => self.slice_event(e, &mut slice_list),
+                e = node.next() => {
+                    zone_known |= !matches!(e, Some(Ok(Event::Init)));
+                    if self.node_event(e) && slice_list.started() {
+                        slices = watch_slices();
                     }
                 }
+                () = tokio::time::sleep_until(patience), if !zone_known => zone_known = true,
+                () = netlink.changed() => self.follow_or_retry(&netlink).await,
                 () = sleep_until(retry) => {
                     self.retry = None;
-                    if let Err(e) = self.follow_node(&netlink).await {
-                        tracing::warn!(error = %chain(&e), "trying again");
-                        self.try_later();
-                    }
+                    self.follow_or_retry(&netlink).await;
                 }
+                () = sleep_until(closing) => self.close_sockets().await,
             }
             // Until both lists are in, the maps of an earlier run know better than a half-filled model.
             if !(service_list.complete && slice_list.complete) {
@@ -171,19 +198,90 @@ impl Proxy {
             }
             let clean = self.sync();
             if initial && clean {
-                if let Err(e) = self.drop_orphans() {
-                    tracing::warn!(error = %chain(&e), "cannot remove entries of an earlier run, trying again");
+                if let Err(e) = self.take_over(&netlink).await {
+                    tracing::warn!(error = %chain(&e), "cannot take over from an earlier run, trying again");
                     self.try_later();
                     continue;
                 }
                 initial = false;
+                self.closing = Some(tokio::time::Instant::now());
                 let (frontends, _, backends) = self.tables.sizes();
                 tracing::info!(frontends, backends, "maps are in step");
+                orlop_ebpf_loader::release_memory();
             }
             if clean && !initial {
                 self.health.in_step();
                 ready.set();
             }
+        }
+    }
+
+    async fn follow_or_retry(&mut self, netlink: &Watch) {
+        if let Err(e) = self.follow_node(netlink).await {
+            tracing::warn!(error = %chain(&e), "trying again");
+            self.try_later();
+        }
+    }
+
+    /// The maps say what the API server says: from now on our programs run on them.
+    async fn take_over(&mut self, netlink: &Watch) -> Result<(), Error> {
+        {
+            let mut datapath = self.datapath.lock();
+            self.tables.drop_orphans(&mut datapath.maps).map_err(|source| Error::Adopt { source })?;
+            datapath.attach()?;
+        }
+        self.attached = true;
+        self.follow_node(netlink).await
+    }
+
+    /// Takes note of the node's zone; says whether it changed.
+    fn node_event(&mut self, event: Watched<Node>) -> bool {
+        let node = match event {
+            Some(Ok(Event::InitApply(n) | Event::Apply(n))) => n,
+            Some(Err(e)) => {
+                tracing::warn!(error = %chain(&e), "the node's zone is not known, trying again");
+                return false;
+            }
+            _ => return false,
+        };
+        if node.metadata.name.as_deref() != Some(&self.config.node_name) {
+            return false;
+        }
+        let zone = node.metadata.labels.unwrap_or_default().remove(ZONE_LABEL).unwrap_or_default();
+        let changed = zone != self.zone;
+        self.zone = zone;
+        changed
+    }
+
+    /// Closes sockets that talk to backends which are gone.
+    async fn close_sockets(&mut self) {
+        self.closing = None;
+        let sockets = match self.datapath.lock().maps.sockets() {
+            Ok(s) => s,
+            Err(e) => {
+                tracing::warn!(error = %chain(&e), "sockets of backends that are gone stay open");
+                return;
+            }
+        };
+        let stale = closer::stale(&sockets, &self.tables, &self.model);
+        if stale.is_empty() {
+            return;
+        }
+        for key in &stale {
+            // It is looked at again when it stays.
+            let _ = self.datapath.lock().maps.del_socket(key);
+        }
+        let cookies = stale.iter().map(|k| k.cookie).collect();
+        let closed =
+            tokio::task::spawn_blocking(move || orlop_ebpf_loader::diag::close_sockets(cookies, &[UDP, TCP]))
+                .await;
+        match closed {
+            Ok(Ok(n)) => {
+                self.metrics.closed_sockets.inc_by(n as u64);
+                tracing::debug!(closed = n, "closed sockets of backends that are gone");
+            }
+            Ok(Err(e)) => tracing::warn!(error = %e, "sockets of backends that are gone stay open"),
+            Err(e) => tracing::warn!(error = %e, "sockets of backends that are gone stay open"),
         }
     }
 
@@ -208,7 +306,7 @@ impl Proxy {
             self.metrics.slice_changes.inc();
             self.metrics.queued();
             let name = convert::name(&o.metadata);
-            let slice = if present { convert::slice(o, &self.config.node_name) } else { None };
+            let slice = if present { convert::slice(o, &self.config.node_name, &self.zone) } else { None };
             self.model.set_slice(&name, slice);
             if !self.model.is_clean() && self.health.is_healthy() {
                 self.triggers.extend(convert::trigger_time(o));
@@ -248,6 +346,9 @@ impl Proxy {
             }
         }
         drop(datapath);
+        if self.tables.take_lost() && self.closing.is_none() {
+            self.closing = Some(tokio::time::Instant::now() + CLOSE_AFTER);
+        }
         let clean = failed.is_empty();
         for name in failed {
             self.model.mark(name);
@@ -267,10 +368,6 @@ impl Proxy {
         clean
     }
 
-    fn drop_orphans(&mut self) -> Result<(), MapFailure> {
-        self.tables.drop_orphans(&mut self.datapath.lock().maps)
-    }
-
     fn try_later(&mut self) {
         self.health.behind();
         self.retry = Some(tokio::time::Instant::now() + self.pause);
@@ -280,11 +377,17 @@ impl Proxy {
     /// Tells the datapath the node's addresses and uplinks.
     async fn follow_node(&mut self, netlink: &Watch) -> Result<(), Error> {
         let interfaces = netlink.read().await.map_err(|source| Error::Addresses { source })?;
-        let node = addresses::decide(&interfaces, &self.config.node_port_addresses, &self.config.uplinks);
+        let c = &self.config;
+        let node = addresses::decide(&interfaces, &c.node_port_addresses, &c.uplinks, c.pod_packets);
+        self.model.set_node_ips(node.ips);
         let mut datapath = self.datapath.lock();
+        datapath.maps.set_flags(node.flags).map_err(|source| Error::Adopt { source })?;
         self.tables
             .sync_locals(&mut datapath.maps, &node.locals)
             .map_err(|source| Error::Adopt { source })?;
+        if !self.attached {
+            return Ok(());
+        }
         let mut wanted = Vec::with_capacity(node.uplinks.len());
         for (index, name, uplink) in node.uplinks {
             wanted.push(index);
@@ -293,12 +396,12 @@ impl Proxy {
             }
             match datapath.attach_uplink(index, &name, uplink) {
                 Ok(()) => {
-                    tracing::info!(interface = %name, "serving node ports");
+                    tracing::debug!(interface = %name, "serving");
                     self.uplinks.insert(index, uplink);
                 }
                 // An interface may go while we look at it; the event of its going comes next.
                 Err(e) => {
-                    tracing::warn!(interface = %name, error = %chain(&e), "node ports do not answer there")
+                    tracing::warn!(interface = %name, error = %chain(&e), "Services do not answer there")
                 }
             }
         }

@@ -6,8 +6,10 @@
 
 use std::collections::{HashMap, HashSet};
 
-use orlop_ebpf_common::{Addr, Backend, FrontendKey, FrontendValue, SlotKey, frontend_flags, maglev};
-use orlop_ebpf_loader::{Dump, MapFailure, Maps, Op};
+use orlop_ebpf_common::{
+    Addr, Backend, FrontendKey, FrontendValue, RangeKey, ServiceName, SlotKey, frontend_flags, is_v4, maglev,
+};
+use orlop_ebpf_loader::{Dump, MapFailure, Maps, Op, Range};
 
 use crate::desired::{Desired, Set, SetKey};
 use crate::model::Name;
@@ -60,6 +62,12 @@ pub struct Tables {
     endpoint_of: HashMap<u32, Endpoint>,
     /// Sets found at start that no service has claimed yet.
     orphans: HashMap<u32, InMap>,
+    /// Numbers found at start, by the names of service ports that have not claimed them yet.
+    unclaimed: HashMap<String, u32>,
+    /// Source ranges in the maps, by number.
+    ranges: HashMap<u32, Vec<Range>>,
+    /// Backends left sets since this was last asked.
+    lost: bool,
     locals: HashMap<Addr, u32>,
     /// Services that want a frontend which another one has.
     contested: HashSet<Name>,
@@ -106,6 +114,16 @@ impl Tables {
             t.last_set = t.last_set.max(value.set);
             t.frontends.insert(key, Front { value, owner: None });
         }
+        for (number, name) in dump.services {
+            t.last_number = t.last_number.max(number);
+            if let Some(other) = t.unclaimed.insert(name, number) {
+                // Two ports of one name: the other's number has no claim and goes.
+                t.unclaimed.insert(format!("#{other}"), other);
+            }
+        }
+        for r in dump.ranges {
+            t.ranges.entry(r.0.service).or_default().push(r);
+        }
         t.last_set = t.orphans.keys().copied().max().unwrap_or(0).max(t.last_set);
         let orphans: Vec<u32> = t.orphans.keys().copied().collect();
         for id in orphans {
@@ -130,6 +148,27 @@ impl Tables {
         (self.frontends.len(), sets, self.backends.len())
     }
 
+    /// Whether backends left sets since this was last asked: sockets may be left without theirs.
+    pub fn take_lost(&mut self) -> bool {
+        std::mem::take(&mut self.lost)
+    }
+
+    /// Services by the numbers of their ports.
+    pub fn owners(&self) -> HashMap<u32, (&Name, (u16, u8))> {
+        self.services
+            .iter()
+            .flat_map(|(name, p)| p.numbers.iter().map(move |(port, n)| (*n, (name, *port))))
+            .collect()
+    }
+
+    /// Whether a service port may send to this backend.
+    pub fn serves(&self, name: &str, port: (u16, u8), addr: &Addr, backend_port: u16) -> bool {
+        let Some(used) = self.backends.get(&(*addr, backend_port, port.1)) else { return false };
+        self.services.get(name).is_some_and(|p| {
+            p.sets.iter().any(|(k, s)| (k.port, k.proto) == port && s.held.contains(&used.id))
+        })
+    }
+
     /// Brings one service's entries to what is desired; an empty `desired` removes them.
     pub fn sync(
         &mut self,
@@ -139,7 +178,7 @@ impl Tables {
     ) -> Result<Outcome, MapFailure> {
         let mut p = self.services.remove(name).unwrap_or_default();
         let result = self.sync_service(maps, name, desired, &mut p);
-        if !(p.sets.is_empty() && p.frontends.is_empty()) {
+        if !(p.sets.is_empty() && p.frontends.is_empty() && p.numbers.is_empty()) {
             self.services.insert(name.clone(), p);
         }
         result
@@ -188,11 +227,18 @@ impl Tables {
             if set.members {
                 flags |= frontend_flags::MEMBERS;
             }
+            if f.ranged {
+                flags |= frontend_flags::RANGES;
+                if desired.node_admitted[usize::from(!is_v4(&f.key.addr))] {
+                    flags |= frontend_flags::NODE_ADMITTED;
+                }
+            }
             let id = in_map.id;
+            let number = self.number(maps, name, desired, p, set.key)?;
             let value = FrontendValue {
                 set: id,
                 count: set.backends.len() as u32,
-                service: self.number(p, set.key, &f.key),
+                service: number,
                 affinity_seconds: desired.affinity_seconds,
                 flags,
             };
@@ -235,7 +281,15 @@ impl Tables {
                 }
             }
         }
-        p.numbers.retain(|(n, _)| p.sets.iter().any(|(k, _)| (k.port, k.proto) == *n));
+        let mut i = 0;
+        while let Some((port, number)) = p.numbers.get(i).copied() {
+            if p.sets.iter().any(|(k, _)| (k.port, k.proto) == port) {
+                i += 1;
+                continue;
+            }
+            self.drop_number(maps, number)?;
+            p.numbers.swap_remove(i);
+        }
         Ok(())
     }
 
@@ -262,21 +316,68 @@ impl Tables {
         p.sets.len() - 1
     }
 
-    /// The service port's number, which clients' affinity is filed under; kept over restarts.
-    fn number(&mut self, p: &mut Programmed, set: SetKey, frontend: &FrontendKey) -> u32 {
+    /// The service port's number, which its name, counters, source ranges and clients' affinity are filed under; kept
+    /// over restarts.
+    fn number(
+        &mut self,
+        maps: &mut dyn Maps,
+        name: &Name,
+        desired: &Desired,
+        p: &mut Programmed,
+        set: SetKey,
+    ) -> Result<u32, MapFailure> {
         let port = (set.port, set.proto);
-        if let Some((_, n)) = p.numbers.iter().find(|(k, _)| *k == port) {
-            return *n;
-        }
-        let n = match self.frontends.get(frontend) {
-            Some(f) if f.owner.is_none() => f.value.service,
-            _ => {
-                self.last_number += 1;
-                self.last_number
+        let n = match p.numbers.iter().find(|(k, _)| *k == port) {
+            Some((_, n)) => *n,
+            None => {
+                let label = desired.names.iter().find(|(k, _)| *k == port).map_or("", |(_, n)| n);
+                let full = if label.is_empty() { name.to_string() } else { format!("{name}:{label}") };
+                let stored = ServiceName::new(&full);
+                let n = match self.unclaimed.remove(&stored.to_string()) {
+                    Some(n) => n,
+                    None => {
+                        let n = self.last_number + 1;
+                        self.write(maps, &Op::PutService(n, Box::new(stored)))?;
+                        self.last_number = n;
+                        n
+                    }
+                };
+                p.numbers.push((port, n));
+                n
             }
         };
-        p.numbers.push((port, n));
-        n
+        self.sync_ranges(maps, n, &desired.ranges)?;
+        Ok(n)
+    }
+
+    /// New ranges first: who is admitted before and after is admitted all the time.
+    fn sync_ranges(&mut self, maps: &mut dyn Maps, number: u32, wanted: &[Range]) -> Result<(), MapFailure> {
+        if wanted.is_empty() && !self.ranges.contains_key(&number) {
+            return Ok(());
+        }
+        let wanted: Vec<Range> =
+            wanted.iter().map(|(k, bits)| (RangeKey { service: number, ..*k }, *bits)).collect();
+        for r in &wanted {
+            if !self.ranges.get(&number).is_some_and(|l| l.contains(r)) {
+                self.write(maps, &Op::PutRange(*r))?;
+                self.ranges.entry(number).or_default().push(*r);
+            }
+        }
+        for r in self.ranges.get(&number).cloned().unwrap_or_default() {
+            if !wanted.contains(&r) {
+                self.write(maps, &Op::DelRange(r))?;
+                self.ranges.entry(number).or_default().retain(|o| *o != r);
+            }
+        }
+        if wanted.is_empty() {
+            self.ranges.remove(&number);
+        }
+        Ok(())
+    }
+
+    fn drop_number(&mut self, maps: &mut dyn Maps, number: u32) -> Result<(), MapFailure> {
+        self.sync_ranges(maps, number, &[])?;
+        self.write(maps, &Op::DelService(number))
     }
 
     /// First half of changing a set: everything that the new frontends will need.
@@ -385,6 +486,7 @@ impl Tables {
                 i += 1;
                 continue;
             }
+            self.lost = true;
             self.release(maps, id)?;
             in_map.held.swap_remove(i);
         }
@@ -475,6 +577,16 @@ impl Tables {
                 }
                 cleared?;
             }
+        }
+        let numbers: Vec<(String, u32)> = self.unclaimed.iter().map(|(l, n)| (l.clone(), *n)).collect();
+        for (label, number) in numbers {
+            self.drop_number(maps, number)?;
+            self.unclaimed.remove(&label);
+        }
+        let used: HashSet<u32> = self.services.values().flat_map(|p| &p.numbers).map(|(_, n)| *n).collect();
+        let stray: Vec<u32> = self.ranges.keys().filter(|n| !used.contains(n)).copied().collect();
+        for number in stray {
+            self.sync_ranges(maps, number, &[])?;
         }
         let unused: Vec<(Endpoint, u32)> =
             self.backends.iter().filter(|(_, u)| u.sets == 0).map(|(e, u)| (*e, u.id)).collect();

@@ -45,6 +45,7 @@ impl Place {
         config.metrics_address = None;
         // No interface of this machine: packets are the loader's tests.
         config.uplinks = vec!["ebpf-none".into()];
+        config.pod_packets = false;
         config.datapath = DatapathConfig {
             pins: home.join("bpf"),
             cgroup: Some(cgroup.clone()),

@@ -26,6 +26,10 @@ impl Maps for FakeMaps {
                 c.maglev.push(*set);
             }
             Op::DelMaglev(set) => c.maglev.retain(|s| s != set),
+            Op::PutService(n, name) => drop(c.services.insert(*n, name.to_string())),
+            Op::DelService(n) => drop(c.services.remove(n)),
+            Op::PutRange(r) => drop(c.ranges.insert(*r)),
+            Op::DelRange(r) => drop(c.ranges.remove(r)),
             Op::PutFrontend(k, v) => drop(c.frontends.insert(*k, *v)),
             Op::DelFrontend(k) => drop(c.frontends.remove(k)),
             Op::PutLocal(a, f) => drop(c.locals.insert(*a, *f)),

@@ -1,16 +1,23 @@
 //! The kernel's maps.
 
-use aya::Ebpf;
-use aya::Pod;
-use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
+use aya::{Ebpf, Pod};
 use orlop_ebpf_common::{
-    Addr, Backend, Config, FrontendKey, FrontendValue, MaglevTable, SlotKey, Uplink, counters,
+    Addr, AffinityKey, AffinityValue, Backend, Config, CtKey, CtValue, FrontendKey, FrontendValue,
+    MaglevTable, RangeKey, ServiceName, SlotKey, SockKey, SockReverse, Stats, Uplink, counters,
 };
 
 use super::{Dump, MapFailure, Maps, Op, table};
-use crate::Error;
+use crate::{Error, pin, sys};
 
 type Table<K, V> = HashMap<MapData, K, V>;
+
+/// Bits of a [`RangeKey`] before the address.
+const RANGE_HEAD: u32 = 32;
 
 /// Handles of the kernel's maps.
 pub struct RealMaps {
@@ -22,34 +29,92 @@ pub struct RealMaps {
     maglev: Table<u32, MaglevTable>,
     locals: Table<Addr, u32>,
     uplinks: Table<u32, Uplink>,
+    names: Table<u32, ServiceName>,
+    ranges: LpmTrie<MapData, RangeKey, u32>,
+    stats: PerCpuHashMap<MapData, u32, Stats>,
+    connections: Flows<CtKey, CtValue>,
+    reverse: Flows<SockKey, SockReverse>,
+    affinity: Flows<AffinityKey, AffinityValue>,
     counters: PerCpuArray<MapData, u64>,
+    cpus: usize,
 }
 
-fn take<T: TryFrom<aya::maps::Map, Error = MapError>>(
-    bpf: &mut Ebpf,
-    name: &'static str,
-) -> Result<T, Error> {
-    let map = bpf.take_map(name).ok_or(Error::Missing { name })?;
-    T::try_from(map).map_err(|source| Error::Map { name, source: Box::new(source) })
+/// Where handles come from: a loaded object, or pins.
+trait Source {
+    fn map(&mut self, name: &'static str) -> Result<Map, Error>;
+}
+
+impl Source for Ebpf {
+    fn map(&mut self, name: &'static str) -> Result<Map, Error> {
+        self.take_map(name).ok_or(Error::Missing { name })
+    }
+}
+
+struct Pins<'a>(&'a Path);
+
+impl Source for Pins<'_> {
+    fn map(&mut self, name: &'static str) -> Result<Map, Error> {
+        let failed = |source| Error::Map { name, source: Box::new(source) };
+        let data = MapData::from_pin(self.0.join(name)).map_err(failed)?;
+        Map::from_map_data(data).map_err(failed)
+    }
+}
+
+fn take<T: TryFrom<Map, Error = MapError>>(from: &mut dyn Source, name: &'static str) -> Result<T, Error> {
+    T::try_from(from.map(name)?).map_err(|source| Error::Map { name, source: Box::new(source) })
 }
 
 impl RealMaps {
     pub(crate) fn take(bpf: &mut Ebpf) -> Result<RealMaps, Error> {
+        RealMaps::from(bpf)
+    }
+
+    /// The maps of a load balancer that somebody else runs, or that runs by itself.
+    pub fn open(pins: &Path) -> Result<RealMaps, Error> {
+        let dir = pin::maps(pins);
+        if !dir.exists() {
+            return Err(Error::NotLoaded { pins: pins.to_owned() });
+        }
+        RealMaps::from(&mut Pins(&dir))
+    }
+
+    fn from(s: &mut dyn Source) -> Result<RealMaps, Error> {
         Ok(RealMaps {
-            config: take(bpf, "CONFIG")?,
-            frontends: take(bpf, "FRONTENDS")?,
-            slots: take(bpf, "SLOTS")?,
-            members: take(bpf, "MEMBERS")?,
-            backends: take(bpf, "BACKENDS")?,
-            maglev: take(bpf, "MAGLEV")?,
-            locals: take(bpf, "LOCAL_ADDRS")?,
-            uplinks: take(bpf, "UPLINKS")?,
-            counters: take(bpf, "COUNTERS")?,
+            config: take(s, "CONFIG")?,
+            frontends: take(s, "FRONTENDS")?,
+            slots: take(s, "SLOTS")?,
+            members: take(s, "MEMBERS")?,
+            backends: take(s, "BACKENDS")?,
+            maglev: take(s, "MAGLEV")?,
+            locals: take(s, "LOCAL_ADDRS")?,
+            uplinks: take(s, "UPLINKS")?,
+            names: take(s, "NAMES")?,
+            ranges: take(s, "RANGES")?,
+            stats: take(s, "STATS")?,
+            connections: Flows::take(s, "CONNECTIONS")?,
+            reverse: Flows::take(s, "SOCK_REVERSE")?,
+            affinity: Flows::take(s, "AFFINITY")?,
+            counters: take(s, "COUNTERS")?,
+            cpus: aya::util::nr_cpus().map_err(|(what, source)| Error::Path {
+                what: "read",
+                path: what.into(),
+                source,
+            })?,
         })
     }
 
-    pub(crate) fn set_config(&mut self, config: Config) -> Result<(), Error> {
-        self.config.set(0, config, 0).map_err(|e| Error::Map { name: "CONFIG", source: Box::new(e) })
+    pub fn config(&self) -> Result<Config, MapFailure> {
+        self.config.get(&0, 0).map_err(|e| failure("CONFIG", e))
+    }
+
+    pub(crate) fn set_config(&mut self, config: Config) -> Result<(), MapFailure> {
+        self.config.set(0, config, 0).map_err(|e| failure("CONFIG", e))
+    }
+
+    /// Changes the flags ([`orlop_ebpf_common::config_flags`]) of the configuration.
+    pub fn set_flags(&mut self, flags: u32) -> Result<(), MapFailure> {
+        let old = self.config()?;
+        if old.flags == flags { Ok(()) } else { self.set_config(Config { flags, ..old }) }
     }
 
     pub(crate) fn put_uplink(&mut self, index: u32, uplink: Uplink) -> Result<(), MapFailure> {
@@ -60,14 +125,76 @@ impl RealMaps {
         del("UPLINKS", &mut self.uplinks, &index)
     }
 
-    pub(crate) fn uplinks(&self) -> Vec<u32> {
-        self.uplinks.keys().filter_map(Result::ok).collect()
+    /// Interfaces that are served, by index.
+    pub fn uplinks(&self) -> Vec<(u32, Uplink)> {
+        self.uplinks.iter().filter_map(Result::ok).collect()
     }
 
     /// A counter of [`counters`], summed over all CPUs.
     pub fn counter(&self, index: u32) -> u64 {
         debug_assert!(index < counters::COUNT);
         self.counters.get(&index, 0).map(|v| v.iter().sum()).unwrap_or(0)
+    }
+
+    /// What happened to each service port, by number, summed over all CPUs.
+    pub fn stats(&self) -> Vec<(u32, Stats)> {
+        let sum = |v: &PerCpuValues<Stats>| {
+            v.iter().fold(Stats::default(), |a, b| Stats {
+                connections: a.connections + b.connections,
+                refused: a.refused + b.refused,
+            })
+        };
+        self.stats.iter().filter_map(Result::ok).map(|(k, v)| (k, sum(&v))).collect()
+    }
+
+    /// The name of a service port.
+    pub fn service_name(&self, number: u32) -> Option<String> {
+        self.names.get(&number, 0).ok().map(|n| n.to_string())
+    }
+
+    /// Connections through interfaces, in both directions.
+    pub fn connections(&self) -> Result<Vec<(CtKey, CtValue)>, MapFailure> {
+        self.connections.all()
+    }
+
+    /// Sockets that were given a backend, also those that have been closed since.
+    pub fn sockets(&self) -> Result<Vec<(SockKey, SockReverse)>, MapFailure> {
+        self.reverse.all()
+    }
+
+    /// Forgets a socket.
+    pub fn del_socket(&mut self, key: &SockKey) -> Result<(), MapFailure> {
+        del("SOCK_REVERSE", &mut self.reverse.table, key)
+    }
+
+    /// Clients that stay with a backend.
+    pub fn affinity(&self) -> Result<Vec<(AffinityKey, AffinityValue)>, MapFailure> {
+        self.affinity.all()
+    }
+}
+
+/// A table that programs fill, read as a whole.
+struct Flows<K, V> {
+    name: &'static str,
+    table: Table<K, V>,
+    fd: OwnedFd,
+    capacity: u32,
+}
+
+impl<K: Pod, V: Pod> Flows<K, V> {
+    fn take(from: &mut dyn Source, name: &'static str) -> Result<Self, Error> {
+        let map = from.map(name)?;
+        let failed = |source| Error::Map { name, source: Box::new(source) };
+        let (Map::LruHashMap(data) | Map::HashMap(data)) = &map else { return Err(Error::Missing { name }) };
+        let fd = data.fd().as_fd().try_clone_to_owned().map_err(|e| failed(e.into()))?;
+        let capacity = data.info().map_err(failed)?.max_entries();
+        Ok(Flows { name, fd, capacity, table: Table::try_from(map).map_err(failed)? })
+    }
+
+    /// All entries, many in one system call. Entries that change meanwhile may be missing; the walk always ends.
+    fn all(&self) -> Result<Vec<(K, V)>, MapFailure> {
+        sys::lookup_batch(self.fd.as_fd(), self.capacity)
+            .map_err(|e| MapFailure::Syscall { map: self.name, source: Box::new(e) })
     }
 }
 
@@ -76,7 +203,12 @@ fn put<K: Pod, V: Pod>(name: &'static str, map: &mut Table<K, V>, k: K, v: V) ->
 }
 
 fn del<K: Pod, V: Pod>(name: &'static str, map: &mut Table<K, V>, k: &K) -> Result<(), MapFailure> {
-    match map.remove(k) {
+    missing(name, map.remove(k))
+}
+
+/// Deleting what is not there succeeds.
+fn missing(name: &'static str, result: Result<(), MapError>) -> Result<(), MapFailure> {
+    match result {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(e)) if e.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         r => r.map_err(|e| failure(name, e)),
@@ -110,6 +242,23 @@ impl Maps for RealMaps {
             Op::DelMember(k) => del("MEMBERS", &mut self.members, k),
             Op::PutMaglev(set, t) => put("MAGLEV", &mut self.maglev, *set, table(t)),
             Op::DelMaglev(set) => del("MAGLEV", &mut self.maglev, set),
+            Op::PutService(n, name) => {
+                let zero = PerCpuValues::try_from(vec![Stats::default(); self.cpus])
+                    .map_err(|e| MapFailure::Syscall { map: "STATS", source: Box::new(e) })?;
+                self.stats.insert(n, zero, 0).map_err(|e| failure("STATS", e))?;
+                put("NAMES", &mut self.names, *n, **name)
+            }
+            Op::DelService(n) => {
+                missing("STATS", self.stats.remove(n))?;
+                del("NAMES", &mut self.names, n)
+            }
+            Op::PutRange((k, bits)) => {
+                let key = Key::new(RANGE_HEAD + u32::from(*bits), *k);
+                self.ranges.insert(&key, 1, 0).map_err(|e| failure("RANGES", e))
+            }
+            Op::DelRange((k, bits)) => {
+                missing("RANGES", self.ranges.remove(&Key::new(RANGE_HEAD + u32::from(*bits), *k)))
+            }
             Op::PutFrontend(k, v) => put("FRONTENDS", &mut self.frontends, *k, *v),
             Op::DelFrontend(k) => del("FRONTENDS", &mut self.frontends, k),
             Op::PutLocal(a, f) => put("LOCAL_ADDRS", &mut self.locals, *a, *f),
@@ -125,6 +274,13 @@ impl Maps for RealMaps {
             members: all("MEMBERS", &self.members)?,
             maglev,
             backends: all("BACKENDS", &self.backends)?,
+            services: all("NAMES", &self.names)?.into_iter().map(|(k, v)| (k, v.to_string())).collect(),
+            ranges: self
+                .ranges
+                .keys()
+                .map(|k| k.map(|k| (k.data(), k.prefix_len().saturating_sub(RANGE_HEAD) as u8)))
+                .collect::<Result<_, _>>()
+                .map_err(|e| failure("RANGES", e))?,
             locals: all("LOCAL_ADDRS", &self.locals)?,
         })
     }

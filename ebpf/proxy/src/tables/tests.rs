@@ -1,6 +1,6 @@
 use super::*;
 use crate::desired::{Selection, desired};
-use crate::model::{Endpoint as Ep, Model, Port, Service, Slice, SlicePort};
+use crate::model::{Endpoint as Ep, Hints, Model, Port, Service, Slice, SlicePort};
 use orlop_ebpf_common::{SCOPE_EXTERNAL, TCP, UDP, addr_from};
 use orlop_ebpf_loader::maps::{FakeMaps, FaultyMaps};
 use proptest::prelude::*;
@@ -34,6 +34,7 @@ fn slice(service: &str, backends: &[u8]) -> Slice {
                 serving: true,
                 terminating: false,
                 local: b % 2 == 0,
+                hints: Hints::default(),
             })
             .collect(),
     }
@@ -71,6 +72,7 @@ fn expected(m: &Model) -> HashMap<FrontendKey, (Vec<Endpoint>, u32, u32)> {
                 (f.hidden, frontend_flags::DROP_WHEN_EMPTY),
                 (set.maglev, frontend_flags::MAGLEV),
                 (set.members, frontend_flags::MEMBERS),
+                (f.ranged, frontend_flags::RANGES),
             ];
             let flags = flags.iter().filter(|(on, _)| *on).map(|(_, f)| f).sum();
             out.insert(f.key, (to, flags, d.affinity_seconds));
@@ -95,6 +97,15 @@ fn no_garbage(d: &Dump) {
     for set in &d.maglev {
         assert!(sets.contains_key(set), "stray table");
     }
+    let numbers: HashSet<u32> = d.frontends.values().map(|v| v.service).collect();
+    assert_eq!(numbers, d.services.keys().copied().collect::<HashSet<_>>(), "names are those of frontends");
+    let ranged = d.frontends.values().filter(|v| v.flags & frontend_flags::RANGES != 0);
+    let ranged: HashSet<u32> = ranged.map(|v| v.service).collect();
+    assert_eq!(
+        ranged,
+        d.ranges.iter().map(|r| r.0.service).collect::<HashSet<_>>(),
+        "ranges are those of frontends"
+    );
 }
 
 fn sync_all(t: &mut Tables, maps: &mut dyn Maps, m: &mut Model) -> bool {
@@ -216,6 +227,10 @@ proptest! {
                         s.affinity_seconds = if affinity { 60 } else { 0 };
                         s.internal_local = internal;
                         s.external_local = external;
+                        if internal && affinity {
+                            s.load_balancer_ips = vec![IpAddr::from([192, 0, 2, n])];
+                            s.source_ranges = vec![format!("10.{n}.0.0/16").parse().unwrap()];
+                        }
                         if udp {
                             s.ports.push(Port { name: "u".into(), proto: UDP, port: 53, node_port: 0 });
                         }

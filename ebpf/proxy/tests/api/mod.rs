@@ -130,6 +130,7 @@ impl FakeApi {
 fn kind(resource: &str) -> (&'static str, &'static str) {
     match resource {
         "services" => ("v1", "Service"),
+        "nodes" => ("v1", "Node"),
         _ => ("discovery.k8s.io/v1", "EndpointSlice"),
     }
 }
