@@ -16,9 +16,9 @@ use orlop_client::{Change, Outcome, Queue};
 
 use crate::runtime::{Builders, Context, Result, has_code, unless_gone};
 
-const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
+pub(crate) const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
 const MANAGER: &str = "endpointslice-controller.k8s.io";
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
+pub(crate) const SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// Upstream's --max-endpoints-per-slice.
 const MAX_ENDPOINTS: usize = 100;
 
@@ -81,7 +81,7 @@ impl Controller {
 
 /// What of a pod can change its endpoints.
 #[allow(clippy::type_complexity)]
-fn relevant(
+pub(crate) fn relevant(
     p: &Pod,
 ) -> (Option<&BTreeMap<String, String>>, Vec<&str>, bool, bool, bool, Option<&str>, Option<&str>) {
     let spec = p.spec.as_ref();
@@ -98,7 +98,7 @@ fn relevant(
 }
 
 /// `None` for Services whose endpoints are somebody else's business.
-fn selector_of(s: &Service) -> Option<Selector> {
+pub(crate) fn selector_of(s: &Service) -> Option<Selector> {
     let spec = s.spec.as_ref()?;
     if spec.type_.as_deref() == Some("ExternalName") {
         return None;
@@ -126,9 +126,9 @@ fn target_port(port: &ServicePort, pod: &Pod) -> Option<i32> {
     }
 }
 
-type Ports = Vec<(String, String, i32, Option<String>)>;
+pub(crate) type Ports = Vec<(String, String, i32, Option<String>)>;
 
-fn ports_on(service: &Service, pod: &Pod) -> Ports {
+pub(crate) fn ports_on(service: &Service, pod: &Pod) -> Ports {
     let ports = service.spec.as_ref().and_then(|s| s.ports.as_deref()).unwrap_or_default();
     ports
         .iter()
@@ -257,7 +257,7 @@ fn overlap(a: &EndpointSlice, b: &EndpointSlice) -> usize {
 }
 
 /// Pairs the wanted slices with existing ones of the same family: (to write into an existing one, to create, to delete).
-fn match_slices(
+pub(crate) fn match_slices(
     wanted: Vec<EndpointSlice>,
     mut existing: Vec<Arc<EndpointSlice>>,
 ) -> (Vec<EndpointSlice>, Vec<EndpointSlice>, Vec<Arc<EndpointSlice>>) {

@@ -2,7 +2,9 @@
 //! upstream names it; every one is a `reconcile(key)` over shared informers and a work queue.
 
 pub mod deployment;
+pub mod endpoints;
 pub mod endpointslice;
+pub mod endpointslice_mirroring;
 pub mod garbage_collector;
 pub mod manifests;
 pub mod namespace;

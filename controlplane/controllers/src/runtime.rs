@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Pod, Secret, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, Endpoints, Namespace, Node, Pod, Secret, Service, ServiceAccount,
+};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::{Api, Client};
 use orlop_api::meta::Key;
@@ -85,6 +87,7 @@ pub(crate) struct Builders {
     pub replicasets: Builder<ReplicaSet>,
     pub deployments: Builder<Deployment>,
     pub services: Builder<Service>,
+    pub endpoints: Builder<Endpoints>,
     pub endpointslices: Builder<EndpointSlice>,
     pub nodes: Builder<Node>,
     pub namespaces: Builder<Namespace>,
@@ -114,6 +117,7 @@ impl Builders {
                 .index(BY_CONTROLLER, |r: &ReplicaSet| controller_uid(&r.metadata)),
             deployments: Builder::new(Api::all(c())),
             services: Builder::new(Api::all(c())),
+            endpoints: Builder::new(Api::all(c())),
             endpointslices: Builder::new(Api::all(c())),
             nodes: Builder::new(Api::all(c())).trim(|n: &mut Node| {
                 if let Some(s) = &mut n.status {
@@ -135,6 +139,7 @@ impl Builders {
             replicasets: self.replicasets.start(tasks),
             deployments: self.deployments.start(tasks),
             services: self.services.start(tasks),
+            endpoints: self.endpoints.start(tasks),
             endpointslices: self.endpointslices.start(tasks),
             nodes: self.nodes.start(tasks),
             namespaces: self.namespaces.start(tasks),
@@ -169,6 +174,7 @@ pub(crate) struct Informers {
     pub replicasets: Informer<ReplicaSet>,
     pub deployments: Informer<Deployment>,
     pub services: Informer<Service>,
+    pub endpoints: Informer<Endpoints>,
     pub endpointslices: Informer<EndpointSlice>,
     pub nodes: Informer<Node>,
     pub namespaces: Informer<Namespace>,
@@ -183,6 +189,7 @@ impl Informers {
         self.replicasets.synced().await;
         self.deployments.synced().await;
         self.services.synced().await;
+        self.endpoints.synced().await;
         self.endpointslices.synced().await;
         self.nodes.synced().await;
         self.namespaces.synced().await;
@@ -224,7 +231,9 @@ async fn serve(config: Config, ready: Ready, stop: CancellationToken) -> std::re
     let mut b = Builders::new(&client);
     let replicaset = replicaset::Controller::new(&mut b);
     let deployment = deployment::Controller::new(&mut b);
+    let endpoints = endpoints::Controller::new(&mut b);
     let endpointslice = endpointslice::Controller::new(&mut b);
+    let mirroring = endpointslice_mirroring::Controller::new(&mut b);
     let namespace = namespace::Controller::new(&mut b);
     let serviceaccount = serviceaccount::Controller::new(&mut b);
     let token = serviceaccount_token::Controller::new(&mut b);
@@ -241,7 +250,9 @@ async fn serve(config: Config, ready: Ready, stop: CancellationToken) -> std::re
         () = informers.synced() => {
             replicaset.start(&context);
             deployment.start(&context);
+            endpoints.start(&context);
             endpointslice.start(&context);
+            mirroring.start(&context);
             namespace.start(&context);
             serviceaccount.start(&context);
             token.start(&context, &config.root_ca);
