@@ -140,6 +140,7 @@ pub async fn ensure(registry: &Registry, facts: &Facts) -> Result<(), Status> {
         ensure_exists(registry, "scheduling.k8s.io", "priorityclasses", "", class).await?;
     }
     ensure_rbac(registry).await?;
+    ensure_service_cidr(registry, facts).await?;
     ensure_service(registry, facts).await?;
     ensure_config_maps(registry, facts).await
 }
@@ -271,6 +272,25 @@ async fn ensure_rbac(registry: &Registry) -> Result<(), Status> {
 /// The address of the `kubernetes` Service: the first of the range.
 pub fn service_address(cidr: Ipv4Net) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(cidr.network()) + 1)
+}
+
+/// Shows the range of the servers' `--service-cidr` as the object under which clients look for it.
+async fn ensure_service_cidr(registry: &Registry, facts: &Facts) -> Result<(), Status> {
+    const GROUP: &str = "networking.k8s.io";
+    let range = json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "kubernetes"},
+        "spec": {"cidrs": [facts.service_cidr.to_string()]}});
+    ensure_exists(registry, GROUP, "servicecidrs", "", range).await?;
+    let mut stored = registry.get(GROUP, "servicecidrs", "", "kubernetes").await?;
+    if stored.pointer("/status/conditions/0/status") == Some(&json!("True")) {
+        return Ok(());
+    }
+    stored["status"] = json!({"conditions": [{"type": "Ready", "status": "True", "reason": "", "message": "Kubernetes default Service CIDR is ready",
+        "lastTransitionTime": crate::registry::now()}]});
+    match registry.update_status(GROUP, "servicecidrs", "", "kubernetes", stored).await {
+        // Another server was quicker.
+        Err(e) if !e.is_conflict() => Err(e),
+        _ => Ok(()),
+    }
 }
 
 async fn ensure_service(registry: &Registry, facts: &Facts) -> Result<(), Status> {

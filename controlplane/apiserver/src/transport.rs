@@ -21,6 +21,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::authn::certificate::{ClientIdentity, LateVerifier};
+use crate::nodeproxy::rewrite::Rewritten;
 use crate::pki::Pair;
 use crate::registry;
 
@@ -61,6 +62,8 @@ pub enum Body {
     Registry(registry::Body, Option<Pin<Box<WaitForCancellationFutureOwned>>>),
     /// Passed through from a kubelet or a pod.
     Proxied(Incoming),
+    /// The same with its links rewritten.
+    Rewritten(Box<Rewritten>),
 }
 
 impl Body {
@@ -95,6 +98,7 @@ impl http_body::Body for Body {
                 Pin::new(body).poll_frame(cx).map_err(|never| match never {})
             }
             Body::Proxied(body) => Pin::new(body).poll_frame(cx),
+            Body::Rewritten(body) => Pin::new(body).poll_frame(cx),
         }
     }
 
@@ -102,6 +106,7 @@ impl http_body::Body for Body {
         match self {
             Body::Registry(body, _) => body.is_end_stream(),
             Body::Proxied(body) => body.is_end_stream(),
+            Body::Rewritten(body) => body.is_end_stream(),
         }
     }
 
@@ -109,6 +114,7 @@ impl http_body::Body for Body {
         match self {
             Body::Registry(body, _) => body.size_hint(),
             Body::Proxied(body) => body.size_hint(),
+            Body::Rewritten(body) => body.size_hint(),
         }
     }
 }

@@ -64,6 +64,13 @@ pub fn path_after_proxy(path: &str) -> String {
     format!("/{}", segments.get(at..).map(|s| s.join("/")).unwrap_or_default())
 }
 
+/// A path up to and including `/proxy`.
+pub fn path_of_proxy(path: &str) -> String {
+    let rest = path_after_proxy(path);
+    let below = if path.ends_with(&rest) { rest.as_str() } else { "" };
+    path[..path.len() - below.len()].to_owned()
+}
+
 fn with_query(path: &str, query: &str) -> String {
     if query.is_empty() { path.to_owned() } else { format!("{path}?{query}") }
 }

@@ -5,10 +5,14 @@
 
 mod connect;
 mod locate;
+pub(crate) mod rewrite;
 
 use std::sync::Arc;
 
-use http::header::{CONNECTION, HOST, HeaderName, UPGRADE};
+use http::header::{
+    ACCEPT, ACCEPT_ENCODING, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderName,
+    LOCATION, UPGRADE,
+};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -24,6 +28,7 @@ use crate::request_info::{RequestInfo, UserInfo};
 use crate::status::Status;
 use crate::transport::Body;
 use locate::Target;
+use rewrite::{Links, Rewritten};
 
 /// How much of a kubelet's error text is read.
 const ERROR_LIMIT: usize = 64 * 1024;
@@ -71,8 +76,39 @@ pub async fn serve(
         server.authorize(&question).await?;
     }
     let target = resolve(&server.registry, &info, request.uri()).await?;
-    let wraps_errors = info.subresource != "proxy";
-    pass_on(&server.node_proxy, request, target, wraps_errors).await
+    if info.subresource != "proxy" {
+        return pass_on(&server.node_proxy, request, target, None).await;
+    }
+    if let Some(answer) = with_slash(&request) {
+        return Ok(answer);
+    }
+    let links = Links {
+        prefix: locate::path_of_proxy(request.uri().path()),
+        backend: target.host_header(),
+        requested: requested_host(&request),
+    };
+    pass_on(&server.node_proxy, request, target, Some(links)).await
+}
+
+/// The host that the client asked, which HTTP/2 has in the URI.
+fn requested_host(request: &Request<Incoming>) -> String {
+    let header = || request.headers().get(HOST).and_then(|h| h.to_str().ok());
+    request.uri().authority().map(|a| a.as_str()).or_else(header).unwrap_or_default().to_owned()
+}
+
+/// Sends who reads `…/proxy` to `…/proxy/`, so that relative links of the page lead below it.
+fn with_slash<B>(request: &Request<B>) -> Option<Response<Body>> {
+    let uri = request.uri();
+    let reads = matches!(*request.method(), Method::GET | Method::HEAD);
+    if !reads || request.headers().contains_key(UPGRADE) || uri.path() != locate::path_of_proxy(uri.path()) {
+        return None;
+    }
+    let query = uri.query().map(|q| format!("?{q}")).unwrap_or_default();
+    let location = HeaderValue::from_str(&format!("{}/{query}", uri.path())).ok()?;
+    let mut answer = Response::new(Body::from(crate::registry::Body::empty()));
+    *answer.status_mut() = StatusCode::MOVED_PERMANENTLY;
+    answer.headers_mut().insert(LOCATION, location);
+    Some(answer)
 }
 
 async fn resolve(registry: &Registry, info: &RequestInfo, uri: &Uri) -> Result<Target, Status> {
@@ -155,7 +191,7 @@ async fn pass_on(
     proxy: &NodeProxy,
     mut request: Request<Incoming>,
     target: Target,
-    wraps_errors: bool,
+    links: Option<Links>,
 ) -> Result<Response<Body>, Status> {
     let unreachable =
         |e: String| Status::failure(502, "BadGateway", format!("error dialing {}: {e}", target.what));
@@ -172,7 +208,11 @@ async fn pass_on(
             () = stop.cancelled() => {}
         }
     });
-    let (headers, is_upgrade) = forwarded_headers(request.headers(), &target.host_header());
+    let (mut headers, is_upgrade) = forwarded_headers(request.headers(), &target.host_header());
+    let is_head = request.method() == Method::HEAD;
+    if let Some(links) = &links {
+        announce(&mut headers, links, &target.path_and_query);
+    }
     let client_side = is_upgrade.then(|| hyper::upgrade::on(&mut request));
     let (parts, body) = request.into_parts();
     let mut outgoing = Request::new(body);
@@ -198,7 +238,7 @@ async fn pass_on(
         *answer.headers_mut() = response.headers().clone();
         return Ok(answer);
     }
-    if wraps_errors && !response.status().is_success() {
+    if links.is_none() && !response.status().is_success() {
         return Err(error_of(response).await);
     }
     let (mut parts, body) = response.into_parts();
@@ -206,7 +246,47 @@ async fn pass_on(
         parts.headers.remove(HeaderName::from_static(name));
     }
     parts.version = http::Version::default();
-    Ok(Response::from_parts(parts, Body::Proxied(body)))
+    let Some(links) = links else { return Ok(Response::from_parts(parts, Body::Proxied(body))) };
+    for name in CORS {
+        parts.headers.remove(HeaderName::from_static(name));
+    }
+    if let Some(to) = parts.headers.get(LOCATION).and_then(|l| links.rewrite(l.to_str().ok()?))
+        && let Ok(to) = HeaderValue::from_str(&to)
+    {
+        parts.headers.insert(LOCATION, to);
+    }
+    if is_head || !is_plain_html(&parts.headers) {
+        return Ok(Response::from_parts(parts, Body::Proxied(body)));
+    }
+    parts.headers.remove(CONTENT_LENGTH);
+    Ok(Response::from_parts(parts, Body::Rewritten(Box::new(Rewritten::new(body, links)))))
+}
+
+/// What a pod may not say in the name of the API server's origin.
+const CORS: [&str; 6] = [
+    "access-control-allow-credentials",
+    "access-control-allow-headers",
+    "access-control-allow-methods",
+    "access-control-allow-origin",
+    "access-control-expose-headers",
+    "access-control-max-age",
+];
+
+/// Tells the proxied server its public path, and keeps it from compressing a page whose links are to be rewritten.
+fn announce(headers: &mut HeaderMap, links: &Links, path_and_query: &str) {
+    let path = path_and_query.split('?').next().unwrap_or_default();
+    if let Ok(uri) = HeaderValue::from_str(&format!("{}{path}", links.prefix)) {
+        headers.insert(HeaderName::from_static("x-forwarded-uri"), uri);
+    }
+    if headers.get(ACCEPT).and_then(|a| a.to_str().ok()).is_some_and(|a| a.contains("text/html")) {
+        headers.remove(ACCEPT_ENCODING);
+    }
+}
+
+fn is_plain_html(headers: &HeaderMap) -> bool {
+    let kind = headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    let kind = kind.split(';').next().unwrap_or_default().trim();
+    kind == "text/html" && !headers.contains_key(CONTENT_ENCODING)
 }
 
 /// A kubelet's refusal as a Status: its own when it sent one, else its text.
@@ -234,4 +314,38 @@ async fn error_of(response: Response<Incoming>) -> Status {
     // The kubelet refusing this server is no statement about the client.
     let code = if code == StatusCode::UNAUTHORIZED { 500 } else { code.as_u16() };
     Status::failure(code, reason, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn readers_of_the_proxy_itself_are_sent_below_it() {
+        let at = |method: Method, path: &str| {
+            let request = Request::builder().method(method).uri(path).body(()).unwrap();
+            with_slash(&request).map(|a| a.headers()[LOCATION].to_str().unwrap().to_owned())
+        };
+        let base = "/api/v1/namespaces/n/pods/p/proxy";
+        assert_eq!(at(Method::GET, &format!("{base}?a=b")), Some(format!("{base}/?a=b")));
+        assert_eq!(at(Method::HEAD, base), Some(format!("{base}/")));
+        assert_eq!(at(Method::GET, "/api/v1/nodes/n/proxy").as_deref(), Some("/api/v1/nodes/n/proxy/"));
+        assert_eq!(at(Method::POST, base), None);
+        assert_eq!(at(Method::GET, &format!("{base}/")), None);
+        assert_eq!(at(Method::GET, &format!("{base}/x")), None);
+    }
+
+    #[test]
+    fn only_html_that_is_not_compressed_is_rewritten() {
+        let is = |kind: &'static str, encoding: Option<&'static str>| {
+            let mut h = HeaderMap::new();
+            h.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+            if let Some(e) = encoding {
+                h.insert(CONTENT_ENCODING, HeaderValue::from_static(e));
+            }
+            is_plain_html(&h)
+        };
+        assert!(is("text/html; charset=utf-8", None));
+        assert!(!is("text/html", Some("gzip")) && !is("text/plain", None));
+    }
 }

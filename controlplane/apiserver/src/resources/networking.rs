@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::{Column, Resource, Strategy, col};
 use crate::{
     table::human,
-    validation::{Errors, label_selector},
+    validation::{Errors, label_selector, names},
     value,
 };
 
@@ -18,7 +18,10 @@ pub(super) fn resources() -> Vec<Resource> {
             .short(&["ing"])
             .with_status()
             .generation(),
-        Resource::new(GROUP, "v1", "IPAddress", "ipaddresses", IpAddress).cluster().short(&["ip"]),
+        Resource::new(GROUP, "v1", "IPAddress", "ipaddresses", IpAddress)
+            .cluster()
+            .named(names::ip_address)
+            .short(&["ip"]),
         Resource::new(GROUP, "v1", "NetworkPolicy", "networkpolicies", NetworkPolicy)
             .short(&["netpol"])
             .generation(),
@@ -175,6 +178,18 @@ impl Strategy for NetworkPolicy {
 struct IpAddress;
 
 impl Strategy for IpAddress {
+    fn validate(&self, object: &Value, errors: &mut Errors) {
+        if !value::has(object, "spec.parentRef") {
+            errors.required("spec.parentRef", "");
+            return;
+        }
+        for field in ["resource", "name"] {
+            if value::text(object, &format!("spec.parentRef.{field}")).is_empty() {
+                errors.required(&format!("spec.parentRef.{field}"), "");
+            }
+        }
+    }
+
     fn validate_update(&self, new: &Value, old: &Value, errors: &mut Errors) {
         errors.immutable(new, old, "spec.parentRef");
     }

@@ -65,6 +65,15 @@ pub fn path_segment(s: &str) -> Vec<String> {
     ["/", "%"].iter().filter(|c| s.contains(**c)).map(|c| format!("may not contain '{c}'")).collect()
 }
 
+/// An IP address in its canonical form, the name of an IPAddress object.
+pub fn ip_address(s: &str) -> Vec<String> {
+    match s.parse::<std::net::IpAddr>() {
+        Ok(ip) if ip.to_string() == s => Vec::new(),
+        Ok(ip) => vec![format!("must be in canonical form ({ip})")],
+        Err(_) => vec!["must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)".into()],
+    }
+}
+
 fn name_part(s: &str) -> bool {
     !s.is_empty()
         && s.len() <= 63
@@ -194,5 +203,7 @@ mod tests {
         assert!(!config_key("a/b").is_empty());
         assert!(path_segment("system:node").is_empty());
         assert!(!path_segment("a/b").is_empty());
+        assert!(ip_address("fe80::42:1dff:fe84:f9e2").is_empty() && ip_address("255.255.255.255").is_empty());
+        assert!(!ip_address("fe80:0::1").is_empty() && !ip_address("010.0.0.1").is_empty());
     }
 }

@@ -83,7 +83,9 @@ impl Strategy for Service {
         if matches!(now.as_str(), "NodePort" | "LoadBalancer") {
             keep_node_ports(new, old);
         }
-        if matches!(before.as_str(), "NodePort" | "LoadBalancer") && now == "ClusterIP" {
+        if matches!(before.as_str(), "NodePort" | "LoadBalancer")
+            && matches!(now.as_str(), "ClusterIP" | "ExternalName")
+        {
             drop_node_ports(new, old);
         }
         if now != "LoadBalancer" {
@@ -92,7 +94,7 @@ impl Strategy for Service {
                 value::set(new, "status.loadBalancer", json!({}));
             }
         }
-        if now == "ClusterIP" && value::list(new, "spec.externalIPs").is_empty() {
+        if now == "ExternalName" || now == "ClusterIP" && value::list(new, "spec.externalIPs").is_empty() {
             value::remove(new, "spec.externalTrafficPolicy");
         }
     }
@@ -279,5 +281,29 @@ fn validate_ports(object: &Value, may_be_empty: bool, errors: &mut Errors) {
         if ports[..i].iter().any(|o| same(&o)) {
             errors.duplicate(&at, p);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_belongs_to_another_type_goes_with_the_type() {
+        let old = json!({"spec": {"type": "NodePort", "clusterIP": "10.96.0.9", "clusterIPs": ["10.96.0.9"],
+            "externalTrafficPolicy": "Cluster", "internalTrafficPolicy": "Cluster",
+            "ports": [{"port": 80, "protocol": "TCP", "nodePort": 30080}]}});
+        for (kind, address) in [("ExternalName", ""), ("ClusterIP", "10.96.0.9")] {
+            let mut new = old.clone();
+            new["spec"]["type"] = kind.into();
+            Service.prepare_update(&mut new, &old);
+            assert_eq!(new["spec"]["ports"], json!([{"port": 80, "protocol": "TCP"}]), "{kind}");
+            assert_eq!(value::text(&new, "spec.clusterIP"), address, "{kind}");
+            assert!(!value::has(&new, "spec.externalTrafficPolicy"), "{kind}");
+        }
+        let mut new = old.clone();
+        value::remove(&mut new["spec"]["ports"][0], "nodePort");
+        Service.prepare_update(&mut new, &old);
+        assert_eq!(new["spec"]["ports"][0]["nodePort"], 30080, "an update that leaves it out keeps it");
     }
 }
