@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 build_packages=(rustc-web rust-web-src llvm-22-dev libpolly-22-dev)
-test_packages=(busybox-static docker-registry qemu-system-x86 linux-image-cloud-amd64 cpio curl iproute2 jq socat bind9-dnsutils)
+test_packages=(busybox-static docker-registry skopeo nftables qemu-system-x86 linux-image-cloud-amd64 cpio curl iproute2 jq socat bind9-dnsutils)
 bpf_linker_version=0.13.0
 
 die() { echo "deps: $*" >&2; exit 1; }
@@ -66,13 +66,19 @@ GO
         else
             printf '//go:build tools\npackage tool\nimport _ "%s"\n' "$2" >tool.go
         fi
-        go mod tidy >log 2>&1 && CGO_ENABLED=0 go build -ldflags "-s -w $5" -o "$tools/$1-$4" "$target" >>log 2>&1 ||
+        build=(go build)
+        # A suite is a test binary.
+        [ "$1" = critest ] && build=(go test -c)
+        go mod tidy >log 2>&1 && CGO_ENABLED=0 "${build[@]}" -ldflags "-s -w $5" -o "$tools/$1-$4" "$target" >>log 2>&1 ||
             { tail -5 log >&2; exit 1; }
     ) || die "$1 did not build from $3 $4"
     rm -rf "$work"
     ln -sfn "$1-$4" "$tools/$1"
 }
 go_tool crictl sigs.k8s.io/cri-tools/cmd/crictl sigs.k8s.io/cri-tools v1.36.0 "-X sigs.k8s.io/cri-tools/pkg/version.Version=1.36.0"
+go_tool critest sigs.k8s.io/cri-tools/cmd/critest sigs.k8s.io/cri-tools v1.36.0 ""
+go_tool ginkgo github.com/onsi/ginkgo/v2/ginkgo github.com/onsi/ginkgo/v2 v2.28.1 ""
+go_tool portmap github.com/containernetworking/plugins/plugins/meta/portmap github.com/containernetworking/plugins v1.9.1 ""
 if ! command -v kubectl >/dev/null; then
     go_tool kubectl kubectl k8s.io/kubectl v0.36.3 ""
 fi

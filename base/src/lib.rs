@@ -5,3 +5,5 @@ pub mod failpoint;
 pub mod supervise;
 pub mod telemetry;
 pub mod testkit;
+#[cfg(feature = "tls")]
+pub mod tls;

@@ -7,6 +7,7 @@
 //! layers/<id>/fs, layer.json   one unpacked layer; the id is the first 24 digits of its chain id
 //! layers/empty/{a,b}           a second lower layer for read-only mounts of one layer
 //! rootfs/<key>/upper, work, rootfs.json
+//! mapped/                      mounts of the layers with translated owners, while an overlay is made
 //! ingest/                      what is being made
 //! trash/                       what is being deleted
 //! ```
@@ -18,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Digest, Error, Result, Usage, unpack};
+use crate::{Digest, Error, Result, Usage, UserNamespace, unpack};
 
 /// Version of the files below.
 pub(crate) const VERSION: u32 = 1;
@@ -50,6 +51,12 @@ pub(crate) struct RootfsRecord {
     pub readonly: bool,
     #[serde(default)]
     pub extra: Vec<(String, String)>,
+    #[serde(default)]
+    pub user_namespace: Option<UserNamespace>,
+    /// The writable layer holds every file with its owner outside: the layers could not be mounted with translated
+    /// owners.
+    #[serde(default)]
+    pub owners_changed: bool,
 }
 
 /// One image in `images.json`.
@@ -91,7 +98,9 @@ impl Layout {
         // Mounts and records keep the path, so it must not depend on the working directory.
         fs::create_dir_all(root).map_err(Error::io("create", root))?;
         let root = fs::canonicalize(root).map_err(Error::io("find", root))?;
-        for name in ["content", "layers", "layers/empty/a", "layers/empty/b", "rootfs", "ingest", "trash"] {
+        for name in
+            ["content", "layers", "layers/empty/a", "layers/empty/b", "rootfs", "ingest", "trash", "mapped"]
+        {
             let path = root.join(name);
             let mut builder = fs::DirBuilder::new();
             // A container's files are nobody else's business, and some are set-uid.
@@ -141,6 +150,11 @@ impl Layout {
         Ingest { path: self.root.join("ingest").join(self.unique()) }
     }
 
+    /// A name that nothing has yet, for mounts of the layers with translated owners.
+    pub fn mapped(&self) -> PathBuf {
+        self.root.join("mapped").join(self.unique())
+    }
+
     fn unique(&self) -> String {
         self.next.fetch_add(1, Ordering::Relaxed).to_string()
     }
@@ -171,8 +185,12 @@ impl Layout {
         self.set_aside(path)?.map_or(Ok(()), |p| delete(&p))
     }
 
-    /// Empties `ingest/` and `trash/`.
+    /// Empties `ingest/` and `trash/`, and unmounts what is in `mapped/`.
     pub fn clean(&self) -> Result<()> {
+        let mapped = self.root.join("mapped");
+        for item in fs::read_dir(&mapped).map_err(Error::io("list", &mapped))? {
+            crate::idmap::take_away(&item.map_err(Error::io("list", &mapped))?.path());
+        }
         for name in ["ingest", "trash"] {
             let path = self.root.join(name);
             let dir = unpack::open_folder(&path).map_err(Error::sys("open", &path))?;

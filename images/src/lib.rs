@@ -8,11 +8,13 @@
 mod build;
 mod error;
 mod export;
+mod idmap;
 mod image;
 mod import;
 mod ingest;
 mod layout;
 mod manifest;
+mod mount_setattr;
 mod options;
 mod overlay;
 mod pack;
@@ -24,11 +26,12 @@ mod state;
 mod store;
 mod unpack;
 mod unshare;
+mod user_namespace;
 
 pub use build::{Build, build};
 pub use error::{Error, Result};
 pub use image::{GcReport, Image, Usage};
-pub use options::{Auth, Options, RootfsOptions};
+pub use options::{Auth, IdMapping, Options, RootfsOptions, UserNamespace};
 pub use reference::{Digest, Reference};
 pub use store::ImageStore;
 pub use unpack::Error as UnpackError;

@@ -65,4 +65,21 @@ pub struct RootfsOptions {
     pub readonly: bool,
     /// More overlayfs options, such as `metacopy=off`.
     pub extra: Vec<(String, String)>,
+    /// The container's user namespace: files belong to the ids outside that stand for the image's owners.
+    pub user_namespace: Option<UserNamespace>,
+}
+
+/// The mappings of a user namespace (`user_namespaces(7)`).
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct UserNamespace {
+    pub uids: Vec<IdMapping>,
+    pub gids: Vec<IdMapping>,
+}
+
+/// `length` ids from `container` inside are those from `host` outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct IdMapping {
+    pub container: u32,
+    pub host: u32,
+    pub length: u32,
 }

@@ -16,8 +16,9 @@ pub(crate) struct Overlay<'a> {
     pub layers: &'a Path,
     /// Topmost first. At least two, or one and `upper`.
     pub lower: Vec<PathBuf>,
-    /// The writable layer and its work folder. Relative to `layers` as well.
+    /// The writable layer and its work folder, absolute or relative to `layers`.
     pub upper: Option<(PathBuf, PathBuf)>,
+    pub readonly: bool,
     pub extra: &'a [(String, String)],
     pub target: &'a Path,
 }
@@ -76,8 +77,7 @@ fn mount_by_layer(o: &Overlay<'_>) -> Result<(), Step> {
         }
     }
     fsconfig_create(&fs).map_err(why("create", true))?;
-    let attributes =
-        if o.upper.is_none() { MountAttrFlags::MOUNT_ATTR_RDONLY } else { MountAttrFlags::empty() };
+    let attributes = if o.readonly { MountAttrFlags::MOUNT_ATTR_RDONLY } else { MountAttrFlags::empty() };
     let mount = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(why("mount", false))?;
     move_mount(&mount, "", CWD, o.target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .map_err(step("attach", false))
@@ -117,7 +117,7 @@ fn mount_in_one_page(o: &Overlay<'_>) -> Result<(), String> {
         ));
     }
     let data = std::ffi::CString::new(data).map_err(|_| "an option holds a NUL byte".to_owned())?;
-    let flags = if o.upper.is_none() { MountFlags::RDONLY } else { MountFlags::empty() };
+    let flags = if o.readonly { MountFlags::RDONLY } else { MountFlags::empty() };
     std::thread::scope(|scope| {
         let worker = scope.spawn(|| {
             crate::unshare::own_working_directory().map_err(|e| format!("unshare: {e}"))?;

@@ -260,9 +260,9 @@ where
         let _permit = inner.permits.acquire().await.map_err(|_| Error::Cancelled)?;
         let (layout, plan2, origin2) = (inner.layout.clone(), plan.clone(), origin.clone());
         let keep = inner.options.keep_layer_blobs;
-        let unpack = unpacking
-            .spawn_blocking(move || unpack_layer(&layout, &plan2, &origin2, keep, Stream::new(chunks)));
-        let ((), unpacked) = tokio::join!(send, joined(unpack));
+        let unpack =
+            answering(&unpacking, move || unpack_layer(&layout, &plan2, &origin2, keep, Stream::new(chunks)));
+        let ((), unpacked) = tokio::join!(send, unpack);
         unpacked?
     };
     if let Some(below) = below {
@@ -272,11 +272,32 @@ where
     // The lock goes along, and the layer is known as soon as it is there: this future may be dropped any moment, the
     // blocking part goes on.
     let inner2 = inner.clone();
-    let commit = unpacking.spawn_blocking(move || {
+    let commit = answering(&unpacking, move || {
         let record = commit_layer(&inner2.layout, &plan, &chain[..position], &origin, unfinished)?;
         inner2.state.write().layers.insert(record.chain, record.clone());
         drop(lock);
         Ok(record)
     });
-    Ok(Some((joined(commit).await?, digest)))
+    Ok(Some((commit.await?, digest)))
+}
+
+/// Runs blocking code that `tracker` counts until its result is handed over or, when nobody wants it any more, gone: a
+/// task's own result outlives the tracked part, and with it files that the result would delete.
+fn answering<T: Send + 'static>(
+    tracker: &TaskTracker,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> impl Future<Output = Result<T>> {
+    let (answer, answered) = oneshot::channel();
+    let task = tracker.spawn_blocking(move || {
+        // A receiver that is gone leaves the result to be dropped here.
+        let _ = answer.send(work());
+        Ok(())
+    });
+    async move {
+        match answered.await {
+            Ok(result) => result,
+            // It panicked.
+            Err(_) => joined(task).await.and(Err(Error::Cancelled)),
+        }
+    }
 }

@@ -8,10 +8,11 @@ use std::sync::Arc;
 
 use orlop_base::durable::{self, Sync};
 
+use crate::idmap::{self, Mapped};
 use crate::layout::{Layout, RootfsRecord, VERSION};
 use crate::overlay::{self, Overlay};
 use crate::store::{Inner, blocking};
-use crate::{Digest, Error, Image, Result, RootfsOptions, unpack};
+use crate::{Digest, Error, Image, Result, RootfsOptions, UserNamespace, unpack};
 
 fn check_key(key: &str) -> Result<()> {
     let good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-');
@@ -31,12 +32,14 @@ pub(crate) async fn prepare(
     check_key(key)?;
     let _lock = inner.rootfs_locks.lock(key.to_owned()).await;
     let target = std::path::absolute(target).map_err(Error::io("find", target))?;
-    let record = RootfsRecord {
+    let mut record = RootfsRecord {
         image: image.id.clone(),
         chain: image.chain.clone(),
         target,
         readonly: options.readonly,
         extra: options.extra.clone(),
+        user_namespace: options.user_namespace.clone(),
+        owners_changed: false,
     };
     let old = {
         let mut state = inner.state.write();
@@ -44,11 +47,16 @@ pub(crate) async fn prepare(
             return Err(Error::NoImage(image.id.clone()));
         }
         match state.rootfs.get(key) {
-            Some(old) if old.image != record.image || old.readonly != record.readonly => {
+            Some(old)
+                if old.image != record.image
+                    || old.readonly != record.readonly
+                    || old.user_namespace != record.user_namespace =>
+            {
                 return Err(Error::RootfsExists { key: key.to_owned(), image: old.image.clone() });
             }
             old => {
                 let old = old.cloned();
+                record.owners_changed = old.as_ref().is_some_and(|o| o.owners_changed);
                 // From here on the layers are in use.
                 state.rootfs.insert(key.to_owned(), record.clone());
                 old
@@ -57,47 +65,119 @@ pub(crate) async fn prepare(
     };
     let known = old.is_some();
     let (layout, key2) = (inner.layout.clone(), key.to_owned());
-    let result = blocking(move || make(&layout, &key2, &record, old.as_ref())).await;
-    if result.is_err() && !known {
+    let result = blocking(move || make(&layout, &key2, record, old.as_ref())).await;
+    if let Ok(record) = &result {
+        inner.state.write().rootfs.insert(key.to_owned(), record.clone());
+    } else if !known {
         let (layout, key2) = (inner.layout.clone(), key.to_owned());
         // The first error is the one to report; a folder that stays has no record and goes at the next open.
         let _ = blocking(move || layout.discard(&layout.rootfs(&key2))).await;
         inner.state.write().rootfs.remove(key);
     }
-    result
+    result.map(drop)
 }
 
-fn make(layout: &Layout, key: &str, record: &RootfsRecord, old: Option<&RootfsRecord>) -> Result<()> {
+/// Gives the record back as it is on disk.
+fn make(
+    layout: &Layout,
+    key: &str,
+    record: RootfsRecord,
+    old: Option<&RootfsRecord>,
+) -> Result<RootfsRecord> {
     let dir = layout.rootfs(key);
     match old {
-        Some(old) if old.target == record.target && overlay::is_mounted(&record.target) => return Ok(()),
+        Some(old) if old.target == record.target && overlay::is_mounted(&record.target) => return Ok(record),
         Some(old) => {
             overlay::unmount_all(&old.target).map_err(Error::sys("unmount", &old.target))?;
-            // Left by a mount that a crash of the machine ended; the layer is a container's scratch space.
-            let mark = dir.join("work/work/incompat");
-            if mark.exists() {
-                fs::remove_dir_all(&mark).map_err(Error::io("remove", &mark))?;
-            }
-            durable::write_json(&dir.join("rootfs.json"), VERSION, record, Sync::PageCache)?;
+            remove_mark(&dir)?;
+            durable::write_json(&dir.join("rootfs.json"), VERSION, &record, Sync::PageCache)?;
         }
-        None => create_dirs(layout, &dir, record)?,
+        None => create_dirs(layout, &dir, &record)?,
     }
     fs::create_dir_all(&record.target).map_err(Error::io("create", &record.target))?;
-    let mount = Overlay {
-        layers: &layout.layers(),
-        lower: lower(&record.chain, record.readonly),
-        upper: (!record.readonly).then(|| {
-            let base = PathBuf::from("../rootfs").join(key);
-            (base.join("upper"), base.join("work"))
-        }),
-        extra: &record.extra,
+    let target = record.target.clone();
+    let failed = |detail| Error::Mount { key: key.to_owned(), target: target.clone(), detail };
+    if let (Some(ns), false) = (&record.user_namespace, record.owners_changed) {
+        let why = match Mapped::mount(layout, ns).and_then(|m| mount(layout, &m.path, key, &record)) {
+            Ok(()) => return Ok(record),
+            Err(why) => why,
+        };
+        // A writable layer in use is not made anew.
+        if old.is_some() && !record.readonly {
+            return Err(failed(why));
+        }
+        tracing::warn!(key, why, "no layers with translated owners; every file changes its owner instead");
+        let record = RootfsRecord { owners_changed: true, ..record.clone() };
+        change_owners(layout, key, &record, ns).map_err(failed)?;
+        durable::write_json(&dir.join("rootfs.json"), VERSION, &record, Sync::PageCache)?;
+        mount(layout, &layout.layers(), key, &record).map_err(failed)?;
+        return Ok(record);
+    }
+    mount(layout, &layout.layers(), key, &record).map_err(failed)?;
+    Ok(record)
+}
+
+/// Left by a mount that a crash of the machine ended; the layer is a container's scratch space.
+fn remove_mark(dir: &Path) -> Result<()> {
+    let mark = dir.join("work/work/incompat");
+    if mark.exists() {
+        fs::remove_dir_all(&mark).map_err(Error::io("remove", &mark))?;
+    }
+    Ok(())
+}
+
+/// Mounts by the layers as `layers` shows them.
+fn mount(layout: &Layout, layers: &Path, key: &str, record: &RootfsRecord) -> Result<(), String> {
+    let dir = layout.rootfs(key);
+    let writable = !record.readonly || record.owners_changed;
+    let mut extra = record.extra.clone();
+    if record.owners_changed {
+        // Copies of metadata alone, and no sharing of copies between a file's names.
+        extra.extend([("metacopy", "on"), ("index", "off")].map(|(k, v)| (k.to_owned(), v.to_owned())));
+    }
+    overlay::mount(&Overlay {
+        layers,
+        lower: lower(&record.chain, !writable),
+        upper: writable.then(|| (dir.join("upper"), dir.join("work"))),
+        readonly: record.readonly,
+        extra: &extra,
         target: &record.target,
-    };
-    overlay::mount(&mount).map_err(|detail| Error::Mount {
-        key: key.to_owned(),
-        target: record.target.clone(),
-        detail,
     })
+}
+
+/// Through a mount of its own, which is not read-only.
+fn change_owners(
+    layout: &Layout,
+    key: &str,
+    record: &RootfsRecord,
+    ns: &UserNamespace,
+) -> Result<(), String> {
+    let dir = layout.rootfs(key);
+    for name in ["upper", "work"] {
+        let path = dir.join(name);
+        // What an attempt left that a crash ended.
+        if path.exists() {
+            fs::remove_dir_all(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        }
+        fs::DirBuilder::new().mode(0o755).create(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+    }
+    if let Some(top) = record.chain.last() {
+        copy_root(layout, top, &dir.join("upper")).map_err(|e| e.to_string())?;
+    }
+    let passing = RootfsRecord { readonly: false, ..record.clone() };
+    mount(layout, &layout.layers(), key, &passing)?;
+    let changed = idmap::change_owners(&record.target, ns).map_err(|e| format!("change of owners: {e}"));
+    let unmounted = overlay::unmount_all(&record.target).map_err(|e| format!("unmount: {e}"));
+    changed.and(unmounted)?;
+    remove_mark(&dir).map_err(|e| e.to_string())
+}
+
+/// The root folder of the mount is that of the writable layer.
+fn copy_root(layout: &Layout, top: &Digest, upper: &Path) -> Result<()> {
+    let from_path = layout.layer_fs(top);
+    let from = unpack::open_folder(&from_path).map_err(Error::sys("open", &from_path))?;
+    let to = unpack::open_folder(upper).map_err(Error::sys("open", upper))?;
+    unpack::copy_metadata(from.as_fd(), to.as_fd()).map_err(Error::sys("set metadata of", upper))
 }
 
 /// Appears in one step, with its record inside.
@@ -110,12 +190,14 @@ fn create_dirs(layout: &Layout, dir: &Path, record: &RootfsRecord) -> Result<()>
         let upper = made.path.join("upper");
         mkdir(&upper, 0o755)?;
         mkdir(&made.path.join("work"), 0o700)?;
-        // The root folder of the mount is that of the writable layer.
         if let Some(top) = record.chain.last() {
-            let from_path = layout.layer_fs(top);
-            let from = unpack::open_folder(&from_path).map_err(Error::sys("open", &from_path))?;
-            let to = unpack::open_folder(&upper).map_err(Error::sys("open", &upper))?;
-            unpack::copy_metadata(from.as_fd(), to.as_fd()).map_err(Error::sys("set metadata of", &upper))?;
+            copy_root(layout, top, &upper)?;
+        }
+        if let Some(ns) = &record.user_namespace {
+            let stat = rustix::fs::stat(&upper).map_err(Error::sys("look at", &upper))?;
+            let (uid, gid) = ns.owner((stat.st_uid, stat.st_gid));
+            std::os::unix::fs::chown(&upper, Some(uid), Some(gid))
+                .map_err(Error::io("set owner of", &upper))?;
         }
     }
     durable::write_json(&made.path.join("rootfs.json"), VERSION, record, Sync::PageCache)?;

@@ -13,7 +13,9 @@ use tokio_util::sync::CancellationToken;
 use crate::layout::{ImageRecord, LayerRecord, Layout, VERSION, measure};
 use crate::pull::Pulls;
 use crate::state::{self, Entry, State};
-use crate::{Auth, Digest, Error, GcReport, Image, Options, Reference, Result, RootfsOptions, Usage};
+use crate::{
+    Auth, Digest, Error, GcReport, Image, Options, Reference, Result, RootfsOptions, Usage, UserNamespace,
+};
 
 /// All images and root file systems below one folder. A cheap handle: clones share the store.
 #[derive(Clone)]
@@ -231,10 +233,17 @@ impl ImageStore {
         Ok(())
     }
 
-    /// Mounts the image's files read-only at `target`, for image volumes. Taken away by
+    /// Mounts the image's files read-only at `target`, for image volumes, with the owners as the container sees them. Taken away by
     /// [`remove_rootfs`](Self::remove_rootfs).
-    pub async fn mount_image(&self, key: &str, image: &Image, target: &Path) -> Result<()> {
-        let options = RootfsOptions { readonly: true, ..RootfsOptions::default() };
+    pub async fn mount_image(
+        &self,
+        key: &str,
+        image: &Image,
+        target: &Path,
+        user_namespace: Option<&UserNamespace>,
+    ) -> Result<()> {
+        let user_namespace = user_namespace.cloned();
+        let options = RootfsOptions { readonly: true, user_namespace, ..RootfsOptions::default() };
         crate::snapshot::prepare(&self.inner, key, image, target, &options).await
     }
 

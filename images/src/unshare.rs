@@ -1,4 +1,4 @@
-//! The one unsafe call of this crate.
+//! One unsafe call.
 
 /// Gives the calling thread a working directory of its own. For short-lived threads only: it cannot be taken back.
 pub(crate) fn own_working_directory() -> std::io::Result<()> {

@@ -1,5 +1,5 @@
-//! Runs the CRI server alone: `cri --root DIR --monitor FILE [--cni-conf DIR] [--cni-bin DIR] [--import ARCHIVE] [--purge]`. Everything is below the
-//! root folder; the socket is DIR/cri.sock.
+//! Runs the CRI server alone: `cri --root DIR --monitor FILE [--cni-conf DIR] [--cni-bin DIR]...
+//! [--certs-dir DIR] [--cgroup-parent PATH] [--import ARCHIVE] [--purge]`. Everything is below the root folder; the socket is DIR/cri.sock.
 
 use std::path::PathBuf;
 
@@ -18,6 +18,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Asked, String> {
     let mut config = Config::default();
     let mut purge = false;
     let mut import = None;
+    let mut cni_bin_dirs = Vec::new();
     while let Some(flag) = args.next() {
         if flag == "--purge" {
             purge = true;
@@ -29,7 +30,8 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Asked, String> {
             "--import" => import = Some(value.into()),
             "--monitor" => config.monitor = value.into(),
             "--cni-conf" => config.cni_conf_dir = value.into(),
-            "--cni-bin" => config.cni_bin_dirs = vec![value.into()],
+            "--cni-bin" => cni_bin_dirs.push(value.into()),
+            "--certs-dir" => config.images.certs_dir = Some(value.into()),
             "--cgroup-parent" => config.default_cgroup_parent = value,
             other => return Err(format!("unknown flag {other}")),
         }
@@ -40,6 +42,9 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Asked, String> {
     config.run_dir = root.join("run");
     config.images_dir = root.join("images");
     config.cni_cache_dir = root.join("cni");
+    if !cni_bin_dirs.is_empty() {
+        config.cni_bin_dirs = cni_bin_dirs;
+    }
     Ok(Asked { config, purge, import })
 }
 

@@ -1,9 +1,9 @@
 //! A registry on loopback, images made by hand, and a client that pushes them.
 
 use std::io::Write;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -31,14 +31,19 @@ impl Drop for Registry {
     }
 }
 
-pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+/// A loopback address that no other test of any process uses, with a port outside of the range that the kernel gives
+/// to clients: a port that is only free at the moment may be taken before a server has started.
+pub fn own_address() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    let (process, n) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    assert!(n < 255, "a test process has 254 addresses");
+    format!("127.{}.{}.{n}:5000", 64 + (process >> 8) % 64, process & 0xff)
 }
 
 impl Registry {
     pub async fn start() -> Registry {
         let dir = tempfile::Builder::new().prefix("images-registry-").tempdir().unwrap();
-        let address = format!("127.0.0.1:{}", free_port());
+        let address = own_address();
         let config = dir.path().join("config.yml");
         let text = format!(
             "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {address}\n",

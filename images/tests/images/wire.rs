@@ -235,8 +235,7 @@ async fn mirrors_come_first_and_see_no_credentials() {
     let place = Place::new();
     let certs = place.dir.path().join("certs.d");
     std::fs::create_dir_all(certs.join(&upstream.address)).unwrap();
-    let hosts =
-        format!("[host.\"http://127.0.0.1:{}\"]\n[host.\"http://{}\"]\n", free_port(), mirror.address);
+    let hosts = format!("[host.\"http://{}\"]\n[host.\"http://{}\"]\n", own_address(), mirror.address);
     std::fs::write(certs.join(&upstream.address).join("hosts.toml"), hosts).unwrap();
     let user = Auth { username: "u".into(), password: "p".into(), ..Auth::default() };
     let store = store(&place, Some(certs.clone())).await;

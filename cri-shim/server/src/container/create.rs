@@ -216,7 +216,7 @@ impl Runtime {
             let target = bundle.join(format!("volume{i}"));
             fs::create_dir_all(&target).map_err(Error::io("create", &target))?;
             container.update(|r| r.image_volumes.push(key.clone()))?;
-            self.images.mount_image(&key, &image, &target).await?;
+            self.images.mount_image(&key, &image, &target, None).await?;
             out.push(Some(inside(&target, &mount.image_sub_path)?));
         }
         Ok(out)

@@ -69,13 +69,13 @@ fn mount(destination: impl Into<PathBuf>, kind: &str, source: impl Into<PathBuf>
     m
 }
 
-/// The container's root passes on what its most open mount needs.
+/// The container's root passes on what its most open mount needs, in the words of the OCI runtime specification.
 pub(super) fn rootfs_propagation(mounts: &[Resolved]) -> Option<String> {
     let any = |p| mounts.iter().any(|m| m.propagation == p);
     if any(cri::MountPropagation::PropagationBidirectional) {
-        Some("rshared".to_owned())
+        Some("shared".to_owned())
     } else if any(cri::MountPropagation::PropagationHostToContainer) {
-        Some("rslave".to_owned())
+        Some("slave".to_owned())
     } else {
         None
     }

@@ -249,7 +249,7 @@ fn mounts_that_make_no_sense_are_refused() {
 
 #[test]
 fn propagation_of_the_root_follows_the_mounts() {
-    for (modes, want) in [(vec![0], None), (vec![0, 1], Some("rslave")), (vec![1, 2], Some("rshared"))] {
+    for (modes, want) in [(vec![0], None), (vec![0, 1], Some("slave")), (vec![1, 2], Some("shared"))] {
         let mounts = modes
             .iter()
             .map(|p| cri::Mount { container_path: format!("/m{p}"), propagation: *p, ..Default::default() })
