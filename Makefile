@@ -20,6 +20,7 @@ down: ## stop it and take back all of it but the data folder
 
 purge: down ## also delete the data folder
 	@rm -rf /var/lib/orlop
+	@echo "purge: /var/lib/orlop is deleted"
 
 test: ## the whole gate
 	@scripts/test.sh

@@ -21,12 +21,14 @@ go_on() {
   export KUBECONFIG=$kubeconfig
   kubectl get pods -A -o wide
   curl http://$service/            the demo by its Service address
-  curl http://127.0.0.1:$node_port/      the same by its node port
+  curl http://127.0.0.1:$node_port/       the same by its node port
   make down                        stop it; \`make purge\` also deletes $data
 TEXT
+    command -v kubectl >/dev/null || echo "  (kubectl is not on PATH; any version from 1.30 on will do)"
 }
 
-if [ -e /run/orlop/up/pid ] && kill -0 "$(cat /run/orlop/up/pid)" 2>/dev/null; then
+# `orlop up` holds this lock as long as it runs.
+if [ -e /run/orlop/up/lock ] && ! flock -n /run/orlop/up/lock true; then
     echo "up: it runs already (process $(cat /run/orlop/up/pid))"
     go_on
     exit 0

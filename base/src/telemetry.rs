@@ -46,11 +46,28 @@ pub fn chain(e: &(dyn std::error::Error + 'static)) -> String {
     let mut source = e.source();
     while let Some(s) = source {
         let s_text = s.to_string();
-        if !text.ends_with(&s_text) {
+        if !text.contains(&s_text) {
             text.push_str(": ");
             text.push_str(&s_text);
         }
         source = s.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct E(&'static str, #[source] Option<Box<E>>);
+
+    #[test]
+    fn a_chain_says_each_cause_once() {
+        let cause = || Some(Box::new(E("b failed", Some(Box::new(E("no such file", None))))));
+        assert_eq!(chain(&E("a failed", cause())), "a failed: b failed: no such file");
+        // An error that shows its causes itself.
+        assert_eq!(chain(&E("a: b failed: no such file", cause())), "a: b failed: no such file");
+    }
 }

@@ -2,9 +2,40 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::{IpNet, Ipv4Net};
+
+/// What clap says of a mistake, without its usage lines.
+pub fn on_one_line(message: &str) -> String {
+    let said =
+        message.lines().take_while(|l| !l.starts_with("Usage:") && !l.starts_with("For more information"));
+    let words: Vec<&str> = said.flat_map(str::split_whitespace).collect();
+    format!("{}; --help lists what there is", words.join(" ").trim_start_matches("error: "))
+}
+
+/// Where a server listens: IP:PORT, or "none" for nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address(pub Option<SocketAddr>);
+
+impl FromStr for Address {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Address, Self::Err> {
+        match text {
+            "none" => Ok(Address(None)),
+            t => t.parse().map(|a| Address(Some(a))).map_err(|_| "write IP:PORT or none"),
+        }
+    }
+}
+
+fn key_value(text: &str) -> Result<String, &'static str> {
+    match text.split_once('=') {
+        Some((key, _)) if !key.is_empty() => Ok(text.to_owned()),
+        _ => Err("write KEY=VALUE"),
+    }
+}
 
 /// The node side of Kubernetes and a compact control plane, in one program.
 #[derive(Debug, Parser)]
@@ -75,7 +106,7 @@ pub struct NodeArgs {
     pub node_ips: Vec<IpAddr>,
 
     /// Labels that the Node registers with
-    #[arg(long = "node-label", value_name = "KEY=VALUE")]
+    #[arg(long = "node-label", value_name = "KEY=VALUE", value_parser = key_value)]
     pub node_labels: Vec<String>,
 
     /// KubeletConfiguration file
@@ -132,11 +163,11 @@ pub struct NodeArgs {
 
     /// Where the proxy answers health checks; "none" for nowhere
     #[arg(long, default_value = "0.0.0.0:10256")]
-    pub proxy_health_address: String,
+    pub proxy_health_address: Address,
 
     /// Where the proxy shows its metrics; "none" for nowhere
     #[arg(long, default_value = "127.0.0.1:10249")]
-    pub proxy_metrics_address: String,
+    pub proxy_metrics_address: Address,
 
     /// Pins of the proxy's programs and maps
     #[arg(long, default_value = "/sys/fs/bpf/orlop")]
@@ -211,11 +242,11 @@ pub struct ProxyArgs {
 
     /// Where health checks are answered; "none" for nowhere
     #[arg(long, default_value = "0.0.0.0:10256")]
-    pub health_address: String,
+    pub health_address: Address,
 
     /// Where metrics are shown; "none" for nowhere
     #[arg(long, default_value = "127.0.0.1:10249")]
-    pub metrics_address: String,
+    pub metrics_address: Address,
 
     /// Remove all programs, maps and links and end
     #[arg(long)]
@@ -227,12 +258,14 @@ pub struct ProxyArgs {
 pub enum ImageCommand {
     /// Pull an image from its registry
     Pull {
+        /// Name of the image, by tag or digest
         reference: String,
         #[command(flatten)]
         cri: CriSocket,
     },
     /// Import an OCI layout or docker archive into the store of a stopped CRI server
     Import {
+        /// A tar file, or the folder of an OCI layout
         archive: PathBuf,
         /// Name for an image that has none
         #[arg(long)]
@@ -248,12 +281,14 @@ pub enum ImageCommand {
     },
     /// Remove an image with all its names
     Rm {
+        /// Name or id of the image
         reference: String,
         #[command(flatten)]
         cri: CriSocket,
     },
     /// Delete what no image and no container needs, in the store of a stopped CRI server
     Gc {
+        /// The store's folder
         #[arg(long, default_value = "/var/lib/orlop/images")]
         images_dir: PathBuf,
     },
@@ -273,8 +308,8 @@ pub enum ImageCommand {
         /// Default arguments (repeatable)
         #[arg(long)]
         cmd: Vec<String>,
-        /// Environment, KEY=VALUE (repeatable)
-        #[arg(long)]
+        /// Environment (repeatable)
+        #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
         env: Vec<String>,
         /// User, numeric or by name
         #[arg(long)]
@@ -288,6 +323,7 @@ pub enum ImageCommand {
 /// Which CRI server.
 #[derive(Clone, Debug, Args)]
 pub struct CriSocket {
+    /// Unix socket of the CRI server
     #[arg(long, default_value = "unix:///run/orlop/cri.sock", env = "CONTAINER_RUNTIME_ENDPOINT")]
     pub endpoint: String,
 }
@@ -302,6 +338,7 @@ pub enum StoreKind {
 /// What the control plane needs to know.
 #[derive(Clone, Debug, Args)]
 pub struct ServerArgs {
+    /// Where the cluster's state is kept
     #[arg(long, value_enum, default_value = "embedded")]
     pub store: StoreKind,
 
@@ -340,4 +377,38 @@ pub struct ServerArgs {
     /// Apply the manifests of this folder [default: <data-dir>/server/manifests]
     #[arg(long)]
     pub manifests: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(words: &[&str]) -> String {
+        let e = Cli::try_parse_from(std::iter::once(&"orlop").chain(words)).unwrap_err();
+        on_one_line(&e.render().to_string())
+    }
+
+    #[test]
+    fn a_mistake_is_one_line_that_names_the_flag() {
+        let table: [(&[&str], &[&str]); 7] = [
+            (&["bogus"], &["unrecognized subcommand 'bogus'"]),
+            (&["up", "--bogus"], &["unexpected argument '--bogus'"]),
+            (&["up", "--wait", "abc"], &["'abc'", "--wait"]),
+            (&["up", "--node-label", "x"], &["--node-label", "write KEY=VALUE"]),
+            (&["up", "--proxy-health-address", "x"], &["--proxy-health-address", "write IP:PORT or none"]),
+            (&["image", "pull"], &["required arguments were not provided: <REFERENCE>"]),
+            (&["image", "build", "/", "-o", "o", "-t", "t", "--env", "=x"], &["--env", "write KEY=VALUE"]),
+        ];
+        for (words, parts) in table {
+            let line = refusal(words);
+            assert!(!line.contains('\n') && !line.contains("Usage"), "{line}");
+            assert!(parts.iter().all(|p| line.contains(p)), "{line}");
+        }
+    }
+
+    #[test]
+    fn an_address_may_be_none() {
+        assert_eq!("none".parse(), Ok(Address(None)));
+        assert_eq!("127.0.0.1:1".parse(), Ok(Address(Some(([127, 0, 0, 1], 1).into()))));
+    }
 }

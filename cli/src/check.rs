@@ -83,9 +83,9 @@ pub fn run() -> Result<(), Failure> {
                 "MISSING"
             }
         };
-        println!("{mark}  {}: {}", f.name, f.detail);
+        crate::say(format_args!("{mark}  {}: {}", f.name, f.detail))?;
         if !f.remedy.is_empty() {
-            println!("         remedy: {}", f.remedy);
+            crate::say(format_args!("         remedy: {}", f.remedy))?;
         }
     }
     match missing {

@@ -29,7 +29,7 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
         note("the pods", async { Ok(orlop_cri::purge(node.cri_config()?).await?) }.await);
     }
     note("the agent's folders", async { Ok(orlop_agent::purge(&node.agent_config(None)?).await?) }.await);
-    note("the service datapath", (|| Ok(orlop_proxy::purge(&node.proxy_config(Path::new(""))?)?))());
+    note("the service datapath", (|| Ok(orlop_proxy::purge(&node.proxy_config(Path::new("")))?))());
     note("the DNS link", async { Ok(orlop_dns::purge(&args.node.dns_link).await?) }.await);
     for path in [node.conflist(), args.server.write_kubeconfig.clone(), args.log_file.clone()] {
         note("a file", remove_file(&path));

@@ -2,21 +2,27 @@
 
 use std::path::Path;
 
-use orlop_images::{Build, ImageStore, Options};
+use orlop_images::{Build, GcReport, ImageStore, Options};
 use orlop_proto::cri;
 use orlop_proto::cri::image_service_client::ImageServiceClient;
 use tonic::transport::Channel;
 
-use crate::Failure;
 use crate::args::{CriSocket, ImageCommand};
 use crate::node::unix_path;
+use crate::{Failure, say};
 
 async fn connect(socket: &CriSocket) -> Result<ImageServiceClient<Channel>, Failure> {
     let path = unix_path(&socket.endpoint);
     let channel = tonic::transport::Endpoint::try_from(format!("unix://{}", path.display()))?
         .connect()
         .await
-        .map_err(|e| format!("no CRI server at {} ({e}); start one or pass --endpoint", path.display()))?;
+        .map_err(|e| {
+            format!(
+                "no CRI server at {} ({}); start one or pass --endpoint",
+                path.display(),
+                orlop_base::telemetry::chain(&e)
+            )
+        })?;
     Ok(ImageServiceClient::new(channel))
 }
 
@@ -38,17 +44,17 @@ pub async fn run(command: ImageCommand) -> Result<(), Failure> {
         ImageCommand::Pull { reference, cri } => {
             let request = cri::PullImageRequest { image: spec(reference), ..Default::default() };
             let answer = connect(&cri).await?.pull_image(request).await.map_err(status)?;
-            println!("{}", answer.into_inner().image_ref);
+            say(answer.into_inner().image_ref)?;
         }
         ImageCommand::Ls { cri } => {
             let answer =
                 connect(&cri).await?.list_images(cri::ListImagesRequest::default()).await.map_err(status)?;
-            println!("{:<60} {:<20} {:>10}", "IMAGE", "ID", "SIZE");
+            say(format_args!("{:<60} {:<20} {:>10}", "IMAGE", "ID", "BYTES"))?;
             for image in answer.into_inner().images {
                 let id: String = image.id.trim_start_matches("sha256:").chars().take(12).collect();
                 let names = if image.repo_tags.is_empty() { &image.repo_digests } else { &image.repo_tags };
                 for name in names {
-                    println!("{name:<60} {id:<20} {:>10}", image.size);
+                    say(format_args!("{name:<60} {id:<20} {:>10}", image.size))?;
                 }
             }
         }
@@ -63,12 +69,17 @@ pub async fn run(command: ImageCommand) -> Result<(), Failure> {
         }
         ImageCommand::Import { archive, name, images_dir } => {
             for image in store(&images_dir).await?.import(&archive, name.as_deref()).await? {
-                println!("{} {}", image.id, image.repo_tags.join(" "));
+                say(format_args!("{} {}", image.id, image.repo_tags.join(" ")))?;
             }
         }
         ImageCommand::Gc { images_dir } => {
-            let report = store(&images_dir).await?.gc().await?;
-            println!("{report:?}");
+            if !images_dir.is_dir() {
+                return Err(
+                    format!("{} is no image store; name it by --images-dir", images_dir.display()).into()
+                );
+            }
+            let GcReport { layers, blobs, bytes } = store(&images_dir).await?.gc().await?;
+            say(format_args!("deleted {layers} layers and {blobs} blobs, {bytes} bytes"))?;
         }
         ImageCommand::Build { rootfs, output, tag, entrypoint, cmd, env, user, workdir } => {
             let mut config = oci_spec::image::Config::default();
@@ -80,7 +91,7 @@ pub async fn run(command: ImageCommand) -> Result<(), Failure> {
             config.set_working_dir(workdir);
             let build = Build { rootfs, name: tag, config, created: 0, root_owned: true };
             let id = tokio::task::spawn_blocking(move || orlop_images::build(&build, &output)).await??;
-            println!("{id}");
+            say(id)?;
         }
     }
     Ok(())

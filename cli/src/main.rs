@@ -9,6 +9,8 @@ mod server;
 mod shutdown;
 mod up;
 
+use std::fmt::Display;
+use std::io::{ErrorKind, Write};
 use std::pin::Pin;
 use std::process::ExitCode;
 
@@ -20,7 +22,10 @@ use args::{Cli, Command};
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return refuse(&e),
+    };
     if let Err(e) = orlop_base::failpoint::init_from_env() {
         eprintln!("orlop: {e}");
         return ExitCode::FAILURE;
@@ -33,6 +38,23 @@ fn main() -> ExitCode {
             eprintln!("orlop: {}", orlop_base::telemetry::chain(&*e));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Help goes out as it is, a mistake on one line as every other error.
+fn refuse(e: &clap::Error) -> ExitCode {
+    if !e.use_stderr() || e.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        e.exit();
+    }
+    eprintln!("orlop: {}", args::on_one_line(&e.render().to_string()));
+    ExitCode::from(2)
+}
+
+/// Prints a line. That nobody reads any more (`orlop check | head -1`) is no error.
+fn say(line: impl Display) -> Result<(), Failure> {
+    match writeln!(std::io::stdout(), "{line}") {
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
     }
 }
 
@@ -61,8 +83,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
             let text = std::fs::read_to_string(&path).map_err(|e| {
                 format!("cannot read {}: {e}; is the server up, and are you root?", path.display())
             })?;
-            print!("{text}");
-            Ok(())
+            say(text.trim_end())
         }
     }
 }

@@ -13,7 +13,7 @@ use orlop_base::supervise::{Ready, TaskGroup};
 use orlop_cni_types::{OrlopNetwork, render_conflist};
 
 use crate::Failure;
-use crate::args::{AgentArgs, CriArgs, NodeArgs, ProxyArgs};
+use crate::args::{Address, AgentArgs, CriArgs, NodeArgs, ProxyArgs};
 use crate::server::{default_address, wait};
 
 const DRAIN: Duration = Duration::from_secs(10);
@@ -41,6 +41,12 @@ impl Node {
             Some(n) => n.to_ascii_lowercase(),
             None => host_name()?,
         };
+        if !is_node_name(&name) {
+            return Err(format!(
+                "{name:?} cannot name a node: letters, digits, '-' and '.' only, a letter or digit at both ends; pass another --node-name"
+            )
+            .into());
+        }
         let ips = if args.node_ips.is_empty() { vec![default_address()] } else { args.node_ips.clone() };
         Ok(Node {
             name,
@@ -49,6 +55,15 @@ impl Node {
             cluster_domain: cluster_domain.to_owned(),
             args: args.clone(),
         })
+    }
+
+    /// Fails on what is wrong with the flags, before anything is started.
+    pub fn check(&self) -> Result<(), Failure> {
+        if self.args.container_runtime_endpoint.is_none() {
+            self.cri_config()?;
+        }
+        self.agent_config(None)?;
+        Ok(())
     }
 
     /// Writes what the control plane's key material gives a node on its own machine.
@@ -135,9 +150,9 @@ impl Node {
         pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()
     }
 
-    pub fn proxy_config(&self, kubeconfig: &Path) -> Result<orlop_proxy::Config, Failure> {
+    pub fn proxy_config(&self, kubeconfig: &Path) -> orlop_proxy::Config {
         let a = &self.args;
-        proxy_config(kubeconfig, &self.name, &a.bpf_dir, &a.proxy_health_address, &a.proxy_metrics_address)
+        proxy_config(kubeconfig, &self.name, &a.bpf_dir, a.proxy_health_address, a.proxy_metrics_address)
     }
 
     /// Starts the node's parts in `tasks`; returns once the agent is up.
@@ -153,7 +168,7 @@ impl Node {
         let config = self.agent_config(Some(credentials.kubelet.clone()))?;
         tasks.spawn_essential("agent", orlop_agent::run(config, ready.clone(), stop.clone()));
         if !self.args.no_proxy {
-            let proxy = self.proxy_config(&credentials.proxy)?;
+            let proxy = self.proxy_config(&credentials.proxy);
             tasks.spawn_essential("proxy", orlop_proxy::run(proxy, Ready::default(), stop.clone()));
         }
         if !self.args.no_dns {
@@ -174,6 +189,17 @@ fn host_name() -> Result<String, Failure> {
         return Err("this machine has no host name; set one or pass --node-name".into());
     }
     Ok(name)
+}
+
+/// A DNS subdomain (RFC 1123), as the API wants it of a Node's name.
+fn is_node_name(name: &str) -> bool {
+    let label = |l: &str| {
+        l.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            && !l.is_empty()
+            && !l.starts_with('-')
+            && !l.ends_with('-')
+    };
+    name.len() <= 253 && name.split('.').all(label)
 }
 
 fn write_conflist(path: &Path, text: &str) -> Result<(), durable::Error> {
@@ -230,25 +256,18 @@ fn cri_config(
     })
 }
 
-fn address(text: &str) -> Result<Option<SocketAddr>, Failure> {
-    match text {
-        "none" => Ok(None),
-        t => Ok(Some(t.parse().map_err(|_| format!("{t:?} is no address; write IP:PORT or none"))?)),
-    }
-}
-
 fn proxy_config(
     kubeconfig: &Path,
     node: &str,
     bpf_dir: &Path,
-    health: &str,
-    metrics: &str,
-) -> Result<orlop_proxy::Config, Failure> {
+    health: Address,
+    metrics: Address,
+) -> orlop_proxy::Config {
     let mut c = orlop_proxy::Config::new(kubeconfig.to_owned(), node.to_owned());
     c.datapath.pins = bpf_dir.to_owned();
-    c.health_address = address(health)?;
-    c.metrics_address = address(metrics)?;
-    Ok(c)
+    c.health_address = health.0;
+    c.metrics_address = metrics.0;
+    c
 }
 
 /// `orlop agent`.
@@ -256,6 +275,7 @@ pub async fn run(args: AgentArgs) -> Result<(), Failure> {
     let stop = crate::shutdown::on_signal()?;
     let tasks = TaskGroup::new(&stop);
     let node = Node::new(&args.node, &args.data_dir, &args.cluster_domain)?;
+    node.check()?;
     let credentials = Credentials {
         kubelet: args.kubeconfig.clone(),
         proxy: args.kubeconfig.clone(),
@@ -283,10 +303,25 @@ pub async fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
         None => host_name()?,
     };
     let config =
-        proxy_config(&args.kubeconfig, &name, &args.bpf_dir, &args.health_address, &args.metrics_address)?;
+        proxy_config(&args.kubeconfig, &name, &args.bpf_dir, args.health_address, args.metrics_address);
     if args.cleanup {
         return Ok(orlop_proxy::purge(&config)?);
     }
     let stop = crate::shutdown::on_signal()?;
     Ok(orlop_proxy::run(config, Ready::default(), stop).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_nodes() {
+        for good in ["vm", "a-1.example.org", "1"] {
+            assert!(is_node_name(good), "{good}");
+        }
+        for bad in ["", "a_b", "-a", "a-", "a..b", ".a", "A", "a b", &"a".repeat(254)] {
+            assert!(!is_node_name(bad), "{bad}");
+        }
+    }
 }

@@ -24,6 +24,11 @@ pub fn pid_file(args: &UpArgs) -> PathBuf {
     args.node.run_dir.join("up/pid")
 }
 
+/// There once every part of this run has started.
+fn started_file(args: &UpArgs) -> PathBuf {
+    args.node.run_dir.join("up/started")
+}
+
 pub fn lock_dir(args: &UpArgs) -> PathBuf {
     args.node.run_dir.join("up")
 }
@@ -40,6 +45,10 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
         other => other?,
     };
     crate::check::refuse_if_missing()?;
+    match std::fs::remove_file(started_file(&args)) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+        _ => {}
+    }
     durable::write_atomic(
         &pid_file(&args),
         std::process::id().to_string().as_bytes(),
@@ -52,6 +61,7 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
         tasks.stop_token().cancel();
         return Err(tasks.run_until_stopped(DRAIN).await.err().map_or(e, Into::into));
     }
+    durable::write_atomic(&started_file(&args), b"", 0o644, Sync::PageCache)?;
     tracing::info!("cluster is up");
     Ok(tasks.run_until_stopped(DRAIN).await?)
 }
@@ -59,6 +69,7 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
 async fn start(args: &UpArgs, tasks: &TaskGroup) -> Result<(), Failure> {
     let server = crate::server::config(&args.server);
     let mut node = Node::new(&args.node, &args.server.data_dir, &args.server.cluster_domain)?;
+    node.check()?;
     if args.node.node_ips.is_empty() {
         node.ips = vec![server.advertise_address];
     }
@@ -69,7 +80,11 @@ async fn start(args: &UpArgs, tasks: &TaskGroup) -> Result<(), Failure> {
 
 /// Starts this program again in the background and watches until the node and the manifests' Deployments are ready.
 pub fn detach(args: &UpArgs) -> Result<(), Failure> {
-    let mut log = File::options().create(true).append(true).open(&args.log_file)?;
+    let node = Node::new(&args.node, &args.server.data_dir, &args.server.cluster_domain)?.name;
+    let mut log =
+        File::options().create(true).append(true).open(&args.log_file).map_err(|e| {
+            format!("cannot open {}: {e}; choose another --log-file", args.log_file.display())
+        })?;
     let from = log.seek(SeekFrom::End(0))?;
     let own_args: Vec<_> = std::env::args_os().skip(1).filter(|a| a != "--detach").collect();
     let mut command = Command::new(std::env::current_exe()?);
@@ -87,8 +102,12 @@ pub fn detach(args: &UpArgs) -> Result<(), Failure> {
         if let Some(status) = child.try_wait()? {
             return Err(format!("did not start ({status}): {}", last_error(&args.log_file, from)).into());
         }
-        let state = crate::runtime()?.block_on(look(args));
-        progress.show(&state);
+        let state = match pid_of(args) == Some(child.id()) {
+            true => crate::runtime()?.block_on(look(args, &node)),
+            // Another `orlop up` may serve; this one will say so.
+            false => State::default(),
+        };
+        progress.show(&state)?;
         if state.is_done() {
             return Ok(());
         }
@@ -103,6 +122,10 @@ pub fn detach(args: &UpArgs) -> Result<(), Failure> {
         }
         std::thread::sleep(Duration::from_millis(200));
     }
+}
+
+fn pid_of(args: &UpArgs) -> Option<u32> {
+    std::fs::read_to_string(pid_file(args)).ok()?.trim().parse().ok()
 }
 
 /// The line that a failed start ends with.
@@ -154,12 +177,13 @@ struct Progress {
 }
 
 impl Progress {
-    fn show(&mut self, s: &State) {
+    fn show(&mut self, s: &State) -> Result<(), Failure> {
         let text = if s.is_done() { "ready".to_owned() } else { format!("waiting for: {}", s.describe()) };
         if text != self.shown {
-            println!("orlop: {text}");
+            crate::say(format_args!("orlop: {text}"))?;
             self.shown = text;
         }
+        Ok(())
     }
 }
 
@@ -171,23 +195,26 @@ fn deployments_in(dir: &Path) -> usize {
     files.filter_map(|p| std::fs::read_to_string(p).ok()).map(kinds).sum()
 }
 
-async fn look(args: &UpArgs) -> State {
+async fn look(args: &UpArgs, node: &str) -> State {
     let dir = args.server.manifests.clone().unwrap_or_else(|| args.server.data_dir.join("server/manifests"));
     let mut state = State { manifests: deployments_in(&dir), ..Default::default() };
     let Ok(client) = orlop_client::client_from_kubeconfig(&args.server.write_kubeconfig).await else {
         return state;
     };
     let nodes: Api<NodeObject> = Api::all(client.clone());
-    let Ok(Ok(list)) = tokio::time::timeout(Duration::from_secs(2), nodes.list(&Default::default())).await
-    else {
+    let Ok(Ok(found)) = tokio::time::timeout(Duration::from_secs(2), nodes.get_opt(node)).await else {
         return state;
     };
     state.api = true;
-    let is_ready = |n: &&NodeObject| {
+    // What an earlier run wrote of the node says nothing before this run's agent has registered it.
+    if !started_file(args).exists() {
+        return state;
+    }
+    let is_ready = |n: &NodeObject| {
         let conditions = n.status.as_ref().and_then(|s| s.conditions.as_deref()).unwrap_or_default();
         conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True")
     };
-    state.node = list.items.iter().find(is_ready).and_then(|n| n.metadata.name.clone());
+    state.node = found.filter(is_ready).and_then(|n| n.metadata.name);
     let deployments: Api<Deployment> = Api::all(client);
     if let Ok(list) = deployments.list(&Default::default()).await {
         for d in list.items {

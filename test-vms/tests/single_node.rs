@@ -407,7 +407,9 @@ fn kills_lose_nothing(c: &mut Cluster, service: &str) {
 }
 
 fn a_second_up_is_refused(c: &Cluster) {
-    let out = c.command("up").output().unwrap();
-    let said = String::from_utf8_lossy(&out.stderr);
-    assert!(!out.status.success() && said.contains("runs already"), "{said}");
+    for detach in [&[][..], &["--detach"]] {
+        let out = c.command("up").args(detach).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(!out.status.success() && said.contains("runs already"), "{detach:?}: {said}");
+    }
 }

@@ -141,7 +141,7 @@ impl Pki {
         group: Option<&str>,
     ) -> Result<(), Error> {
         if let Ok(text) = std::fs::read_to_string(path)
-            && self.kubeconfig_is_fit(&text, server_url)
+            && self.kubeconfig_is_fit(&text, server_url, user)
         {
             return Ok(());
         }
@@ -182,7 +182,7 @@ impl Pki {
         files.store("kubelet", &pair)
     }
 
-    fn kubeconfig_is_fit(&self, text: &str, server_url: &str) -> bool {
+    fn kubeconfig_is_fit(&self, text: &str, server_url: &str, user: &str) -> bool {
         let field = |name: &str| {
             text.lines().find_map(|l| l.trim_start().strip_prefix(name)).map(|v| v.trim().trim_matches('"'))
         };
@@ -192,6 +192,8 @@ impl Pki {
         let expiry = field("client-certificate-data:").and_then(decode).and_then(|pem| expiry_of(&pem).ok());
         ca_same
             && field("server:") == Some(server_url)
+            // A machine may get another name between two starts.
+            && field("user: \"") == Some(user)
             && expiry.is_some_and(|e| e > SystemTime::now() + RENEW_WITHIN)
     }
 }
@@ -486,7 +488,10 @@ mod tests {
         pki.ensure_kubeconfig(&path, "https://localhost:1", "admin", Some("system:masters")).unwrap();
         assert_eq!(first, std::fs::read_to_string(&path).unwrap());
         pki.ensure_kubeconfig(&path, "https://localhost:2", "admin", Some("system:masters")).unwrap();
-        assert_ne!(first, std::fs::read_to_string(&path).unwrap());
+        let second = std::fs::read_to_string(&path).unwrap();
+        assert_ne!(first, second);
+        pki.ensure_kubeconfig(&path, "https://localhost:2", "another", Some("system:masters")).unwrap();
+        assert_ne!(second, std::fs::read_to_string(&path).unwrap());
     }
 
     #[test]

@@ -83,6 +83,16 @@ fn capabilities_of(mask: u64) -> HashSet<Capability> {
 }
 
 impl Facts {
+    /// Logs what this machine withholds from containers.
+    pub fn warn(&self) {
+        if self.least_oom_score_adj > -1000 {
+            tracing::warn!(
+                own = self.least_oom_score_adj,
+                "no CAP_SYS_RESOURCE: a container's oom_score_adj cannot be below this process's own"
+            );
+        }
+    }
+
     pub fn read() -> Facts {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
         let own: i32 = fs::read_to_string("/proc/self/oom_score_adj")
@@ -90,12 +100,6 @@ impl Facts {
             .and_then(|s| s.trim().parse().ok())
             .unwrap_or(0);
         let may_lower = mask(&status, "CapEff") & (1 << SYS_RESOURCE) != 0;
-        if !may_lower {
-            tracing::warn!(
-                own,
-                "no CAP_SYS_RESOURCE: a container's oom_score_adj cannot be below this process's own"
-            );
-        }
         let v2 = cgroup_v2_only();
         Facts {
             cgroup_v2: v2,

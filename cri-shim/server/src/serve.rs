@@ -89,6 +89,7 @@ pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Resul
     let socket = config.listen.clone();
     let listener = listen(&socket).await?;
     let runtime = open(config, &stop, at).await?;
+    runtime.facts.warn();
     let tasks = runtime.tasks.clone();
     tasks.spawn_essential("streaming server", streaming::serve(runtime.clone(), streaming));
     let service = Service(runtime.clone());

@@ -188,6 +188,38 @@ async fn a_failed_network_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn a_failed_sandbox_that_cannot_be_taken_back_stays_known() {
+    let node = Node::start("stuck", &[]).await;
+    node.network(true);
+    let deaf = node.dir.join("del-fails");
+    fs::write(&deaf, "").unwrap();
+    let config = sandbox_config(&node, "stuck", false);
+    let e = node.run_pod(&config).await.unwrap_err();
+    assert_eq!(e.message().matches("out of addresses").count(), 1, "{e}");
+    let mut client = node.client().await;
+    let all =
+        client.list_pod_sandbox(cri::ListPodSandboxRequest::default()).await.unwrap().into_inner().items;
+    assert_eq!(all.len(), 1);
+    assert_eq!(all[0].state(), cri::PodSandboxState::SandboxNotready);
+    assert_eq!(node.run_pod(&config).await.unwrap_err().code(), tonic::Code::AlreadyExists);
+    let remove = cri::RemovePodSandboxRequest { pod_sandbox_id: all[0].id.clone() };
+    client.remove_pod_sandbox(remove.clone()).await.unwrap_err();
+    fs::remove_file(deaf).unwrap();
+    client.remove_pod_sandbox(remove).await.unwrap();
+    assert_eq!(node.run_pod(&config).await.unwrap_err().code(), tonic::Code::Unknown);
+    assert!(
+        client
+            .list_pod_sandbox(cri::ListPodSandboxRequest::default())
+            .await
+            .unwrap()
+            .into_inner()
+            .items
+            .is_empty()
+    );
+    node.stop_and_check();
+}
+
+#[tokio::test]
 async fn a_killed_server_adopts_what_runs() {
     let mut node = Node::start("adopt", &[]).await;
     let config = sandbox_config(&node, "adopt", true);

@@ -114,7 +114,10 @@ impl Runtime {
                     Ok(cri::RunPodSandboxResponse { pod_sandbox_id: id })
                 }
                 Err(e) => {
-                    this.store.names.release(&id);
+                    // One that could not be taken back stays known, under its name.
+                    if this.store.sandbox(&id).is_err() {
+                        this.store.names.release(&id);
+                    }
                     Err(e)
                 }
             }
@@ -122,7 +125,8 @@ impl Runtime {
         .await
     }
 
-    /// Builds the sandbox, or takes back what there is of it.
+    /// Builds the sandbox, or takes back what there is of it. What cannot be taken back now (a network plugin may fail DEL too)
+    /// shows as a sandbox that is not ready, for the kubelet to stop and remove; else each try would leave one more behind.
     async fn make_sandbox(&self, record: SandboxRecord) -> Result<Arc<Sandbox>> {
         let state_dir = self.config.sandbox_state_dir(&record.id);
         let run_dir = self.config.sandbox_run_dir(&record.id);
@@ -138,7 +142,9 @@ impl Runtime {
         .await;
         if let Err(e) = built {
             if let Err(again) = self.tear_down(&sandbox).await {
-                tracing::warn!(sandbox = %sandbox.id, error = %again, "could not take back all of a failed sandbox; the next start will");
+                tracing::warn!(sandbox = %sandbox.id, error = %again, "could not take back all of a failed sandbox; stopping it tries again");
+                sandbox.update(|r| r.phase = SandboxPhase::NotReady)?;
+                self.store.add_sandbox(sandbox);
             } else if let Err(again) = mounts::remove_tree(&state_dir) {
                 tracing::warn!(sandbox = %sandbox.id, error = %again, "could not delete a failed sandbox's state");
             }

@@ -117,7 +117,8 @@ impl Node {
         command
     }
 
-    /// A network whose plugin hands out one address and notes what it is asked; or fails.
+    /// A network whose plugin hands out one address and notes what it is asked; or fails. It fails DEL while there is a file
+    /// `del-fails`.
     pub fn network(&self, broken: bool) {
         let bin = self.dir.join("cni-bin");
         fs::create_dir_all(&bin).unwrap();
@@ -128,8 +129,9 @@ impl Node {
             r#"echo "{\"cniVersion\":\"1.0.0\",\"interfaces\":[{\"name\":\"eth0\",\"sandbox\":\"$CNI_NETNS\"}],\"ips\":[{\"address\":\"10.99.0.7/24\",\"interface\":0}]}""#.to_owned()
         };
         let script = format!(
-            "#!/bin/sh\ncat > /dev/null\necho $CNI_COMMAND >> {}\ncase $CNI_COMMAND in\nADD) {add};;\nVERSION) echo '{{\"cniVersion\":\"1.0.0\",\"supportedVersions\":[\"1.0.0\"]}}';;\nesac\n",
-            log.display()
+            "#!/bin/sh\ncat > /dev/null\necho $CNI_COMMAND >> {}\ncase $CNI_COMMAND in\nADD) {add};;\nDEL) [ ! -e {}/del-fails ];;\nVERSION) echo '{{\"cniVersion\":\"1.0.0\",\"supportedVersions\":[\"1.0.0\"]}}';;\nesac\n",
+            log.display(),
+            self.dir.display()
         );
         fs::write(bin.join("noting"), script).unwrap();
         fs::set_permissions(bin.join("noting"), fs::Permissions::from_mode(0o755)).unwrap();
