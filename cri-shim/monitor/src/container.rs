@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use orlop_oci::Context;
 use orlop_proto::monitor::client_frame::Body;
 
 use crate::io::{Io, Tokens};
@@ -40,8 +41,9 @@ pub struct Container {
     /// Connections that follow the output.
     pub attached: Vec<Token>,
     pub stdin_once: bool,
-    /// Read end of the pipe that tells whether the user's program could be executed.
-    pub exec_error: Option<OwnedFd>,
+    /// Holds the container back until its start.
+    pub channel: Option<OwnedFd>,
+    pub context: Context,
     pub oom: Option<(Token, OomWatch)>,
     pub oom_seen: u64,
     /// The kernel gives notice before it counts the kill: looked at again until then.
@@ -66,7 +68,8 @@ impl Container {
             log,
             attached: Vec::new(),
             stdin_once,
-            exec_error: None,
+            channel: None,
+            context: Context::default(),
             oom: None,
             oom_seen: 0,
             oom_check_until: None,

@@ -1,5 +1,6 @@
 //! One process run by Exec.
 
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use crate::io::{Io, Tokens};
@@ -23,6 +24,8 @@ pub struct Exec {
     pub limit: usize,
     /// Known once the helper has answered.
     pub pid: Option<i32>,
+    /// Tells whether the program could be executed; `None` once it is known that it runs.
+    pub report: Option<(Token, OwnedFd)>,
     pub exit: Option<i32>,
     /// Kill at this moment.
     pub deadline: Option<Instant>,

@@ -36,6 +36,7 @@ pub enum Source {
     ContainerIn(String),
     ExecOut(u64, Stream),
     ExecIn(u64),
+    ExecReport(u64),
     Oom(String),
 }
 
@@ -160,6 +161,7 @@ impl Monitor {
                 }
                 self.resume_senders(|r| *r == Role::Exec(id));
             }
+            Source::ExecReport(id) => self.exec_confirmed(id),
             Source::Oom(id) => {
                 if let Some(c) = self.containers.get_mut(&id) {
                     c.oom_check_until = Some(Instant::now() + oom::COUNTED_WITHIN);

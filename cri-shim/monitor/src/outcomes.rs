@@ -109,6 +109,7 @@ impl Monitor {
         c.record.pid = created.pid;
         c.record.pid_start = journal::start_ticks(created.pid);
         c.record.own_pid_namespace = created.own_pid_namespace;
+        c.context = created.context;
         c.record.created_at_ns = journal::now_ns();
         c.record.oom_baseline = cgroup::oom_kills(&created.cgroups);
         c.oom_seen = c.record.oom_baseline;
@@ -140,7 +141,6 @@ impl Monitor {
         let Some(c) = self.containers.get_mut(id) else { return };
         match reply.result {
             Ok(_) => {
-                c.exec_error = None;
                 c.record.phase = Phase::Running;
                 // Its end may have been seen before the news of its start.
                 c.record.started_at_ns = c.early_exit.as_ref().map_or_else(journal::now_ns, |e| e.at_ns);
@@ -154,7 +154,6 @@ impl Monitor {
             }
             Err(e) => {
                 if e.stage == "exec" {
-                    c.exec_error = None;
                     // Its process ends by itself; that end is the container's.
                     if let Some(exit) = &mut c.early_exit {
                         exit.code = NOT_EXECUTED;
@@ -168,7 +167,7 @@ impl Monitor {
         self.not_busy(id);
     }
 
-    fn deleted(&mut self, conn: Token, request: u64, id: &str, reply: Reply) {
+    pub fn deleted(&mut self, conn: Token, request: u64, id: &str, reply: Reply) {
         // The end of the process may not have been seen yet; it comes before the end of the container.
         self.reap();
         if let Some(c) = self.containers.get_mut(id)
@@ -371,37 +370,59 @@ impl Monitor {
                 }
                 let exit = self.unclaimed.remove(&pid).map(|(code, _)| code);
                 e.exit = exit;
-                let (conn, request, stream, late) = (e.conn, e.request, e.stream, e.timed_out);
-                if conn.is_none() || late {
+                if e.conn.is_none() || e.timed_out {
                     kill_group(pid);
                 }
-                if let (Some(conn), true) = (conn, stream) {
-                    self.answer(conn, request, Body::StreamStarted(pb::StreamStarted { pid: pid as u32 }));
-                }
-                if stream && let Some(e) = self.execs.get_mut(&id) {
-                    e.io.pause(&self.poll, false);
-                }
                 if exit.is_some() {
-                    self.exec_ended(id);
+                    return self.exec_ended(id);
                 }
-            }
-            result => {
-                let f = match result {
-                    Err(err) => oci_failure(&err),
-                    Ok(_) => failure(FailureKind::Internal, "helper", "unexpected answer"),
-                };
-                if e.timed_out {
-                    return self.finish_exec(id, true);
-                }
-                let (conn, request, stream) = (e.conn, e.request, e.stream);
-                self.drop_exec(id);
-                if let Some(t) = conn {
-                    if stream && let Some(c) = self.conns.get_mut(&t) {
-                        c.close_when_sent = true;
+                if let Some((token, pipe)) = &e.report {
+                    self.sources.insert(*token, Source::ExecReport(id));
+                    if let Err(err) = self.poll.add(pipe, *token, EventFlags::IN) {
+                        self.own_log.line(&format!("exec: no word of its start: {err}"));
+                        self.exec_confirmed(id);
                     }
-                    self.refuse(t, request, f);
                 }
             }
+            Err(err) => self.exec_failed(id, oci_failure(&err)),
+            Ok(_) => self.exec_failed(id, failure(FailureKind::Internal, "helper", "unexpected answer")),
+        }
+    }
+
+    /// The program runs, or the report says why it does not. Waits for the report, which its end or its start completes.
+    pub fn exec_confirmed(&mut self, id: u64) {
+        let Some(e) = self.execs.get_mut(&id) else { return };
+        let Some((token, pipe)) = e.report.take() else { return };
+        self.sources.remove(&token);
+        self.poll.remove(&pipe);
+        if let Some(err) = orlop_oci::read_report(&pipe) {
+            return self.exec_failed(id, oci_failure(&err));
+        }
+        if !e.stream {
+            return;
+        }
+        let pid = e.pid.unwrap_or(0) as u32;
+        if let Some(conn) = e.conn {
+            let request = e.request;
+            self.answer(conn, request, Body::StreamStarted(pb::StreamStarted { pid }));
+        }
+        if let Some(e) = self.execs.get_mut(&id) {
+            e.io.pause(&self.poll, false);
+        }
+    }
+
+    fn exec_failed(&mut self, id: u64, f: pb::Failure) {
+        let Some(e) = self.execs.get_mut(&id) else { return };
+        if e.timed_out {
+            return self.finish_exec(id, true);
+        }
+        let (conn, request, stream) = (e.conn, e.request, e.stream);
+        self.drop_exec(id);
+        if let Some(t) = conn {
+            if stream && let Some(c) = self.conns.get_mut(&t) {
+                c.close_when_sent = true;
+            }
+            self.refuse(t, request, f);
         }
     }
 
@@ -439,6 +460,7 @@ impl Monitor {
     }
 
     fn exec_ended(&mut self, id: u64) {
+        self.exec_confirmed(id);
         let Some(e) = self.execs.get_mut(&id) else { return };
         e.io.process_ended();
         e.deadline = None;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
 use nix::unistd::{Pid, pipe2};
-use orlop_oci::{CreateSpec, ExecSpec, Helper, cgroup};
+use orlop_oci::{CreateSpec, ExecSpec, Helper, Outcome, Reply, cgroup};
 use orlop_proto::monitor as pb;
 use pb::{ClientFrame, Done, FailureKind, client_frame::Body as Ask, server_frame::Body};
 
@@ -278,8 +278,7 @@ impl Monitor {
             .map_err(|e| failure(FailureKind::Internal, "journal", e.to_string()))?;
         let (io, stdio, tokens) = Io::new(&mut self.poll, r.tty, r.stdin, true, true)
             .map_err(|e| io_failure("stdio", "cannot make pipes".into(), &e))?;
-        let (error_read, error_write) = pipe2(OFlag::O_CLOEXEC)
-            .map_err(|e| io_failure("stdio", "cannot make pipes".into(), &e.into()))?;
+        let (channel, theirs) = orlop_oci::start_channel().map_err(|e| oci_failure(&e))?;
         let helper = orlop_oci::create(CreateSpec {
             root: &self.oci_root(),
             id: &r.container_id,
@@ -287,11 +286,11 @@ impl Monitor {
             tty: r.tty,
             systemd_cgroup: r.systemd_cgroup,
             stdio,
-            exec_error: error_write,
+            channel: theirs,
         })
         .map_err(|e| oci_failure(&e))?;
         let mut container = Container::new(record, io, tokens, log, r.stdin_once);
-        container.exec_error = Some(error_read);
+        container.channel = Some(channel);
         Ok((container, helper))
     }
 
@@ -329,11 +328,10 @@ impl Monitor {
     }
 
     fn start_container(&mut self, token: Token, id: u64, name: &str) {
-        let root = self.oci_root();
-        let Some(c) = self.containers.get(name) else { return };
-        let helper = match (&c.exec_error, c.record.phase) {
-            (Some(pipe), Phase::Created) => orlop_oci::start(&root, name, pipe),
-            (_, phase) => {
+        let Some(c) = self.containers.get_mut(name) else { return };
+        let helper = match (c.record.phase, c.channel.take()) {
+            (Phase::Created, Some(channel)) => orlop_oci::start(channel, c.record.pid),
+            (phase, _) => {
                 let f = failure(
                     FailureKind::WrongState,
                     "state",
@@ -382,12 +380,22 @@ impl Monitor {
             let f = failure(FailureKind::WrongState, "state", format!("container {name} is running"));
             return self.refuse(token, id, f);
         }
-        // The helper also waits for the end; killing here first lets the end be seen meanwhile.
         cgroup::signal_all(&c.record.cgroups, libc::SIGKILL);
         if c.record.phase != Phase::Exited && c.record.pid > 1 {
             let _ = cgroup::signal_pid(Pid::from_raw(c.record.pid), libc::SIGKILL);
         }
-        let helper = orlop_oci::delete(&self.oci_root(), name, &c.record.cgroups);
+        let root = self.oci_root();
+        if c.record.phase == Phase::Exited {
+            // Nothing to wait for, as a rule.
+            match orlop_oci::delete_now(&root, name, &c.record.cgroups) {
+                Ok(false) => {}
+                done => {
+                    let result = done.map(|_| Outcome::Done);
+                    return self.deleted(token, id, name, Reply { result, console: None });
+                }
+            }
+        }
+        let helper = orlop_oci::delete(&root, name, &c.record.cgroups);
         self.begin_container_op(token, id, OpKind::Delete(name.to_owned()), helper);
     }
 
@@ -399,7 +407,7 @@ impl Monitor {
             return self.refuse(token, id, f);
         }
         let helper =
-            orlop_oci::update(&self.oci_root(), &r.container_id, &r.linux_resources, c.record.systemd_cgroup);
+            orlop_oci::update(&r.container_id, &c.context, &r.linux_resources, c.record.systemd_cgroup);
         self.begin_container_op(token, id, OpKind::Update(r.container_id.clone()), helper);
     }
 
@@ -444,8 +452,24 @@ impl Monitor {
                     );
                 }
             };
-        let spec =
-            ExecSpec { root: &self.oci_root(), id: &r.container_id, process: &r.process, tty: r.tty, stdio };
+        let (report, theirs) = match pipe2(OFlag::O_CLOEXEC) {
+            Ok(p) => p,
+            Err(e) => {
+                let f = failure(FailureKind::Runtime, "stdio", format!("cannot make pipes: {}", e.desc()));
+                return self.refuse(token, id, f);
+            }
+        };
+        let spec = ExecSpec {
+            root: &self.oci_root(),
+            id: &r.container_id,
+            init: c.record.pid,
+            context: &c.context,
+            cgroups: &c.record.cgroups,
+            process: &r.process,
+            tty: r.tty,
+            stdio,
+            report: theirs,
+        };
         let helper = match orlop_oci::exec(spec) {
             Ok(h) => h,
             Err(e) => return self.refuse(token, id, oci_failure(&e)),
@@ -477,6 +501,7 @@ impl Monitor {
                 stderr: Vec::new(),
                 limit,
                 pid: None,
+                report: Some((self.poll.token(), report)),
                 exit: None,
                 deadline: (r.timeout_ms > 0).then(|| Instant::now() + Duration::from_millis(r.timeout_ms)),
                 timed_out: false,

@@ -12,7 +12,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use orlop_oci::cgroup;
-use orlop_oci::helper::{fork_clean, leave};
+use orlop_oci::helper::{fork_clean, fork_into, leave};
 use orlop_proto::monitor::{CreateSandbox, IdMap};
 
 use crate::journal::{self, SandboxRecord};
@@ -94,6 +94,10 @@ pub fn create(dir: &Path, r: &CreateSandbox) -> Result<SandboxRecord, SandboxErr
         namespaces: names.iter().map(|(n, _)| n.to_string()).collect(),
         ..Default::default()
     };
+    if r.shared_pid && !r.cgroup_path.is_empty() {
+        record.init_cgroups = cgroup::make(&r.cgroup_path)
+            .map_err(|e| fail("cgroup", format!("cannot make {}", r.cgroup_path), &e))?;
+    }
     // First the record, then the pins: whoever cleans up after a crash finds all of them.
     journal::save_sandbox(dir, &record).map_err(|e| SandboxError {
         stage: "journal",
@@ -150,7 +154,7 @@ fn make(
     let child = match fork_clean(&[theirs.as_raw_fd()]).map_err(|e| fail("namespace", "fork", &e.into()))? {
         Some(pid) => pid,
         None => {
-            let text = match in_child(r, names, sysctls, &theirs) {
+            let text = match in_child(r, names, sysctls, &record.init_cgroups, &theirs) {
                 Ok(()) => "done".to_owned(),
                 Err((stage, message, errno)) => format!("fail\t{stage}\t{errno}\t{message}"),
             };
@@ -185,9 +189,6 @@ fn drive(
                 write_maps(child, &r.uid_map, &r.gid_map)
                     .map_err(|e| fail("namespace", "cannot write the id maps", &e))?;
                 say(ours, "mapped");
-            }
-            Some("cgroup") => {
-                record.init_cgroups = cgroup::of_process(child.as_raw(), std::process::id() as i32);
             }
             Some("init") => {
                 record.init_pid = parts.next().and_then(|p| p.parse().ok()).unwrap_or(0);
@@ -242,6 +243,7 @@ fn in_child(
     r: &CreateSandbox,
     names: &[(&'static str, CloneFlags)],
     sysctls: &[(PathBuf, String, String)],
+    cgroups: &[PathBuf],
     parent: &OwnedFd,
 ) -> Result<(), ChildFailure> {
     let nix =
@@ -249,11 +251,9 @@ fn in_child(
     let io = |stage: &'static str, what: String, e: io::Error| {
         (stage, format!("{what}: {e}"), e.raw_os_error().unwrap_or(0))
     };
-    if r.shared_pid && !r.cgroup_path.is_empty() {
-        cgroup::join(&init_cgroup(r), Pid::this())
-            .map_err(|e| io("cgroup", format!("cannot join {}", r.cgroup_path), e))?;
-        say(parent, "cgroup");
-    }
+    // While the host's rights are there.
+    let entry = cgroup::Entry::open(cgroups)
+        .map_err(|e| io("cgroup", format!("cannot join {}", r.cgroup_path), e))?;
     let has = |flag| names.iter().any(|(_, f)| *f == flag);
     if has(CloneFlags::CLONE_NEWUSER) {
         unshare(CloneFlags::CLONE_NEWUSER)
@@ -281,7 +281,7 @@ fn in_child(
             // Lowering is not allowed everywhere; the pod's init is small and last in line anyway.
             let _ = fs::write("/proc/self/oom_score_adj", r.oom_score_adj.to_string());
         }
-        match fork_clean(&[]).map_err(|e| nix("namespace", "cannot fork the pod's init", e))? {
+        match fork_into(&entry).map_err(|e| io("namespace", "cannot fork the pod's init".into(), e))? {
             None => crate::init::run(),
             Some(pid) => {
                 // The monitor reads the number from its own namespace: this child has not changed its own.
@@ -292,17 +292,13 @@ fn in_child(
     Ok(())
 }
 
-/// systemd's form "slice:prefix:name" has no plain folder; the init then stays where the caller is.
-fn init_cgroup(r: &CreateSandbox) -> String {
-    r.cgroup_path.clone()
-}
-
 /// Ends the init, removes its cgroup and the pins. Every step is idempotent.
 pub fn destroy(dir: &Path, record: &SandboxRecord) -> io::Result<()> {
     if record.init_pid > 1 && journal::start_ticks(record.init_pid) == record.init_start {
         let pid = Pid::from_raw(record.init_pid);
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-        // A child of ours is reaped here, anyone else's by its own parent.
+        // A child of ours is reaped here, anyone else's by its own parent. It has nothing to do but end.
+        let mut pause = std::time::Duration::from_micros(250);
         for _ in 0..200 {
             match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::StillAlive) => {}
@@ -310,15 +306,11 @@ pub fn destroy(dir: &Path, record: &SandboxRecord) -> io::Result<()> {
                 Err(_) if journal::start_ticks(record.init_pid) != record.init_start => break,
                 Err(_) => {}
             }
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(std::time::Duration::from_millis(5));
         }
     }
-    for _ in 0..50 {
-        if cgroup::remove(&record.init_cgroups)? {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
+    cgroup::remove_within(&record.init_cgroups, std::time::Duration::from_millis(250))?;
     unpin_all(dir)?;
     journal::forget_sandbox(dir)
 }

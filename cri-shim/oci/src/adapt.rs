@@ -1,43 +1,109 @@
-//! Pure: what must be changed in a runtime spec before libcontainer may see it.
+//! Pure: what is taken out of a runtime spec before libcontainer sees it, because this crate does it itself, and what is refused.
+//!
+//! Taken out: who the process becomes (user, capabilities, no_new_privs, seccomp), its limits and score, and the hooks that run
+//! at the start. libcontainer would do these before it waits for the start and knows no seccomp as it is built here.
 
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use std::path::PathBuf;
+
+use oci_spec::runtime::{Hook, LinuxNamespaceType, LinuxSeccomp, Process, ProcessBuilder, Spec};
+
+use crate::{Error, Kind};
 
 /// A change that was made, for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Adaptation {
-    /// `noNewPrivileges: false` reads as "set" to libcontainer, which then loads seccomp after it has lost the right to.
-    NoNewPrivilegesUnset,
     /// This process may not lower its oom_score_adj so far (no CAP_SYS_RESOURCE): the kernel's value stays.
     OomScoreAdjDropped(i32),
     /// The terminal flag follows the request, not the file.
     TerminalSet(bool),
+    /// This process may not raise that limit (no CAP_SYS_RESOURCE): its own hard limit stays.
+    RlimitClamped(String),
 }
 
-/// What the calling process may do.
-#[derive(Clone, Copy, Debug)]
-pub struct Rights {
-    /// The lowest oom_score_adj that it may set.
-    pub oom_score_adj_floor: i32,
+/// Our part.
+pub(crate) struct Taken {
+    pub process: Process,
+    pub seccomp: Option<LinuxSeccomp>,
+    pub start_hooks: Vec<Hook>,
+    /// Container id, host id, size; empty without a user namespace.
+    pub uid_map: Vec<(u32, u32, u32)>,
+    pub cgroup_path: PathBuf,
 }
 
-pub(crate) fn adapt(spec: &mut Spec, tty: bool, rights: Rights) -> Vec<Adaptation> {
+fn invalid(message: impl Into<String>) -> Error {
+    Error::new(Kind::Invalid, "spec", message, libc::EINVAL)
+}
+
+pub(crate) fn take(spec: &mut Spec, id: &str, tty: bool) -> Result<(Taken, Vec<Adaptation>), Error> {
     let mut done = Vec::new();
-    let Some(process) = spec.process_mut() else { return done };
-    if process.no_new_privileges() == Some(false) {
-        process.set_no_new_privileges(None);
-        done.push(Adaptation::NoNewPrivilegesUnset);
+    let Some(mut process) = spec.process().clone() else { return Err(invalid("the spec has no process")) };
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(invalid("the process has no arguments"));
+    }
+    if spec.root().is_none() {
+        return Err(invalid("the spec has no root"));
+    }
+    let Some(mut linux) = spec.linux().clone() else { return Err(invalid("the spec has no linux section")) };
+    let own = |t| linux.namespaces().iter().flatten().any(|n| n.typ() == t && n.path().is_none());
+    let joined = |t| linux.namespaces().iter().flatten().any(|n| n.typ() == t && n.path().is_some());
+    if own(LinuxNamespaceType::User) {
+        return Err(invalid("a user namespace is the sandbox's: give its path"));
+    }
+    if !own(LinuxNamespaceType::Mount) {
+        return Err(invalid("a container needs a mount namespace of its own"));
+    }
+    if linux.time_offsets().as_ref().is_some_and(|o| !o.is_empty()) || linux.net_devices().is_some() {
+        return Err(invalid("time offsets and network devices are not supported"));
     }
     if process.terminal().unwrap_or(false) != tty {
         process.set_terminal(Some(tty));
         done.push(Adaptation::TerminalSet(tty));
     }
-    if let Some(wanted) = process.oom_score_adj()
-        && wanted < rights.oom_score_adj_floor
-    {
-        process.set_oom_score_adj(None);
-        done.push(Adaptation::OomScoreAdjDropped(wanted));
+    let uid_map = match joined(LinuxNamespaceType::User) {
+        true => {
+            linux.uid_mappings().iter().flatten().map(|m| (m.container_id(), m.host_id(), m.size())).collect()
+        }
+        false => Vec::new(),
+    };
+    if joined(LinuxNamespaceType::User) && uid_map.is_empty() {
+        return Err(invalid("a container with a user namespace needs its id mappings"));
     }
-    done
+    let cgroup_path = linux.cgroups_path().clone().unwrap_or_else(|| PathBuf::from("/").join(id));
+    let seccomp = linux.seccomp().clone();
+    linux.set_seccomp(None);
+    let start_hooks = take_hooks(spec)?;
+    spec.set_process(Some(for_libcontainer(&process)?)).set_linux(Some(linux));
+    Ok((Taken { process, seccomp, start_hooks, uid_map, cgroup_path }, done))
+}
+
+/// root with all rights; HOME is there so that nobody looks it up through the container's files.
+fn for_libcontainer(p: &Process) -> Result<Process, Error> {
+    let mut out = ProcessBuilder::default()
+        .terminal(p.terminal().unwrap_or(false))
+        .cwd(p.cwd().clone())
+        .args(p.args().clone().unwrap_or_default())
+        .env(vec!["HOME=/".to_owned()])
+        .build()
+        .map_err(|e| invalid(e.to_string()))?;
+    out.set_capabilities(None).set_rlimits(None).set_no_new_privileges(None).set_oom_score_adj(None);
+    out.set_console_size(p.console_size()).set_apparmor_profile(p.apparmor_profile().clone());
+    out.set_io_priority(p.io_priority().clone()).set_scheduler(p.scheduler().clone());
+    Ok(out)
+}
+
+/// Leaves those that libcontainer's steps run at creation.
+fn take_hooks(spec: &mut Spec) -> Result<Vec<Hook>, Error> {
+    let Some(mut hooks) = spec.hooks().clone() else { return Ok(Vec::new()) };
+    let some = |h: &Option<Vec<Hook>>| h.as_ref().is_some_and(|h| !h.is_empty());
+    if some(hooks.poststart()) || some(hooks.poststop()) {
+        return Err(invalid("poststart and poststop hooks are not supported"));
+    }
+    let start = hooks.start_container().clone().unwrap_or_default();
+    hooks.set_start_container(None);
+    #[allow(deprecated)]
+    let rest = some(hooks.prestart()) || some(hooks.create_runtime()) || some(hooks.create_container());
+    spec.set_hooks(rest.then_some(hooks));
+    Ok(start)
 }
 
 /// Whether the container's own init ends all its processes: a PID namespace made for it (no path).
@@ -51,36 +117,76 @@ pub(crate) fn has_own_pid_namespace(spec: &Spec) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::{Value, json};
 
-    fn spec(process: &str) -> Spec {
-        serde_json::from_str(&format!(
-            r#"{{"ociVersion":"1.2.0","root":{{"path":"/r"}},"process":{{"cwd":"/","args":["a"],"user":{{"uid":0,"gid":0}}{process}}},
-                "linux":{{"namespaces":[{{"type":"pid"}},{{"type":"network","path":"/n"}}]}}}}"#
-        ))
-        .unwrap()
+    fn spec(process: Value, linux: Value) -> Spec {
+        let mut all = json!({
+            "ociVersion": "1.2.0", "root": {"path": "/r"},
+            "process": {"cwd": "/w", "args": ["a"], "user": {"uid": 7, "gid": 8}},
+            "linux": {"namespaces": [{"type": "mount"}, {"type": "pid"}, {"type": "network", "path": "/n"}]},
+        });
+        for (section, more) in [("process", process), ("linux", linux)] {
+            for (k, v) in more.as_object().expect("an object") {
+                all[section][k] = v.clone();
+            }
+        }
+        serde_json::from_value(all).expect("a spec")
     }
 
     #[test]
-    fn table() {
-        let rights = Rights { oom_score_adj_floor: 0 };
-        let mut s = spec("");
-        assert_eq!(adapt(&mut s, false, rights), vec![]);
-        assert!(has_own_pid_namespace(&s));
-        let mut s = spec(r#","noNewPrivileges":false,"oomScoreAdj":-997,"terminal":true"#);
-        assert_eq!(
-            adapt(&mut s, false, rights),
-            vec![
-                Adaptation::NoNewPrivilegesUnset,
-                Adaptation::TerminalSet(false),
-                Adaptation::OomScoreAdjDropped(-997)
-            ]
+    fn our_part_is_taken_out() {
+        let mut s = spec(
+            json!({"noNewPrivileges": true, "terminal": true, "env": ["A=b"],
+                "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1, "hard": 2}], "capabilities": {"bounding": ["CAP_KILL"]}}),
+            json!({"seccomp": {"defaultAction": "SCMP_ACT_ALLOW"}}),
         );
-        let mut s = spec(r#","noNewPrivileges":true,"oomScoreAdj":-997"#);
-        assert_eq!(
-            adapt(&mut s, true, Rights { oom_score_adj_floor: -1000 }),
-            vec![Adaptation::TerminalSet(true)]
-        );
+        let (taken, done) = take(&mut s, "id", false).unwrap();
+        assert_eq!(done, [Adaptation::TerminalSet(false)]);
+        assert_eq!((taken.process.user().uid(), taken.process.no_new_privileges()), (7, Some(true)));
+        assert!(taken.seccomp.is_some() && taken.process.rlimits().is_some());
+        assert_eq!(taken.cgroup_path, PathBuf::from("/id"));
         let p = s.process().as_ref().unwrap();
-        assert_eq!((p.no_new_privileges(), p.oom_score_adj()), (Some(true), Some(-997)));
+        assert_eq!((p.user().uid(), p.user().gid(), p.cwd().to_str()), (0, 0, Some("/w")));
+        assert!(p.capabilities().is_none() && p.no_new_privileges().is_none() && p.rlimits().is_none());
+        assert!(s.linux().as_ref().unwrap().seccomp().is_none() && s.hooks().is_none());
+        assert!(has_own_pid_namespace(&s));
+    }
+
+    #[test]
+    fn hooks() {
+        let with = |hooks: Value| {
+            let mut all = serde_json::to_value(spec(json!({}), json!({}))).unwrap();
+            all["hooks"] = hooks;
+            let mut s: Spec = serde_json::from_value(all).unwrap();
+            take(&mut s, "id", false).map(|(t, _)| (t.start_hooks.len(), s.hooks().is_some()))
+        };
+        assert_eq!(with(json!({"startContainer": [{"path": "/a"}]})), Ok((1, false)));
+        assert_eq!(
+            with(json!({"startContainer": [{"path": "/a"}], "createRuntime": [{"path": "/b"}]})),
+            Ok((1, true))
+        );
+        assert!(with(json!({"poststart": [{"path": "/a"}]})).is_err());
+    }
+
+    #[test]
+    fn refusals() {
+        let namespaces = |extra: Value| {
+            let mut all = json!([{"type": "mount"}]);
+            all.as_array_mut().unwrap().push(extra);
+            json!({"namespaces": all})
+        };
+        let cases = [
+            (json!({"args": []}), json!({})),
+            (json!({}), json!({"namespaces": []})),
+            (json!({}), namespaces(json!({"type": "user"}))),
+            (json!({}), namespaces(json!({"type": "user", "path": "/u"}))),
+        ];
+        for (process, linux) in cases {
+            let e = take(&mut spec(process.clone(), linux.clone()), "id", false).map(|_| ()).unwrap_err();
+            assert_eq!(e.kind, Kind::Invalid, "{process} {linux}");
+        }
+        let mut mapped = namespaces(json!({"type": "user", "path": "/u"}));
+        mapped["uidMappings"] = json!([{"containerID": 0, "hostID": 5000, "size": 10}]);
+        assert_eq!(take(&mut spec(json!({}), mapped), "id", false).unwrap().0.uid_map, [(0, 5000, 10)]);
     }
 }

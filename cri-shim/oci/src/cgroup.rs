@@ -2,8 +2,10 @@
 //! out-of-memory and to clean up. Works for cgroup v1 (also beside an empty v2) and for v2.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -113,6 +115,20 @@ pub fn remove(folders: &[PathBuf]) -> io::Result<bool> {
     Ok(done)
 }
 
+/// The same, waiting for processes that are ending; those that fork meanwhile are killed again.
+pub fn remove_within(folders: &[PathBuf], limit: Duration) -> io::Result<bool> {
+    let end = Instant::now() + limit;
+    let mut pause = Duration::from_micros(250);
+    while !remove(folders)? {
+        if Instant::now() >= end {
+            return Ok(false);
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+    Ok(true)
+}
+
 fn remove_tree(folder: &Path) -> io::Result<bool> {
     match fs::remove_dir(folder) {
         Ok(()) => return Ok(true),
@@ -157,55 +173,121 @@ fn keyed(text: &str, key: &str) -> u64 {
         .unwrap_or(0)
 }
 
-/// Makes `path` (below each hierarchy's root) and moves `pid` into it; returns the folders. For the pod's own init.
-pub fn join(path: &str, pid: Pid) -> io::Result<Vec<PathBuf>> {
+/// Makes `path` (below each hierarchy's root); returns the folders.
+pub fn make(path: &str) -> io::Result<Vec<PathBuf>> {
     let rel = path.trim_start_matches('/');
     if rel.is_empty() || rel.split('/').any(|c| c == ".." || c.is_empty()) {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("bad cgroup path {path:?}")));
     }
-    let mut out = Vec::new();
     if is_unified() {
-        let f = Path::new(ROOT).join(rel);
-        fs::create_dir_all(&f)?;
-        fs::write(f.join("cgroup.procs"), pid.to_string())?;
-        out.push(f);
-        return Ok(out);
+        return Ok(vec![make_unified(rel)?]);
     }
+    let mut out = Vec::new();
     for hierarchy in fs::read_dir(ROOT)?.flatten() {
-        let base = hierarchy.path();
         let name = hierarchy.file_name();
         // systemd's and the empty v2 hierarchy carry no controller of ours; links are alternative names.
         if name == "systemd" || name == "unified" || !hierarchy.file_type().is_ok_and(|t| t.is_dir()) {
             continue;
         }
-        if !base.join("cgroup.procs").exists() {
-            continue;
+        let base = hierarchy.path();
+        let folder = base.join(rel);
+        match fs::create_dir(&folder) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(_) if !base.join("cgroup.procs").exists() => continue,
+            Err(_) => fs::create_dir_all(&folder)?,
         }
-        let f = base.join(rel);
-        fs::create_dir_all(&f)?;
-        inherit_cpuset(&base, rel);
-        fs::write(f.join("cgroup.procs"), pid.to_string())?;
-        out.push(f);
+        if name == "cpuset" || folder.join("cpuset.cpus").exists() {
+            inherit_cpuset(&base, rel)?;
+        }
+        out.push(folder);
     }
     Ok(out)
 }
 
-/// A new v1 cpuset is empty and refuses members until it has its parent's CPUs and memory nodes.
-fn inherit_cpuset(base: &Path, rel: &str) {
-    if !base.join("cpuset.cpus").exists() {
-        return;
-    }
-    let mut at = base.to_owned();
+/// Controllers must be handed down by every folder above.
+fn make_unified(rel: &str) -> io::Result<PathBuf> {
+    let mut at = PathBuf::from(ROOT);
+    let all = fs::read_to_string(at.join("cgroup.controllers"))?;
     for part in rel.split('/') {
-        let parent = at.clone();
+        let control = at.join("cgroup.subtree_control");
+        let given = fs::read_to_string(&control)?;
+        for c in all.split_whitespace().filter(|c| !given.split_whitespace().any(|g| g == *c)) {
+            // One that cannot be handed down is missed when a limit needs it, not before.
+            let _ = fs::write(&control, format!("+{c}"));
+        }
         at.push(part);
-        for file in ["cpuset.cpus", "cpuset.mems"] {
-            if fs::read_to_string(at.join(file)).is_ok_and(|t| t.trim().is_empty())
-                && let Ok(v) = fs::read_to_string(parent.join(file))
-            {
-                let _ = fs::write(at.join(file), v.trim());
+        match fs::create_dir(&at) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+    }
+    Ok(at)
+}
+
+/// A new v1 cpuset is empty and refuses members until it has its parent's CPUs and memory nodes.
+fn inherit_cpuset(base: &Path, rel: &str) -> io::Result<()> {
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        let mut at = base.to_owned();
+        let mut above = String::new();
+        for part in std::iter::once("").chain(rel.split('/')) {
+            at.push(part);
+            let mut own = fs::read_to_string(at.join(file))?;
+            if own.trim().is_empty() {
+                fs::write(at.join(file), above.trim())?;
+                own = above;
+            }
+            above = own;
+        }
+    }
+    Ok(())
+}
+
+/// How a process gets into its cgroup. Opened by whoever has the rights, used by whoever goes in.
+///
+/// Moving any process but oneself waits for the end of an RCU grace period (tens of milliseconds on a busy machine), since
+/// the whole thread group must hold still. On v1 a task that moves itself through `tasks` does not wait, on v2 neither does
+/// a process that begins its life in the cgroup.
+#[derive(Debug)]
+pub enum Entry {
+    /// v1: the `tasks` files.
+    Tasks(Vec<fs::File>),
+    /// v2: the folder, for clone.
+    Folder(OwnedFd),
+    /// The caller is in it already.
+    Here,
+}
+
+impl Entry {
+    pub fn open(folders: &[PathBuf]) -> io::Result<Entry> {
+        use std::os::unix::fs::OpenOptionsExt;
+        if is_unified() {
+            let Some(folder) = folders.first() else { return Ok(Entry::Here) };
+            let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
+            return Ok(Entry::Folder(
+                fs::OpenOptions::new().read(true).custom_flags(flags).open(folder)?.into(),
+            ));
+        }
+        let tasks = folders.iter().map(|f| fs::OpenOptions::new().write(true).open(f.join("tasks")));
+        Ok(Entry::Tasks(tasks.collect::<io::Result<_>>()?))
+    }
+
+    /// For the clone of the process that goes in.
+    pub fn folder(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Entry::Folder(f) => Some(f.as_fd()),
+            _ => None,
+        }
+    }
+
+    /// The calling single-threaded process goes in, unless it was cloned into it.
+    pub fn enter(&self) -> io::Result<()> {
+        if let Entry::Tasks(all) = self {
+            for mut f in all.iter() {
+                f.write_all(b"0")?;
             }
         }
+        Ok(())
     }
 }
 

@@ -8,7 +8,14 @@ use crate::{Error, Kind};
 /// `details` are the error lines that libcontainer's child processes wrote: their own errors reach us as text only.
 pub(crate) fn libcontainer(e: &L, details: &str) -> Error {
     let (kind, stage) = classify(e);
-    let mut message = chain(e);
+    let out = from_text(&chain(e), details);
+    let errno = errno_in_chain(e).unwrap_or(out.errno);
+    Error { kind, stage: stage.map_or(out.stage, str::to_owned), errno, ..out }
+}
+
+/// An error of which only text is left, because it came from another process.
+pub(crate) fn from_text(message: &str, details: &str) -> Error {
+    let mut message = message.to_owned();
     let detail = details.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>();
     // The first line comes from the innermost place; the later ones repeat it on the way up.
     if let Some(first) = detail.first()
@@ -17,10 +24,9 @@ pub(crate) fn libcontainer(e: &L, details: &str) -> Error {
         message.push_str(": ");
         message.push_str(first);
     }
-    let errno =
-        errno_in_chain(e).or_else(|| errno_in_text(details)).or_else(|| errno_in_text(&message)).unwrap_or(0);
-    let stage = stage.or_else(|| stage_in_text(&message)).unwrap_or("runtime");
-    Error::new(kind, stage, message, errno)
+    let errno = errno_in_text(details).or_else(|| errno_in_text(&message)).unwrap_or(0);
+    let stage = stage_in_text(&message).unwrap_or("runtime");
+    Error::new(Kind::Runtime, stage, message, errno)
 }
 
 fn classify(e: &L) -> (Kind, Option<&'static str>) {
@@ -41,7 +47,7 @@ fn classify(e: &L) -> (Kind, Option<&'static str>) {
     }
 }
 
-fn chain(e: &dyn std::error::Error) -> String {
+pub(crate) fn chain(e: &dyn std::error::Error) -> String {
     let mut out = e.to_string();
     let mut source = e.source();
     while let Some(s) = source {

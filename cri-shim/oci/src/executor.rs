@@ -1,34 +1,36 @@
-//! The last step before the user's program: undoes what the monitor's signal set-up would leave behind and reports a
-//! failed `execve` to whoever holds the read end of the error pipe (end of file without data: it runs).
+//! The last step before the user's program: looks the program up, becomes the user, undoes what the monitor's signal set-up would
+//! leave behind, and reports a failed `execve` to whoever holds the other end of a channel (end of file without data: it runs).
 
 use std::ffi::CString;
-use std::os::fd::RawFd;
+use std::fs;
+use std::io::Read;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
-use oci_spec::runtime::Spec;
+use libcontainer::container::State;
+use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
+use nix::errno::Errno;
+use oci_spec::runtime::{Hook, Process, Spec};
+
+use crate::identity::{Identity, home_of};
+use crate::{Error, Kind, helper};
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Says that a container may start.
+pub(crate) const GO: &[u8] = b"go";
 
-/// `error_fd` is a close-on-exec descriptor of the calling process tree; -1 reports nowhere.
-#[derive(Clone)]
-pub(crate) struct Exec {
-    pub error_fd: RawFd,
-}
-
-fn args(spec: &Spec) -> Option<&Vec<String>> {
-    spec.process().as_ref().and_then(|p| p.args().as_ref()).filter(|a| !a.is_empty())
-}
+/// A failure as it goes through the channel.
+pub(crate) type Report = (i32, String);
 
 /// The file that `name` stands for, looked up as execvp(3) does; the error is what the user is told.
-fn resolve(name: &str, path: &str) -> Result<PathBuf, (i32, String)> {
+fn resolve(name: &str, path: &str) -> Result<PathBuf, Report> {
     if name.is_empty() {
         return Err((libc::ENOENT, "the command is empty".into()));
     }
     let check = |p: &Path| -> Option<bool> {
-        let m = std::fs::metadata(p).ok()?;
+        let m = fs::metadata(p).ok()?;
         Some(m.is_file() && m.permissions().mode() & 0o111 != 0)
     };
     if name.contains('/') {
@@ -54,45 +56,157 @@ fn resolve(name: &str, path: &str) -> Result<PathBuf, (i32, String)> {
     Err((libc::ENOENT, format!("exec: \"{name}\": executable file not found in $PATH")))
 }
 
-impl Executor for Exec {
-    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        let bad = |m: String| Err(ExecutorValidationError::ArgValidationError(m));
-        let Some(args) = args(spec) else { return bad("no command to execute".into()) };
-        let env = spec.process().as_ref().and_then(|p| p.env().as_ref());
-        let path = env.and_then(|e| e.iter().find_map(|v| v.strip_prefix("PATH="))).unwrap_or(DEFAULT_PATH);
-        match resolve(&args[0], path) {
-            Ok(_) => Ok(()),
-            Err((errno, m)) => bad(format!("{m} (os error {errno})")),
+/// A program with what it is given.
+#[derive(Clone, Debug)]
+pub(crate) struct Program {
+    args: Vec<String>,
+    env: Vec<String>,
+    uid: u32,
+}
+
+impl Program {
+    pub(crate) fn new(p: &Process) -> Program {
+        Program {
+            args: p.args().clone().unwrap_or_default(),
+            env: p.env().clone().unwrap_or_default(),
+            uid: p.user().uid(),
         }
     }
 
-    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let args = args(spec).ok_or(ExecutorError::InvalidArg)?;
-        let path = std::env::var("PATH").unwrap_or_else(|_| DEFAULT_PATH.to_owned());
-        let failure = match resolve(&args[0], &path) {
-            Err(e) => e,
-            Ok(file) => {
-                let file =
-                    CString::new(file.as_os_str().as_bytes()).map_err(|_| ExecutorError::InvalidArg)?;
-                let argv: Vec<CString> = args
-                    .iter()
-                    .map(|a| CString::new(a.as_bytes()))
-                    .collect::<Result<_, _>>()
-                    .map_err(|_| ExecutorError::InvalidArg)?;
-                reset_signals();
-                let errno = match nix::unistd::execv(&file, &argv) {
-                    Ok(never) => match never {},
-                    Err(e) => e,
-                };
-                (errno as i32, format!("exec: \"{}\": {}", args[0], errno.desc().to_lowercase()))
-            }
+    pub(crate) fn uid(&self) -> u32 {
+        self.uid
+    }
+
+    fn variable(&self, name: &str) -> Option<&str> {
+        self.env.iter().find_map(|v| v.strip_prefix(name)?.strip_prefix('='))
+    }
+
+    pub(crate) fn find(&self) -> Result<PathBuf, Report> {
+        let name = self.args.first().map_or("", String::as_str);
+        resolve(name, self.variable("PATH").unwrap_or(DEFAULT_PATH))
+    }
+
+    /// Returns only when it fails.
+    pub(crate) fn run(&self, identity: &Identity) -> Report {
+        let name = self.args.first().map_or("", String::as_str);
+        let file = match self.find() {
+            Ok(f) => f,
+            Err(e) => return e,
         };
-        if self.error_fd >= 0 {
-            let text = format!("{} {}", failure.0, failure.1);
-            let bytes = &text.as_bytes()[..text.len().min(3000)];
-            let _ = nix::unistd::write(crate::helper::borrow(self.error_fd), bytes);
+        let mut env = self.env.clone();
+        if self.variable("HOME").is_none_or(str::is_empty) {
+            env.retain(|v| !v.starts_with("HOME="));
+            env.push(format!("HOME={}", home_of(self.uid, &passwd())));
         }
-        Err(ExecutorError::Other(failure.1))
+        let strings =
+            |all: &[String]| all.iter().map(|a| CString::new(a.as_bytes())).collect::<Result<Vec<_>, _>>();
+        let (Ok(path), Ok(args), Ok(env)) =
+            (CString::new(file.as_os_str().as_bytes()), strings(&self.args), strings(&env))
+        else {
+            return (libc::EINVAL, format!("exec: {name:?}: an argument or variable holds a NUL byte"));
+        };
+        reset_signals();
+        if let Err(e) = identity.finish() {
+            return (e.errno, format!("exec: \"{name}\": {e}"));
+        }
+        match nix::unistd::execve(&path, &args, &env) {
+            Ok(never) => match never {},
+            Err(e) => (e as i32, format!("exec: \"{name}\": {}", e.desc().to_lowercase())),
+        }
+    }
+}
+
+/// The start of the container's user list; its length is the container's to decide.
+fn passwd() -> String {
+    let mut text = Vec::new();
+    if let Ok(f) = fs::File::open("/etc/passwd") {
+        // What cannot be read counts as not there.
+        let _ = f.take(1 << 20).read_to_end(&mut text);
+    }
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+/// Writes a failure to the channel, in one piece, for [`read_report`].
+pub(crate) fn send_report(channel: RawFd, (errno, message): &Report) {
+    let text = format!("{errno} {message}");
+    let bytes = &text.as_bytes()[..text.floor_char_boundary(3000)];
+    let _ = nix::unistd::write(helper::borrow(channel), bytes);
+}
+
+/// Waits until the program runs (`None`) or has failed to.
+pub fn read_report(channel: &OwnedFd) -> Option<Error> {
+    let mut buf = [0u8; 4096];
+    loop {
+        return match nix::unistd::read(channel, &mut buf) {
+            Ok(0) | Err(Errno::ECONNRESET) => None,
+            Ok(n) => {
+                let (errno, message) = parse_report(&buf[..n]);
+                Some(Error::new(Kind::Runtime, "exec", message, errno))
+            }
+            Err(Errno::EINTR) => continue,
+            Err(e) => Some(Error::io("exec", "cannot read the report of the program's start", &e.into())),
+        };
+    }
+}
+
+fn parse_report(bytes: &[u8]) -> Report {
+    let text = String::from_utf8_lossy(bytes);
+    let split = text.split_once(' ').and_then(|(n, m)| Some((n.parse().ok()?, m.to_owned())));
+    split.unwrap_or((0, text.into_owned()))
+}
+
+/// Our part of a container's first process, in the shape that libcontainer calls.
+#[derive(Clone)]
+pub(crate) struct Init {
+    pub program: Program,
+    pub identity: Identity,
+    /// Close-on-exec; brings [`GO`], takes a report.
+    pub channel: RawFd,
+    /// startContainer hooks, which run here because libcontainer is told to start at once.
+    pub hooks: Option<(Vec<Hook>, State)>,
+}
+
+impl Executor for Init {
+    /// The last step that can still refuse the creation.
+    fn validate(&self, _: &Spec) -> Result<(), ExecutorValidationError> {
+        let bad = |m: String| ExecutorValidationError::ArgValidationError(m);
+        self.identity.assume().map_err(|e| bad(format!("{e} (os error {})", e.errno)))?;
+        self.program.find().map(|_| ()).map_err(|(errno, m)| bad(format!("{m} (os error {errno})")))
+    }
+
+    /// The program is given its own; the process keeps what it has.
+    fn setup_envs(&self, _: std::collections::HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        Ok(())
+    }
+
+    fn exec(&self, _: &Spec) -> Result<(), ExecutorError> {
+        if !self.may_go() {
+            // The monitor is gone: nobody would look after the container.
+            helper::leave(1);
+        }
+        if let Some((hooks, state)) = &self.hooks
+            && let Err(e) = libcontainer::hooks::run_hooks(Some(hooks), Some(state), None, None, None)
+        {
+            send_report(self.channel, &(0, format!("startContainer hook: {e}")));
+            helper::leave(1);
+        }
+        let report = self.program.run(&self.identity);
+        send_report(self.channel, &report);
+        // Not back to libcontainer: its channel to the helper is closed by now.
+        helper::leave(1)
+    }
+}
+
+impl Init {
+    fn may_go(&self) -> bool {
+        let mut buf = [0u8; 8];
+        loop {
+            match nix::unistd::read(helper::borrow(self.channel), &mut buf) {
+                Ok(n) => return &buf[..n] == GO,
+                Err(Errno::EINTR) => {}
+                Err(_) => return false,
+            }
+        }
     }
 }
 
@@ -102,13 +216,6 @@ fn reset_signals() {
     use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
     crate::helper::default_signals();
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
-}
-
-/// Reads what [`Exec`] wrote: errno and message.
-pub(crate) fn parse_report(bytes: &[u8]) -> Option<(i32, String)> {
-    let text = String::from_utf8_lossy(bytes);
-    let (n, m) = text.split_once(' ')?;
-    Some((n.parse().ok()?, m.to_owned()))
 }
 
 #[cfg(test)]
@@ -124,7 +231,7 @@ mod tests {
         assert_eq!(resolve("passwd", "/etc").unwrap_err().0, libc::EACCES);
         assert_eq!(resolve("/", "").unwrap_err().0, libc::EACCES);
         assert_eq!(resolve("", "/bin").unwrap_err().0, libc::ENOENT);
-        assert_eq!(parse_report(b"2 exec: x"), Some((2, "exec: x".into())));
-        assert_eq!(parse_report(b"junk"), None);
+        assert_eq!(parse_report(b"2 exec: x"), (2, "exec: x".into()));
+        assert_eq!(parse_report(b"junk"), (0, "junk".into()));
     }
 }

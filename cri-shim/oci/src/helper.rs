@@ -16,17 +16,29 @@ use nix::unistd::{ForkResult, Pid};
 use serde::{Deserialize, Serialize};
 use tracing::field::{Field, Visit};
 
+use crate::cgroup::Entry;
 use crate::ops::Outcome;
-use crate::{Error, Kind};
+use crate::{Error, Kind, executor, sys};
 
 /// Replies are cut to this, so that one datagram always holds them.
 const MAX_REPLY: usize = 60 * 1024;
 
-/// A running helper. Poll [`Helper::fd`] for reading, then call [`Helper::reply`]. The helper's exit is the caller's to reap.
+/// A running operation. Poll [`Helper::fd`] for reading, then call [`Helper::reply`]. The exit of its process is the caller's
+/// to reap.
 #[derive(Debug)]
 pub struct Helper {
     pub pid: Pid,
     pub fd: OwnedFd,
+    answers: Answers,
+}
+
+/// Who answers.
+#[derive(Debug)]
+enum Answers {
+    /// A fork made for the operation.
+    Fork,
+    /// A container's first process, by closing its end or with a report why it could not.
+    Program,
 }
 
 /// What a helper reported.
@@ -43,8 +55,25 @@ struct Wire {
 }
 
 impl Helper {
-    /// The helper's answer. Blocks until it comes.
+    pub(crate) fn of_start(pid: Pid, fd: OwnedFd) -> Helper {
+        Helper { pid, fd, answers: Answers::Program }
+    }
+
+    /// The answer. Blocks until it comes.
     pub fn reply(&self) -> Reply {
+        match self.answers {
+            Answers::Fork => self.reply_of_fork(),
+            Answers::Program => Reply {
+                result: match executor::read_report(&self.fd) {
+                    None => Ok(Outcome::Done),
+                    Some(e) => Err(e),
+                },
+                console: None,
+            },
+        }
+    }
+
+    fn reply_of_fork(&self) -> Reply {
         let mut buf = vec![0u8; 64 * 1024];
         let mut cmsg = nix::cmsg_space!([RawFd; 1]);
         let mut console = None;
@@ -191,6 +220,17 @@ pub fn fork_clean(keep: &[RawFd]) -> nix::Result<Option<Pid>> {
     }
 }
 
+/// Forks into a cgroup; the child returns `None` in it, with every descriptor but stdio closed. Terms as for [`fork_clean`].
+pub fn fork_into(entry: &Entry) -> std::io::Result<Option<Pid>> {
+    let child = sys::fork_child(entry.folder())?;
+    if child.is_none() {
+        let entered = entry.enter();
+        close_all_but(&[]);
+        entered?;
+    }
+    Ok(child)
+}
+
 fn close_all_but(keep: &[RawFd]) {
     let mut keep: Vec<u32> = keep.iter().filter(|f| **f > 2).map(|f| *f as u32).collect();
     keep.sort_unstable();
@@ -222,7 +262,7 @@ pub(crate) fn run(
     keep.push(theirs.as_raw_fd());
     match fork_clean(&keep) {
         Err(e) => Err(Error::new(Kind::Runtime, "helper", format!("fork: {e}"), e as i32)),
-        Ok(Some(pid)) => Ok(Helper { pid, fd: ours }),
+        Ok(Some(pid)) => Ok(Helper { pid, fd: ours, answers: Answers::Fork }),
         Ok(None) => {
             let (result, console) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 std::panic::set_hook(Box::new(|_| {}));

@@ -1,22 +1,31 @@
 //! Containers by the OCI runtime spec: the only crate that names libcontainer.
 //!
-//! libcontainer changes the process that calls it (oom_score_adj, dumpable, cwd, umask), leaks descriptors and memory when it
-//! fails, and may wait without end on a broken file system. So each operation runs in a short-lived fork of the caller
-//! (no `exec`): see [`helper`]. The caller must be single-threaded, must be a sub-reaper (the container's process becomes
-//! its child when the helper ends) and stays free to serve others meanwhile.
+//! What touches the container's processes runs in a short-lived fork of the caller (no `exec`): see [`helper`]. libcontainer
+//! changes the process that calls it, leaks descriptors and memory when it fails, and may wait without end on a broken file
+//! system. The caller must be single-threaded, must be a sub-reaper (the container's process becomes its child) and stays free
+//! to serve others meanwhile.
 
 mod adapt;
 pub mod cgroup;
+mod console;
 mod convert;
+mod create;
+mod exec;
 mod executor;
 pub mod helper;
+mod identity;
+mod limits;
 mod ops;
+mod rlimits;
+mod seccomp;
+mod sys;
 
 pub use adapt::Adaptation;
+pub use create::{Context, CreateSpec, Created, create};
+pub use exec::{ExecSpec, exec};
+pub use executor::read_report;
 pub use helper::{Helper, Reply};
-pub use ops::{
-    CreateSpec, Created, ExecSpec, Outcome, Stdio, create, delete, delete_in_place, exec, start, update,
-};
+pub use ops::{Outcome, Stdio, delete, delete_in_place, delete_now, start, start_channel, update};
 
 use serde::{Deserialize, Serialize};
 

@@ -1,0 +1,382 @@
+//! OCI "create". The helper process prepares what needs the host's rights and forks the container's first process, which
+//! libcontainer sets up: namespaces, root file system, mounts, devices, masked paths, terminal.
+//!
+//! libcontainer's own builder is not used: it forks three times, keeps its state in files that it reads again at every step,
+//! and moves processes between cgroups in a way that waits (see [`cgroup::Entry`]).
+
+use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use libcgroups::common::CgroupConfig;
+use libcontainer::container::{Container, ContainerStatus};
+use libcontainer::hooks::run_hooks;
+use libcontainer::notify_socket::NotifyListener;
+use libcontainer::process::args::{ContainerArgs, ContainerType};
+use libcontainer::process::channel::{
+    self, ChannelError, InitReceiver, InitSender, MainReceiver, MainSender,
+};
+use libcontainer::process::init::container_init_process;
+use libcontainer::syscall::syscall::SyscallType;
+use libcontainer::validator::Validator;
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::unistd::Pid;
+use oci_spec::runtime::{Hook, LinuxNamespace, LinuxNamespaceType, Spec};
+use serde::{Deserialize, Serialize};
+
+use crate::adapt::{self, Adaptation, Taken};
+use crate::console::{self, Console};
+use crate::executor::{Init, Program};
+use crate::identity::{Identity, become_root};
+use crate::ops::{Outcome, Stdio, check_id, filter_path, set_oom_score_adj};
+use crate::rlimits::Rlimits;
+use crate::seccomp::{self, Filter};
+use crate::{Error, Helper, Kind, cgroup, convert, helper, limits, sys};
+
+/// What `create` needs to know.
+#[derive(Debug)]
+pub struct CreateSpec<'a> {
+    /// Folder for this crate's state of all containers of the pod.
+    pub root: &'a Path,
+    pub id: &'a str,
+    /// Folder with the caller's config.json; never written.
+    pub bundle: &'a Path,
+    pub tty: bool,
+    pub systemd_cgroup: bool,
+    pub stdio: Stdio,
+    /// One end of [`crate::start_channel`]; give the other to [`crate::start`].
+    pub channel: OwnedFd,
+}
+
+/// A container that waits for its start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Created {
+    pub pid: i32,
+    /// Its cgroup folders in every hierarchy.
+    pub cgroups: Vec<PathBuf>,
+    /// The end of its init ends all its processes.
+    pub own_pid_namespace: bool,
+    pub context: Context,
+    /// What was changed in the spec, for the log.
+    pub adapted: Vec<String>,
+}
+
+/// What must be known of a container to act on it later.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Context {
+    /// Of its user namespace, empty without: container id, host id, size.
+    pub uid_map: Vec<(u32, u32, u32)>,
+    /// It has a seccomp filter, which lies beside the state.
+    pub filtered: bool,
+    /// As in the spec.
+    pub cgroup_path: PathBuf,
+}
+
+impl Context {
+    /// The host's user id of one of the container.
+    pub(crate) fn host_uid(&self, uid: u32) -> Option<u32> {
+        if self.uid_map.is_empty() {
+            return Some(uid);
+        }
+        self.uid_map.iter().find_map(|(inside, outside, size)| {
+            let offset = uid.checked_sub(*inside)?;
+            if offset < *size { outside.checked_add(offset) } else { None }
+        })
+    }
+}
+
+/// OCI "create": the container's process exists and waits. Answers [`Outcome::Created`], with the pty when `tty`.
+pub fn create(c: CreateSpec<'_>) -> Result<Helper, Error> {
+    check_id(c.id)?;
+    let mut keep = c.stdio.fds();
+    keep.push(c.channel.as_raw_fd());
+    helper::run(&keep, |details| match in_helper(&c, details) {
+        Ok((created, console)) => (Ok(Outcome::Created(created)), console),
+        Err(e) => (Err(e), None),
+    })
+}
+
+fn in_helper(c: &CreateSpec<'_>, details: &dyn Fn() -> String) -> Result<(Created, Option<OwnedFd>), Error> {
+    let path = c.bundle.join("config.json");
+    let mut spec = Spec::load(&path)
+        .map_err(|e| Error::new(Kind::Invalid, "spec", format!("cannot read {}: {e}", path.display()), 0))?;
+    let (taken, mut adapted) = adapt::take(&mut spec, c.id, c.tty)?;
+    Validator::validate_spec(&spec).map_err(|e| convert::libcontainer(&e.into(), ""))?;
+    let filter = taken.seccomp.as_ref().map(seccomp::compile).transpose()?.flatten();
+    let context = Context {
+        uid_map: taken.uid_map.clone(),
+        filtered: filter.is_some(),
+        cgroup_path: taken.cgroup_path.clone(),
+    };
+    c.stdio.give_to(context.host_uid(taken.process.user().uid()));
+    // The helper takes the container's score, which its fork keeps; the monitor's own must not be inherited.
+    let score = taken.process.oom_score_adj().unwrap_or(0);
+    if !set_oom_score_adj(score) {
+        adapted.push(Adaptation::OomScoreAdjDropped(score));
+    }
+    // From here on others in a shared PID namespace must not look into what is forked (CVE-2016-9962).
+    nix::sys::prctl::set_dumpable(false).map_err(|e| Error::io("state", "set undumpable", &e.into()))?;
+    if let Some(f) = &filter {
+        let at = filter_path(c.root, c.id);
+        fs::write(&at, f.to_bytes())
+            .map_err(|e| Error::io("state", &format!("cannot write {}", at.display()), &e))?;
+    }
+    let own_pid_namespace = adapt::has_own_pid_namespace(&spec);
+    let mut made = Made::default();
+    match make(c, spec, taken, filter, &mut made, details) {
+        Ok(console) => {
+            adapted.extend(made.clamped.into_iter().map(Adaptation::RlimitClamped));
+            let adapted = adapted.iter().map(|a| format!("{a:?}")).collect();
+            Ok((
+                Created { pid: made.pid, cgroups: made.cgroups, own_pid_namespace, context, adapted },
+                console,
+            ))
+        }
+        Err(e) => {
+            take_back(c, &made);
+            Err(e)
+        }
+    }
+}
+
+/// What exists already, also when the rest fails.
+#[derive(Default)]
+struct Made {
+    cgroups: Vec<PathBuf>,
+    pid: i32,
+    clamped: Vec<String>,
+}
+
+fn take_back(c: &CreateSpec<'_>, made: &Made) {
+    if made.pid > 1 {
+        let _ = cgroup::signal_pid(Pid::from_raw(made.pid), libc::SIGKILL);
+    }
+    let _ = fs::remove_file(filter_path(c.root, c.id));
+    // A folder with members that are not ours stays.
+    let _ = cgroup::remove_within(&made.cgroups, Duration::from_secs(2));
+}
+
+fn make(
+    c: &CreateSpec<'_>,
+    spec: Spec,
+    taken: Taken,
+    filter: Option<Filter>,
+    made: &mut Made,
+    details: &dyn Fn() -> String,
+) -> Result<Option<OwnedFd>, Error> {
+    let rootfs = spec.root().as_ref().map(|r| r.path().clone()).unwrap_or_default();
+    let rootfs = fs::canonicalize(c.bundle.join(&rootfs))
+        .map_err(|e| Error::io("rootfs", &format!("cannot use {}", rootfs.display()), &e))?;
+    let entry = place(c, &spec, &taken, made)?;
+    let tty = Console::new(c.tty)?;
+    let channels = Channels::new()?;
+    let state = match spec.hooks().is_some() || !taken.start_hooks.is_empty() {
+        true => Some(container(c)?),
+        false => None,
+    };
+    let executor = Init {
+        program: Program::new(&taken.process),
+        identity: Identity::new(&taken.process, filter),
+        channel: c.channel.as_raw_fd(),
+        hooks: state.as_ref().map(|s| (taken.start_hooks.clone(), s.state.clone())),
+    };
+    let raw = |f: &Option<OwnedFd>| f.as_ref().map(AsRawFd::as_raw_fd);
+    let args = ContainerArgs {
+        container_type: ContainerType::InitContainer,
+        syscall: SyscallType::default(),
+        spec: Rc::new(spec),
+        rootfs,
+        console_socket: tty.as_ref().map(Console::theirs),
+        notify_listener: open_gate(c)?,
+        preserve_fds: 0,
+        container: state,
+        user_ns_config: None,
+        cgroup_config: CgroupConfig {
+            cgroup_path: taken.cgroup_path.clone(),
+            systemd_cgroup: c.systemd_cgroup,
+            container_name: c.id.to_owned(),
+        },
+        detached: true,
+        executor: Box::new(executor),
+        no_pivot: false,
+        stdin: raw(&c.stdio.stdin),
+        stdout: raw(&c.stdio.stdout),
+        stderr: raw(&c.stdio.stderr),
+        as_sibling: false,
+        pid_file: None,
+    };
+    let limits = Rlimits::new(&taken.process);
+    made.clamped = limits.clamped().to_vec();
+    let user = namespace(&args.spec, LinuxNamespaceType::User);
+    let here =
+        fs::File::open("/proc/self/ns/pid").map_err(|e| Error::io("namespace", "/proc/self/ns/pid", &e))?;
+    if let Some(user) = &user {
+        // Raising limits needs the host's rights.
+        limits.set()?;
+        enter(user, CloneFlags::CLONE_NEWUSER)?;
+        become_root().map_err(|e| Error::new(Kind::Runtime, "namespace", e.to_string(), e.errno))?;
+    }
+    for (kind, flag) in [
+        (LinuxNamespaceType::Time, CloneFlags::from_bits_retain(libc::CLONE_NEWTIME)),
+        (LinuxNamespaceType::Pid, CloneFlags::CLONE_NEWPID),
+    ] {
+        if let Some(n) = namespace(&args.spec, kind) {
+            enter(&n, flag)?;
+        }
+    }
+    let pid = sys::fork_sibling(entry.folder()).map_err(|e| Error::io("namespace", "cannot fork", &e))?;
+    let Some(pid) = pid else { first_process(&args, &entry, channels, user.is_none().then_some(limits)) };
+    made.pid = pid.as_raw();
+    if made.cgroups.is_empty() {
+        // systemd has named them.
+        made.cgroups = cgroup::of_process(made.pid, nix::unistd::getppid().as_raw());
+    }
+    channels.follow(&args, pid, &here, user.is_some(), details)?;
+    let uid = taken.process.user().uid();
+    tty.map(Console::receive).transpose().inspect(|master| {
+        if let Some(m) = master {
+            // With a user namespace this process is in it: the container's ids are right in both cases.
+            console::give_to(m, uid);
+        }
+    })
+}
+
+fn container(c: &CreateSpec<'_>) -> Result<Container, Error> {
+    Container::new(c.id, ContainerStatus::Creating, None, c.bundle, c.root)
+        .map_err(|e| convert::libcontainer(&e, ""))
+}
+
+/// Makes the cgroup with its limits.
+fn place(c: &CreateSpec<'_>, spec: &Spec, taken: &Taken, made: &mut Made) -> Result<cgroup::Entry, Error> {
+    let path = &taken.cgroup_path;
+    let by_systemd = c.systemd_cgroup && cgroup::is_unified() && !path.is_absolute();
+    let manager = limits::manager(path, c.id, c.systemd_cgroup)?;
+    if by_systemd {
+        limits::enter_scope(&manager)?;
+    } else {
+        let text = path.to_string_lossy();
+        made.cgroups = cgroup::make(&text)
+            .map_err(|e| Error::io("cgroup", &format!("cannot make the cgroup {text}"), &e))?;
+    }
+    if let Some(r) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
+        limits::apply(&manager, r)?;
+    }
+    if by_systemd {
+        return Ok(cgroup::Entry::Here);
+    }
+    cgroup::Entry::open(&made.cgroups).map_err(|e| Error::io("cgroup", "cannot open the cgroup", &e))
+}
+
+fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<LinuxNamespace> {
+    let all = spec.linux().as_ref()?.namespaces().as_ref()?;
+    all.iter().find(|n| n.typ() == kind).cloned()
+}
+
+fn enter(n: &LinuxNamespace, flag: CloneFlags) -> Result<(), Error> {
+    match n.path() {
+        Some(path) => {
+            let file = fs::File::open(path)
+                .map_err(|e| Error::io("namespace", &format!("cannot open {}", path.display()), &e))?;
+            setns(file, flag)
+                .map_err(|e| Error::io("namespace", &format!("cannot join {}", path.display()), &e.into()))
+        }
+        None => unshare(flag)
+            .map_err(|e| Error::io("namespace", &format!("cannot make a {} namespace", n.typ()), &e.into())),
+    }
+}
+
+/// libcontainer waits for a connection to a socket of its own before it calls our last step, which waits for the start
+/// itself: this connection is there from the beginning.
+fn open_gate(c: &CreateSpec<'_>) -> Result<NotifyListener, Error> {
+    let name = format!("{}.sock", c.id);
+    let io = |e: std::io::Error| Error::io("state", "cannot make the start socket", &e);
+    let listener = NotifyListener::new(&c.root.join(&name))
+        .map_err(|e| Error::new(Kind::Runtime, "state", convert::chain(&e), 0))?;
+    // By a relative name: an absolute one may exceed what a socket address holds.
+    std::env::set_current_dir(c.root).map_err(io)?;
+    let connected = UnixStream::connect(&name);
+    let _ = fs::remove_file(&name);
+    std::env::set_current_dir("/").map_err(io)?;
+    connected.map_err(io)?;
+    Ok(listener)
+}
+
+/// libcontainer's channels between the helper and the first process.
+struct Channels {
+    to_main: MainSender,
+    from_init: MainReceiver,
+    to_init: InitSender,
+    from_main: InitReceiver,
+}
+
+impl Channels {
+    fn new() -> Result<Channels, Error> {
+        let error = |e: ChannelError| Error::new(Kind::Runtime, "helper", convert::chain(&e), 0);
+        let (to_main, from_init) = channel::main_channel().map_err(error)?;
+        let (to_init, from_main) = channel::init_channel().map_err(error)?;
+        Ok(Channels { to_main, from_init, to_init, from_main })
+    }
+
+    /// The helper's side, until the first process waits for its start.
+    fn follow(
+        mut self,
+        args: &ContainerArgs,
+        pid: Pid,
+        here: &fs::File,
+        in_user_namespace: bool,
+        details: &dyn Fn() -> String,
+    ) -> Result<(), Error> {
+        let failed = |e: &dyn std::error::Error| convert::from_text(&convert::chain(e), &details());
+        // So that the end of the first process is an end of file here.
+        let _ = (self.to_main.close(), self.from_main.close());
+        if let Some(hooks) = args.spec.hooks() {
+            self.from_init.wait_for_hook_request().map_err(|e| failed(&e))?;
+            let state = args.container.as_ref().map(|c| &c.state);
+            if in_user_namespace {
+                return Err(Error::new(
+                    Kind::Invalid,
+                    "hook",
+                    "hooks cannot run for a container with a user namespace",
+                    0,
+                ));
+            }
+            // Hooks run in the runtime's namespaces.
+            setns(here, CloneFlags::CLONE_NEWPID)
+                .map_err(|e| Error::io("hook", "cannot leave the container's PID namespace", &e.into()))?;
+            let run = |h: &Option<Vec<Hook>>| {
+                run_hooks(h.as_ref(), state, None, Some(nix29::unistd::Pid::from_raw(pid.as_raw())), None)
+                    .map_err(|e| Error::new(Kind::Runtime, "hook", convert::chain(&e), 0))
+            };
+            #[allow(deprecated)]
+            run(hooks.prestart())?;
+            run(hooks.create_runtime())?;
+            self.to_init.hook_done().map_err(|e| failed(&e))?;
+        }
+        self.from_init.wait_for_init_ready().map_err(|e| failed(&e))
+    }
+}
+
+/// The container's first process. Never returns: it executes the user's program or ends.
+fn first_process(
+    args: &ContainerArgs,
+    entry: &cgroup::Entry,
+    mut channels: Channels,
+    limits: Option<Rlimits>,
+) -> ! {
+    let _ = (channels.from_init.close(), channels.to_init.close());
+    let prepared = entry
+        .enter()
+        .map_err(|e| format!("cannot enter the cgroup: {e}"))
+        .and_then(|()| limits.map_or(Ok(()), |l| l.set()).map_err(|e| e.to_string()));
+    let result = prepared.and_then(|()| {
+        container_init_process(args, &mut channels.to_main, &mut channels.from_main)
+            .map_err(|e| convert::chain(&e))
+    });
+    if let Err(text) = result {
+        let _ = channels.to_main.exec_failed(text);
+    }
+    helper::leave(255)
+}
