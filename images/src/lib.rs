@@ -31,7 +31,7 @@ mod user_namespace;
 pub use build::{Build, build};
 pub use error::{Error, Result};
 pub use image::{GcReport, Image, Usage};
-pub use options::{Auth, IdMapping, Options, RootfsOptions, UserNamespace};
+pub use options::{Auth, IdMapping, Options, Proxies, RootfsOptions, UserNamespace};
 pub use reference::{Digest, Reference};
 pub use store::ImageStore;
 pub use unpack::Error as UnpackError;

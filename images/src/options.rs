@@ -1,6 +1,7 @@
 //! How a store behaves, and what callers pass per call.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Settings of an [`ImageStore`](crate::ImageStore).
 #[derive(Clone, Debug)]
@@ -19,6 +20,37 @@ pub struct Options {
     /// Answer a pull only when the disk holds all of it. Without, a power cut within about a second of the answer
     /// makes the next open drop the image, never serve a damaged one.
     pub sync_before_answer: bool,
+    /// How long a registry may keep a request waiting, or send next to nothing, before the transfer counts as broken
+    /// off. A broken transfer goes on where it was, a few times.
+    pub patience: Duration,
+    pub proxies: Proxies,
+}
+
+/// Proxies between this machine and registries. Loopback addresses are never asked for through one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Proxies {
+    /// `http://[user:password@]host:port` for registries without TLS.
+    pub http: Option<String>,
+    /// The same for registries with TLS, which the proxy only connects to.
+    pub https: Option<String>,
+    /// Hosts that are reached directly, separated by commas: names, `.domain`, addresses, networks, each with an
+    /// optional port; `*` means all.
+    pub no: String,
+}
+
+impl Proxies {
+    /// What the usual variables say (`HTTP_PROXY`, `HTTPS_PROXY`, `NO_PROXY`, or in lower case).
+    pub fn from_env() -> Proxies {
+        let get = |name: &str| {
+            let value = std::env::var(name).or_else(|_| std::env::var(name.to_ascii_lowercase()));
+            value.ok().filter(|v| !v.is_empty())
+        };
+        Proxies {
+            http: get("HTTP_PROXY"),
+            https: get("HTTPS_PROXY"),
+            no: get("NO_PROXY").unwrap_or_default(),
+        }
+    }
 }
 
 impl Default for Options {
@@ -30,6 +62,8 @@ impl Default for Options {
             keep_layer_blobs: false,
             parallel_layers: 3,
             sync_before_answer: false,
+            patience: Duration::from_secs(30),
+            proxies: Proxies::default(),
         }
     }
 }

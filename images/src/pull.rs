@@ -30,7 +30,6 @@ type PullKey = (String, Option<Auth>);
 /// Chunks between network and unpacking, per layer. A chunk is at most what one read of the connection gives (about
 /// 400 KiB), so a layer holds below 4 MiB.
 const CHUNKS: usize = 8;
-const MAX_CONFIG: u64 = 8 << 20;
 
 /// Takes a pull off the list when it ends, however it ends.
 struct Listed {
@@ -91,8 +90,8 @@ fn by_name_and_digest(inner: &Inner, reference: &Reference, digest: &Digest) -> 
 async fn pull(inner: &Arc<Inner>, reference: &Reference, auth: Option<&Auth>) -> Result<Arc<Image>> {
     let session = {
         let (reference, auth) = (reference.clone(), auth.cloned());
-        let (certs, config) = (inner.options.certs_dir.clone(), inner.options.docker_config.clone());
-        blocking(move || Session::new(&reference, certs.as_deref(), config.as_deref(), auth.as_ref())).await?
+        let options = inner.options.clone();
+        blocking(move || Session::new(&reference, &options, auth.as_ref())).await?
     };
     let known = inner.state.read().find(&reference.to_string()).map(|e| e.image.clone());
     // Asking for the digest alone does not count against a registry's limit of pulls.
@@ -106,7 +105,7 @@ async fn pull(inner: &Arc<Inner>, reference: &Reference, auth: Option<&Auth>) ->
     let (top, _) = session.resolve().await?;
     let top_digest = Digest::of(&top);
     let (manifest_bytes, config_descriptor, layers) = image_manifest(&session, top, &text).await?;
-    let config_bytes = session.small_blob(&config_descriptor.digest, MAX_CONFIG).await?;
+    let config_bytes = session.small_blob(&config_descriptor.digest, config_descriptor.size).await?;
     let (config, diffs) = manifest::parse_config(&config_bytes, layers.len(), &text)?;
     let chain = manifest::chain_ids(&diffs);
     let pins = inner.pin(&[&chain[..], &[config_descriptor.digest]].concat());

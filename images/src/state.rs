@@ -38,7 +38,8 @@ impl Entry {
             id: record.id.to_string(),
             repo_tags: record.tags.clone(),
             repo_digests: record.digests.clone(),
-            size: sizes + record.layers.iter().map(|l| l.size).sum::<u64>(),
+            // A layer that was here already may have any size in a later manifest.
+            size: record.layers.iter().fold(sizes, |all, l| all.saturating_add(l.size)),
             pinned: record.tags.iter().chain(&record.digests).any(|n| pinned.contains(n)),
             config,
             chain: record.chain.clone(),

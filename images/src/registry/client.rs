@@ -1,32 +1,38 @@
 //! Fetches manifests and blobs of one reference from the hosts that serve its registry.
 
-use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RANGE, WWW_AUTHENTICATE};
+use http::header::{
+    ACCEPT, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, LOCATION, PROXY_AUTHORIZATION, RANGE, RETRY_AFTER,
+    WWW_AUTHENTICATE,
+};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use url::Url;
 
 use super::auth::{self, Challenge};
 use super::hosts::{self, Host};
+use super::proxy::Routes;
 use super::transport::{self, Http};
-use crate::{Auth, Digest, Error, Reference, Result};
+use crate::{Auth, Digest, Error, Options, Reference, Result};
 
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
      application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
 /// Larger manifests are refused, as the distribution specification advises.
 pub(crate) const MAX_MANIFEST: u64 = 4 << 20;
-/// From sending a request to its response's headers.
-const RESPONSE: Duration = Duration::from_secs(30);
-/// Between two pieces of a body.
-const STALL: Duration = Duration::from_secs(30);
+const MAX_CONFIG: u64 = 8 << 20;
+/// A body that brings less within the patience stalls, even if some bytes trickle in.
+const PROGRESS: usize = 4096;
 /// Attempts without any progress before a transfer fails.
 const ATTEMPTS: u32 = 5;
+/// Attempts for a document, which has cost nothing yet.
+const DOCUMENT_ATTEMPTS: u32 = 3;
 const REDIRECTS: usize = 10;
 
 struct Endpoint {
@@ -41,6 +47,8 @@ struct Endpoint {
 pub(crate) struct Session {
     reference: Reference,
     endpoints: Vec<Endpoint>,
+    routes: Arc<Routes>,
+    patience: Duration,
 }
 
 /// A manifest or config to fetch.
@@ -49,26 +57,39 @@ struct Document {
     path: String,
     by_tag: bool,
     expect: Option<Digest>,
-    /// Most bytes.
-    limit: u64,
+    size: Size,
+}
+
+#[derive(Clone, Copy)]
+enum Size {
+    AtMost(u64),
+    Exactly(u64),
 }
 
 /// Why one request failed, and whether trying again may help.
 struct Failure {
     error: Box<Error>,
     retry: bool,
+    /// The server said how long to wait.
+    after: Option<Duration>,
+}
+
+impl Failure {
+    /// How long to wait before attempt number `next`; `None` when there is no use in it.
+    fn delay(&self, next: u32, patience: Duration) -> Option<Duration> {
+        let own = Duration::from_millis(100 << next.min(6));
+        let delay = self.after.map_or(own, |a| a.max(own));
+        // Whoever waits longer had better be told.
+        (self.retry && (delay <= patience || self.after.is_none())).then_some(delay)
+    }
 }
 
 impl Session {
     /// Reads the host configuration and credentials. Blocks on small files.
-    pub fn new(
-        reference: &Reference,
-        certs_dir: Option<&Path>,
-        docker_config: Option<&Path>,
-        auth: Option<&Auth>,
-    ) -> Result<Session> {
+    pub fn new(reference: &Reference, options: &Options, auth: Option<&Auth>) -> Result<Session> {
         let mut endpoints = Vec::new();
-        for host in hosts::hosts_for(certs_dir, &reference.registry)? {
+        let routes = Arc::new(Routes::new(&options.proxies)?);
+        for host in hosts::hosts_for(options.certs_dir.as_deref(), &reference.registry)? {
             let given = auth.filter(|a| {
                 // Credentials without an address are the registry's own; a mirror does not get to see them.
                 if a.server_address.is_empty() {
@@ -78,15 +99,15 @@ impl Session {
                         || (host.upstream && auth::same_server(&a.server_address, &reference.registry))
                 }
             });
-            let auth = match (given, docker_config) {
+            let auth = match (given, options.docker_config.as_deref()) {
                 (Some(a), _) => Some(a.clone()),
                 (None, Some(path)) => auth::from_docker_config(path, &host.authority)?,
                 (None, None) => None,
             };
-            let http = transport::http_client(&host)?;
+            let http = transport::http_client(&host, &routes)?;
             endpoints.push(Endpoint { host, http, auth, granted: Mutex::new(None) });
         }
-        Ok(Session { reference: reference.clone(), endpoints })
+        Ok(Session { reference: reference.clone(), endpoints, routes, patience: options.patience })
     }
 
     /// The manifest or index of the reference, with its media type as the registry gives it.
@@ -122,14 +143,29 @@ impl Session {
 
     async fn manifest(&self, what: &str, by_tag: bool, expect: Option<Digest>) -> Result<(Bytes, String)> {
         let path = format!("/{}/manifests/{what}", self.reference.repository);
-        self.document(&Document { what: "the manifest", path, by_tag, expect, limit: MAX_MANIFEST }).await
+        self.document(&Document {
+            what: "the manifest",
+            path,
+            by_tag,
+            expect,
+            size: Size::AtMost(MAX_MANIFEST),
+        })
+        .await
     }
 
-    /// A small blob, verified.
-    pub async fn small_blob(&self, digest: &Digest, limit: u64) -> Result<Bytes> {
-        let path = format!("/{}/blobs/{digest}", self.reference.repository);
+    /// A small blob of `size` bytes, verified.
+    pub async fn small_blob(&self, digest: &Digest, size: u64) -> Result<Bytes> {
         let what = "the image config";
-        Ok(self.document(&Document { what, path, by_tag: false, expect: Some(*digest), limit }).await?.0)
+        if size > MAX_CONFIG {
+            return Err(Error::Malformed {
+                what: what.into(),
+                reference: self.reference.to_string(),
+                why: format!("its descriptor says {size} bytes, more than {MAX_CONFIG}"),
+            });
+        }
+        let path = format!("/{}/blobs/{digest}", self.reference.repository);
+        let size = Size::Exactly(size);
+        Ok(self.document(&Document { what, path, by_tag: false, expect: Some(*digest), size }).await?.0)
     }
 
     /// Tries each suitable host, with retries. The last host's error counts, which is the registry's own.
@@ -139,17 +175,17 @@ impl Session {
             if !(if document.by_tag { endpoint.host.resolve } else { endpoint.host.pull }) {
                 continue;
             }
-            // Two quick attempts are enough for a request that has cost nothing yet.
-            for attempt in 1..=2 {
+            for attempt in 1..=DOCUMENT_ATTEMPTS {
                 match self.document_from(endpoint, document).await {
                     Ok(v) => return Ok(v),
                     Err(f) => {
                         tracing::debug!(host = endpoint.host.authority, error = %f.error, "request failed");
+                        let delay = f.delay(attempt, self.patience);
                         last = Some(*f.error);
-                        if !f.retry || attempt == 2 {
-                            break;
+                        match delay {
+                            Some(delay) if attempt < DOCUMENT_ATTEMPTS => tokio::time::sleep(delay).await,
+                            _ => break,
                         }
-                        tokio::time::sleep(Duration::from_millis(200)).await;
                     }
                 }
             }
@@ -161,7 +197,7 @@ impl Session {
         let response = self.request(endpoint, Method::GET, &d.path, None).await?;
         let kind = response.headers().get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
         let kind = kind.to_owned();
-        let body = self.collect(endpoint, response, d.limit).await?;
+        let body = self.collect(endpoint, response, d.size).await?;
         if let Some(expected) = &d.expect {
             self.verify(d.what, endpoint, expected, &body)?;
         }
@@ -192,14 +228,22 @@ impl Session {
                     if to.is_closed() {
                         return;
                     }
-                    attempt = if sent > before { 1 } else { attempt + 1 };
+                    attempt = if sent - before >= PROGRESS as u64 { 1 } else { attempt + 1 };
                     tracing::debug!(%digest, sent, attempt, error = %failure.error, "blob transfer broke off");
+                    let delay = failure.delay(attempt, self.patience);
                     last = Some(*failure.error);
-                    if failure.retry && attempt < ATTEMPTS {
-                        tokio::time::sleep(Duration::from_millis(100 << attempt)).await;
-                    } else {
-                        attempt = 0;
-                        host += 1;
+                    match delay {
+                        Some(delay) if attempt < ATTEMPTS => {
+                            tokio::select! {
+                                () = tokio::time::sleep(delay) => {}
+                                // Nobody wants it any more.
+                                () = to.closed() => return,
+                            }
+                        }
+                        _ => {
+                            attempt = 0;
+                            host += 1;
+                        }
                     }
                 }
             }
@@ -224,11 +268,7 @@ impl Session {
         // A server that ignores the range starts over: skip what is known.
         let mut skip = match response.status() {
             StatusCode::PARTIAL_CONTENT => {
-                let start = response
-                    .headers()
-                    .get(CONTENT_RANGE)
-                    .and_then(|v| v.to_str().ok())
-                    .and_then(|v| v.strip_prefix("bytes ")?.split('-').next()?.parse::<u64>().ok());
+                let start = response.headers().get(CONTENT_RANGE).and_then(|v| range_start(v.to_str().ok()?));
                 match start {
                     Some(start) if start <= *sent => *sent - start,
                     _ => {
@@ -241,9 +281,17 @@ impl Session {
             _ => *sent,
         };
         let mut body = response.into_body();
+        let (mut deadline, mut progress) = (Instant::now() + self.patience, 0);
         loop {
-            let frame = match tokio::time::timeout(STALL, body.frame()).await {
-                Err(_) => return Err(self.unreachable(endpoint, "the transfer stalled for 30 s".into())),
+            let frame = tokio::select! {
+                frame = tokio::time::timeout_at(deadline, body.frame()) => frame,
+                () = to.closed() => return Ok(()),
+            };
+            let frame = match frame {
+                Err(_) => {
+                    let text = format!("the transfer stalled for {:?}", self.patience);
+                    return Err(self.unreachable(endpoint, text));
+                }
                 Ok(None) if *sent == size => return Ok(()),
                 Ok(None) => {
                     let text = format!("the transfer ended after {sent} of {size} bytes");
@@ -253,6 +301,10 @@ impl Session {
                 Ok(Some(Ok(frame))) => frame,
             };
             let Ok(mut data) = frame.into_data() else { continue };
+            progress += data.len();
+            if progress >= PROGRESS {
+                (deadline, progress) = (Instant::now() + self.patience, 0);
+            }
             let known = skip.min(data.len() as u64);
             skip -= known;
             let _ = data.split_to(known as usize);
@@ -260,18 +312,16 @@ impl Session {
                 continue;
             }
             if data.len() as u64 > size - *sent {
-                return Err(Failure {
-                    error: Box::new(self.registry_error(
-                        endpoint,
-                        format!("a blob is larger than its descriptor's {size} bytes"),
-                    )),
-                    retry: false,
-                });
+                let text = format!("a blob is larger than its descriptor's {size} bytes");
+                return Err(final_failure(self.registry_error(endpoint, text)));
             }
             *sent += data.len() as u64;
+            let ready = Instant::now();
             if to.send(Ok(data)).await.is_err() {
                 return Ok(());
             }
+            // A receiver that was busy is not the registry's fault.
+            deadline += ready.elapsed();
         }
     }
 
@@ -343,14 +393,13 @@ impl Session {
             if let Some(range) = range {
                 request = request.header(RANGE, range);
             }
+            if let Some(for_proxy) = self.routes.authorization(&url) {
+                request = request.header(PROXY_AUTHORIZATION, for_proxy);
+            }
             let request = request
                 .body(Full::default())
                 .map_err(|e| final_failure(self.registry_error(endpoint, e.to_string())))?;
-            let response = match tokio::time::timeout(RESPONSE, endpoint.http.request(request)).await {
-                Err(_) => return Err(self.unreachable(endpoint, "no response within 30 s".into())),
-                Ok(Err(e)) => return Err(self.unreachable(endpoint, chain(&e))),
-                Ok(Ok(r)) => r,
-            };
+            let response = self.exchange(endpoint, request, "").await?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok(response);
             }
@@ -360,11 +409,36 @@ impl Session {
                 .and_then(|v| v.to_str().ok())
                 .and_then(|v| url.join(v).ok())
                 .filter(|u| matches!(u.scheme(), "http" | "https"));
-            url = next.ok_or_else(|| {
+            let next = next.ok_or_else(|| {
                 final_failure(self.registry_error(endpoint, "it redirects without a usable address".into()))
             })?;
+            if url.scheme() == "https" && next.scheme() == "http" {
+                let text = format!("it redirects from TLS to plain HTTP at {}", next.authority());
+                return Err(final_failure(self.registry_error(endpoint, text)));
+            }
+            url = next;
         }
         Err(final_failure(self.registry_error(endpoint, "it redirects too often".into())))
+    }
+
+    /// One request and its response's head. `whose` goes before what failed.
+    async fn exchange(
+        &self,
+        endpoint: &Endpoint,
+        request: Request<Full<Bytes>>,
+        whose: &str,
+    ) -> Result<Response<Incoming>, Failure> {
+        match tokio::time::timeout(self.patience, endpoint.http.request(request)).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(e)) if is_no_http(&e) => {
+                let text = format!("{whose}its answer is not usable HTTP: {}", chain(&e));
+                Err(final_failure(self.registry_error(endpoint, text)))
+            }
+            Ok(Err(e)) => Err(self.unreachable(endpoint, format!("{whose}{}", chain(&e)))),
+            Err(_) => {
+                Err(self.unreachable(endpoint, format!("{whose}no response within {:?}", self.patience)))
+            }
+        }
     }
 
     fn check(
@@ -375,6 +449,7 @@ impl Session {
         let status = response.status();
         let reference = || self.reference.to_string();
         let registry = || endpoint.host.authority.clone();
+        let after = response.headers().get(RETRY_AFTER).and_then(|v| retry_after(v.to_str().ok()?));
         Err(match status {
             s if s.is_success() => return Ok(response),
             StatusCode::NOT_FOUND => {
@@ -386,10 +461,12 @@ impl Session {
             StatusCode::TOO_MANY_REQUESTS => Failure {
                 error: Box::new(Error::TooManyRequests { reference: reference(), registry: registry() }),
                 retry: true,
+                after,
             },
             s => Failure {
                 error: Box::new(self.registry_error(endpoint, format!("HTTP {s}"))),
                 retry: s.is_server_error() || s == StatusCode::REQUEST_TIMEOUT,
+                after,
             },
         })
     }
@@ -404,6 +481,12 @@ impl Session {
     ) -> Result<String, Failure> {
         let refuse = |text: String| final_failure(self.unauthorized(endpoint, text));
         let mut url = Url::parse(realm).map_err(|e| refuse(format!("its token address is invalid: {e}")))?;
+        if endpoint.host.base.starts_with("https:") && url.scheme() != "https" && endpoint.auth.is_some() {
+            return Err(refuse(format!(
+                "its token service {} would get the password without TLS",
+                url.authority()
+            )));
+        }
         let scope = scope.unwrap_or_else(|| format!("repository:{}:pull", self.reference.repository));
         let auth = endpoint.auth.as_ref();
         let has_user = auth.is_some_and(|a| !a.username.is_empty());
@@ -436,24 +519,19 @@ impl Session {
         };
         let request =
             request.uri(url.as_str()).body(body).map_err(|e| refuse(format!("token request: {e}")))?;
-        let response = match tokio::time::timeout(RESPONSE, endpoint.http.request(request)).await {
-            Err(_) => {
-                return Err(self.unreachable(endpoint, "its token service did not answer within 30 s".into()));
-            }
-            Ok(Err(e)) => return Err(self.unreachable(endpoint, format!("its token service: {}", chain(&e)))),
-            Ok(Ok(r)) => r,
-        };
+        let response = self.exchange(endpoint, request, "its token service: ").await?;
         if !response.status().is_success() {
             let status = response.status();
             let failure = refuse(format!("its token service answers HTTP {status}"));
-            return Err(Failure { retry: status.is_server_error(), ..failure });
+            let retry = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
+            return Err(Failure { retry, ..failure });
         }
         #[derive(serde::Deserialize)]
         struct Token {
             token: Option<String>,
             access_token: Option<String>,
         }
-        let body = self.collect(endpoint, response, 1 << 20).await?;
+        let body = self.collect(endpoint, response, Size::AtMost(1 << 20)).await?;
         let token: Token =
             serde_json::from_slice(&body).map_err(|e| refuse(format!("its token is not readable: {e}")))?;
         token
@@ -467,12 +545,22 @@ impl Session {
         &self,
         endpoint: &Endpoint,
         response: Response<Incoming>,
-        limit: u64,
+        size: Size,
     ) -> Result<Bytes, Failure> {
+        let (Size::AtMost(limit) | Size::Exactly(limit)) = size;
         let body = http_body_util::Limited::new(response.into_body(), limit as usize);
-        match tokio::time::timeout(STALL * 2, body.collect()).await {
+        match tokio::time::timeout(self.patience * 2, body.collect()).await {
             Err(_) => Err(self.unreachable(endpoint, "the transfer stalled".into())),
-            Ok(Ok(all)) => Ok(all.to_bytes()),
+            Ok(Ok(all)) => {
+                let body = all.to_bytes();
+                match size {
+                    Size::Exactly(n) if body.len() as u64 != n => {
+                        let text = format!("a document has {} bytes, its descriptor says {n}", body.len());
+                        Err(final_failure(self.registry_error(endpoint, text)))
+                    }
+                    _ => Ok(body),
+                }
+            }
             Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => Err(final_failure(
                 self.registry_error(endpoint, format!("a document is larger than {limit} bytes")),
             )),
@@ -502,6 +590,7 @@ impl Session {
                 detail,
             }),
             retry: true,
+            after: None,
         }
     }
 
@@ -536,7 +625,35 @@ impl Session {
 }
 
 fn final_failure(error: Error) -> Failure {
-    Failure { error: Box::new(error), retry: false }
+    Failure { error: Box::new(error), retry: false, after: None }
+}
+
+/// Seconds, or a date (RFC 9110, "Retry-After").
+pub(crate) fn retry_after(value: &str) -> Option<Duration> {
+    let value = value.trim();
+    if let Ok(seconds) = value.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let at = jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(value).ok()?;
+    let left = at.as_second().saturating_sub(jiff::Timestamp::now().as_second());
+    Some(Duration::from_secs(left.max(0).unsigned_abs()))
+}
+
+/// Where the bytes of a 206 response start.
+pub(crate) fn range_start(value: &str) -> Option<u64> {
+    value.strip_prefix("bytes ")?.split('-').next()?.parse().ok()
+}
+
+/// Whether what came back cannot be read as HTTP, such as a head of endless headers.
+fn is_no_http(e: &(dyn std::error::Error + 'static)) -> bool {
+    let mut e = Some(e);
+    while let Some(one) = e {
+        if one.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse) {
+            return true;
+        }
+        e = one.source();
+    }
+    false
 }
 
 fn chain(e: &(dyn std::error::Error + 'static)) -> String {

@@ -3,6 +3,7 @@
 mod auth;
 mod client;
 mod hosts;
+mod proxy;
 mod transport;
 
 pub(crate) use client::Session;

@@ -17,23 +17,24 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore};
 
 use super::hosts::Host;
+use super::proxy::{Connector, Routes};
 use crate::{Error, Result};
 
-pub(crate) type Http = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+pub(crate) type Http = Client<HttpsConnector<Connector>, Full<Bytes>>;
 
 /// Blocks on reading certificates; cheap for plain HTTP hosts.
-pub(crate) fn http_client(host: &Host) -> Result<Http> {
-    let mut connector = HttpConnector::new();
-    connector.enforce_http(false);
-    connector.set_connect_timeout(Some(Duration::from_secs(10)));
-    connector.set_nodelay(true);
+pub(crate) fn http_client(host: &Host, routes: &Arc<Routes>) -> Result<Http> {
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_connect_timeout(Some(Duration::from_secs(10)));
+    tcp.set_nodelay(true);
     let tls = tls_config(host)?;
     // HTTP/1.1 only: layers come over connections of their own, without one window for all of them.
     let connector = hyper_rustls::HttpsConnectorBuilder::new()
         .with_tls_config(tls)
         .https_or_http()
         .enable_http1()
-        .wrap_connector(connector);
+        .wrap_connector(Connector { tcp, routes: routes.clone() });
     Ok(Client::builder(TokioExecutor::new()).pool_idle_timeout(Duration::from_secs(5)).build(connector))
 }
 

@@ -1,5 +1,7 @@
 //! The store against real registries, real mounts and its own leftovers. Needs root and Debian's docker-registry.
 
+mod fake;
+mod hostile;
 mod store;
 mod support;
 mod wire;

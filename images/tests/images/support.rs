@@ -136,7 +136,11 @@ pub struct Blob {
 }
 
 pub fn gzip(tar: Vec<u8>) -> Blob {
-    let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip_level(tar, 1)
+}
+
+pub fn gzip_level(tar: Vec<u8>, level: u32) -> Blob {
+    let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(level));
     out.write_all(&tar).unwrap();
     let kind = "application/vnd.oci.image.layer.v1.tar+gzip";
     Blob { bytes: out.finish().unwrap(), diff: Digest::of(&tar), kind }
