@@ -248,6 +248,10 @@ fn cri_config(
         state_dir: data_dir.join("cri"),
         run_dir: run_dir.join("cri"),
         images_dir: data_dir.join("images"),
+        images: orlop_images::Options {
+            proxies: orlop_images::Proxies::from_env(),
+            ..orlop_images::Options::default()
+        },
         monitor,
         cni_conf_dir: cni_conf_dir.to_owned(),
         cni_bin_dirs: vec![cni_bin_dir.to_owned(), programs],
