@@ -58,7 +58,20 @@ fn say(line: impl Display) -> Result<(), Failure> {
     }
 }
 
+/// For commands that make or take back parts of a node.
+fn need_root() -> Result<(), Failure> {
+    match nix::unistd::geteuid().is_root() {
+        true => Ok(()),
+        false => Err("not root; a node needs root for namespaces, mounts and BPF".into()),
+    }
+}
+
 fn run(cli: Cli) -> Result<(), Failure> {
+    if let Command::Up(_) | Command::Down(_) | Command::Agent(_) | Command::Cri(_) | Command::Proxy(_) =
+        cli.command
+    {
+        need_root()?;
+    }
     let daemon = |future: Pin<Box<dyn Future<Output = Result<(), Failure>>>>| {
         orlop_base::telemetry::init("info");
         runtime()?.block_on(future)

@@ -34,9 +34,6 @@ pub fn lock_dir(args: &UpArgs) -> PathBuf {
 }
 
 pub async fn run(args: UpArgs) -> Result<(), Failure> {
-    if !nix::unistd::geteuid().is_root() {
-        return Err("not root; a node needs root for namespaces, mounts and BPF".into());
-    }
     let _lock = match DirLock::take(&lock_dir(&args)) {
         Err(durable::Error::Locked { .. }) => {
             let pid = std::fs::read_to_string(pid_file(&args)).unwrap_or_default();

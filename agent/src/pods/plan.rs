@@ -218,7 +218,11 @@ impl<'a> Planner<'a> {
             self.act(OpKey::StopSandbox(id.clone()), Action::StopSandbox { id });
             return false;
         }
-        if running.is_empty() {
+        // Sandboxes whose removal fails (the network's DEL may) are waited for: else each try would leave one more behind.
+        let unused =
+            |s: &&runtime::Sandbox| !s.ready && !observed.containers.iter().any(|c| c.sandbox_id == s.id);
+        let left = observed.sandboxes.iter().filter(unused).count();
+        if running.is_empty() && left < 2 {
             let attempt = newest.map_or(0, |s| s.attempt + 1);
             let step = &self.input.memory.sandbox;
             // `Done` speaks of a sandbox that has gone meanwhile.

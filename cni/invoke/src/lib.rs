@@ -137,7 +137,7 @@ impl Cni {
     }
 
     /// Detaches the pod. Succeeds when there is nothing to detach, also when the namespace or the configuration is gone.
-    /// Uses the configuration of the time of ADD.
+    /// Uses the configuration of the time of ADD; after an ADD that failed, the present one as well.
     pub async fn del(&self, pod: &PodNetwork) -> Result<()> {
         pod.validate()?;
         let _held = self.inner.locks.one(&pod.container_id).await;
@@ -163,7 +163,14 @@ impl Cni {
             original = PodNetwork { netns: pod.netns.clone(), ..e.pod.clone() };
         }
         let previous = entry.as_ref().and_then(|e| e.result.as_ref());
-        self.del_all(&network, &original, previous).await?;
+        if let Err(error) = self.del_all(&network, &original, previous).await {
+            // An ADD that failed may have failed for its configuration, which may have been corrected since.
+            let present = match (previous, self.network()) {
+                (None, Ok((_, present))) if present.to_value() != network.to_value() => present,
+                _ => return Err(error),
+            };
+            self.del_all(&present, &original, None).await?;
+        }
         self.inner.cache.remove(&pod.container_id, &pod.ifname)
     }
 

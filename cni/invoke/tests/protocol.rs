@@ -152,6 +152,14 @@ async fn a_failed_add_is_rolled_back() {
     f.behave("DEL", "one", "");
     f.cni().gc(&[]).await.unwrap();
     assert!(f.cni().attachments().is_empty());
+
+    // A configuration that fails both is corrected: DEL no longer needs it.
+    f.behave("DEL", "two", "exit 3");
+    f.cni().add(&pod("b")).await.unwrap_err();
+    f.cni().del(&pod("b")).await.unwrap_err();
+    f.configure(&json!({"cniVersion": "1.1.0", "name": "net", "plugins": [{"type": "one"}]}));
+    f.cni().del(&pod("b")).await.unwrap();
+    assert!(f.cni().attachments().is_empty());
 }
 
 #[tokio::test]

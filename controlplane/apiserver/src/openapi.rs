@@ -17,7 +17,9 @@ use crate::{
     status::Status,
 };
 
+/// Its beginning: older clients write `@v1.0` after it.
 const V2_PROTOBUF: &str = "application/com.github.proto-openapi.spec.v2";
+const V2_PROTOBUF_FULL: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
 const META: &str = "io.k8s.apimachinery.pkg.apis.meta.v1";
 
 /// The two forms of documents.
@@ -39,7 +41,7 @@ impl Form {
 /// Answers `/openapi/…`.
 ///
 /// # Errors
-/// 404 for groups that are not served, 406 for version 2 in protobuf only.
+/// 404 for groups that are not served.
 pub fn answer(
     table: &ResourceTable,
     path: &str,
@@ -51,9 +53,7 @@ pub fn answer(
         "v2" => {
             let accepted = codec::accepted(headers);
             if !accepted.is_empty() && accepted.iter().all(|r| r.media.starts_with(V2_PROTOBUF)) {
-                return Err(Status::not_acceptable(
-                    "the OpenAPI v2 document is served as application/json; use v3",
-                ));
+                return answer_bytes(v2_without_definitions(), V2_PROTOBUF_FULL, headers, false).map(Some);
             }
             respond(&v2(table), headers, false).map(Some)
         }
@@ -78,6 +78,15 @@ pub fn answer(
 /// `eternal`: the address holds the content's hash, so the answer never changes.
 fn respond(document: &Value, headers: &HeaderMap, eternal: bool) -> Result<Response<Body>, Status> {
     let bytes = serde_json::to_vec(document).map_err(Status::internal)?;
+    answer_bytes(bytes, "application/json", headers, eternal)
+}
+
+fn answer_bytes(
+    bytes: Vec<u8>,
+    media: &'static str,
+    headers: &HeaderMap,
+    eternal: bool,
+) -> Result<Response<Body>, Status> {
     let etag = format!("\"{}\"", hex(&Sha256::digest(&bytes)));
     let known =
         headers.get(header::IF_NONE_MATCH).and_then(|v| v.to_str().ok()).is_some_and(|v| v.contains(&etag));
@@ -86,7 +95,7 @@ fn respond(document: &Value, headers: &HeaderMap, eternal: bool) -> Result<Respo
         *response.status_mut() = http::StatusCode::NOT_MODIFIED;
     }
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media));
     if let Ok(etag) = HeaderValue::from_str(&etag) {
         headers.insert(header::ETAG, etag);
     }
@@ -129,8 +138,26 @@ fn index(table: &ResourceTable) -> Value {
     json!({"paths": paths})
 }
 
+/// An `openapi.v2.Document` with `swagger`, `info` and no definitions. kubectl asks for this form only for a kind that version 3
+/// does not have, finds that this one has it neither, and says that there is no such kind.
+fn v2_without_definitions() -> Vec<u8> {
+    let text = |number: u8, text: &str| {
+        let mut field = vec![number << 3 | 2, text.len() as u8];
+        field.extend_from_slice(text.as_bytes());
+        field
+    };
+    let info = [text(1, "Kubernetes"), text(2, LEVEL)].concat();
+    let mut document = text(1, "2.0");
+    document.extend([2 << 3 | 2, info.len() as u8]);
+    document.extend(info);
+    document
+}
+
+/// The API level.
+const LEVEL: &str = "v1.36.0";
+
 fn info() -> Value {
-    json!({"title": "Kubernetes", "version": "v1.36.0"})
+    json!({"title": "Kubernetes", "version": LEVEL})
 }
 
 fn v3(rows: &[&Resource], group_version: &str) -> Value {
@@ -413,5 +440,17 @@ mod tests {
         let containers =
             &document["components"]["schemas"]["io.k8s.api.core.v1.PodSpec"]["properties"]["containers"];
         assert_eq!(containers["x-kubernetes-patch-merge-key"], "name");
+    }
+
+    #[test]
+    fn version_2_in_protobuf_knows_no_kind() {
+        let table = ResourceTable::builtin();
+        let headers = HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_static(V2_PROTOBUF_FULL))]);
+        let answer =
+            answer(&table, "/openapi/v2", &Uri::default(), &headers).expect("served").expect("openapi");
+        assert_eq!(answer.headers()[header::CONTENT_TYPE], V2_PROTOBUF_FULL);
+        let Body::Chunks(chunks) = answer.into_body() else { panic!("a document is no stream") };
+        let bytes = chunks.into_iter().collect::<Vec<_>>().concat();
+        assert_eq!(bytes, b"\n\x032.0\x12\x15\n\nKubernetes\x12\x07v1.36.0");
     }
 }

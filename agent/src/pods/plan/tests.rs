@@ -295,6 +295,14 @@ fn the_deadline_ends_the_pod() {
 }
 
 #[test]
+fn sandboxes_that_cannot_be_removed_do_not_pile_up() {
+    let one_left = seen(vec![sandbox("s0", false)], vec![]);
+    assert_eq!(now_steps(&one(), &one_left, &ready()), ["sandbox#1"]);
+    let two_left = seen(vec![sandbox("s1", false), sandbox("s0", false)], vec![]);
+    assert_eq!(now_steps(&one(), &two_left, &ready()), ["remove s0"]);
+}
+
+#[test]
 fn dead_containers_beyond_two_are_removed() {
     let runs =
         vec![run("a", State::Running, 0, 9), run("a", State::Exited, 1, 6), run("a", State::Exited, 1, 3)];
