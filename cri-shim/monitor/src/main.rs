@@ -22,6 +22,7 @@ mod outcomes;
 mod poll;
 mod requests;
 mod sandbox;
+mod seal;
 mod setup;
 
 use std::path::PathBuf;
@@ -75,6 +76,10 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         };
+    }
+    if let Err(e) = seal::run_sealed() {
+        eprintln!("orlop-monitor: cannot protect its program file: {e}");
+        return ExitCode::FAILURE;
     }
     let starter = match daemon::daemonise() {
         Ok(s) => s,

@@ -87,7 +87,7 @@ fn for_libcontainer(p: &Process) -> Result<Process, Error> {
         .map_err(|e| invalid(e.to_string()))?;
     out.set_capabilities(None).set_rlimits(None).set_no_new_privileges(None).set_oom_score_adj(None);
     out.set_console_size(p.console_size()).set_apparmor_profile(p.apparmor_profile().clone());
-    out.set_io_priority(p.io_priority().clone()).set_scheduler(p.scheduler().clone());
+    out.set_io_priority(*p.io_priority()).set_scheduler(p.scheduler().clone());
     Ok(out)
 }
 

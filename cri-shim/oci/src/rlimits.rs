@@ -71,7 +71,7 @@ impl Rlimits {
     /// For the calling process.
     pub(crate) fn set(&self) -> Result<(), Error> {
         for (name, resource, limit) in &self.all {
-            setrlimit(*resource, limit.clone()).map_err(|e| {
+            setrlimit(*resource, *limit).map_err(|e| {
                 Error::new(Kind::Runtime, "rlimit", format!("cannot set {name:?}: {e}"), e.raw_os_error())
             })?;
         }

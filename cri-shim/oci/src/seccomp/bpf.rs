@@ -166,7 +166,7 @@ pub(super) fn interpret(program: &[sock_filter], nr: u32, arch: u32, args: [u64;
         ARCH => arch,
         o => {
             let arg = args[((o - ARGS) / 8) as usize];
-            if (o - ARGS) % 8 == 0 { arg as u32 } else { (arg >> 32) as u32 }
+            if (o - ARGS).is_multiple_of(8) { arg as u32 } else { (arg >> 32) as u32 }
         }
     };
     let (mut at, mut loaded) = (0usize, 0u32);

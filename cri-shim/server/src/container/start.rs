@@ -1,31 +1,12 @@
 //! StartContainer.
 
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 
 use orlop_proto::cri;
-use orlop_proto::cri::security_profile::ProfileType;
 
 use crate::error::{Error, Result};
 use crate::runtime::{Runtime, now_ns};
-use crate::store::{ContainerPhase, ContainerRecord};
-
-/// Says once when a container that asked for a system call filter runs without: the OCI runtime in the monitor may be built
-/// without seccomp.
-fn warn_without_filter(record: &ContainerRecord) {
-    static ONCE: Once = Once::new();
-    let security = super::spec::security(&record.config);
-    let asked = super::spec::seccomp::requested(&security)
-        .is_some_and(|p| p.profile_type() != ProfileType::Unconfined && !security.privileged);
-    if !asked || ONCE.is_completed() {
-        return;
-    }
-    let status = std::fs::read_to_string(format!("/proc/{}/status", record.pid)).unwrap_or_default();
-    if status.lines().any(|l| l.split_whitespace().eq(["Seccomp:", "0"])) {
-        ONCE.call_once(|| {
-            tracing::warn!(container = %record.id, "a seccomp profile is asked for but not in force: orlop-monitor lacks seccomp");
-        });
-    }
-}
+use crate::store::ContainerPhase;
 
 impl Runtime {
     pub async fn start_container(
@@ -58,7 +39,6 @@ impl Runtime {
                 this.emit(&container, cri::ContainerEventType::ContainerStoppedEvent);
                 return Err(e.into());
             }
-            warn_without_filter(&container.record());
             let mut news = false;
             container.update(|r| {
                 // It may have ended by now, or its event may have been faster than the answer.
