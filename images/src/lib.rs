@@ -8,6 +8,8 @@
 mod build;
 mod error;
 mod export;
+#[cfg(test)]
+mod fuzz;
 mod idmap;
 mod image;
 mod import;

@@ -111,7 +111,7 @@ fn default_host(registry: &str) -> Host {
     }
 }
 
-fn parse(text: &str, registry: &str, dir: &Path, default: bool) -> Result<Vec<Host>, String> {
+pub(crate) fn parse(text: &str, registry: &str, dir: &Path, default: bool) -> Result<Vec<Host>, String> {
     let file: File = toml::from_str(text).map_err(|e| e.to_string().trim().replace('\n', " "))?;
     let mut hosts = Vec::new();
     for (name, value) in file.host {

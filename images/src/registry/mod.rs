@@ -1,8 +1,8 @@
 //! Talks to registries: the pull half of the OCI distribution specification.
 
-mod auth;
-mod client;
-mod hosts;
+pub(crate) mod auth;
+pub(crate) mod client;
+pub(crate) mod hosts;
 mod proxy;
 mod transport;
 
