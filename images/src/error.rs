@@ -57,6 +57,8 @@ pub enum Error {
     },
     #[error(transparent)]
     State(Arc<orlop_base::durable::Error>),
+    #[error("the disk of the image store {root} is full, in bytes or inodes: {detail}; remove images or other files, then try again", root = root.display())]
+    Full { root: PathBuf, detail: String },
     #[error("the operation was cut short because the program is ending")]
     Cancelled,
 }
@@ -71,7 +73,24 @@ impl Error {
                 | Error::TooManyRequests { .. }
                 | Error::Cancelled
                 | Error::Io { .. }
+                | Error::Full { .. }
         )
+    }
+
+    /// Says so when the disk that holds `root` was full, wherever it showed.
+    pub(crate) fn name_full_disk(self, root: &Path) -> Error {
+        let full =
+            |e: &io::Error| matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+        let mut next: Option<&(dyn std::error::Error + 'static)> = Some(&self);
+        while let Some(e) = next {
+            let found = e.downcast_ref::<io::Error>().is_some_and(full)
+                || e.downcast_ref::<Arc<io::Error>>().is_some_and(|e| full(e));
+            if found {
+                return Error::Full { root: root.to_owned(), detail: orlop_base::telemetry::chain(&self) };
+            }
+            next = e.source();
+        }
+        self
     }
 
     /// For `map_err` on I/O: says what was done to which path.

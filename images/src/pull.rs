@@ -67,6 +67,10 @@ pub(crate) async fn shared(inner: &Arc<Inner>, reference: &str, auth: Option<&Au
                 let (auth, number) = (auth.cloned(), pulls.0);
                 let future = async move {
                     let result = pull(&listed.inner, &reference, auth.as_ref()).await;
+                    let result = match result {
+                        Err(e) => Err(after_failure(&listed.inner, e).await),
+                        image => image,
+                    };
                     drop(listed);
                     result
                 };
@@ -79,6 +83,17 @@ pub(crate) async fn shared(inner: &Arc<Inner>, reference: &str, auth: Option<&Au
         }
     };
     pulling.await
+}
+
+/// Gives a full disk its space back: layers that were finished wait for another try otherwise.
+pub(crate) async fn after_failure(inner: &Arc<Inner>, error: Error) -> Error {
+    let error = error.name_full_disk(&inner.layout.root);
+    if matches!(error, Error::Full { .. })
+        && let Err(e) = inner.collect_unused().await
+    {
+        tracing::warn!(error = %e, "could not free the layers of an image that does not fit");
+    }
+    error
 }
 
 fn by_name_and_digest(inner: &Inner, reference: &Reference, digest: &Digest) -> Option<Arc<Image>> {

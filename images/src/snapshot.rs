@@ -74,7 +74,7 @@ pub(crate) async fn prepare(
         let _ = blocking(move || layout.discard(&layout.rootfs(&key2))).await;
         inner.state.write().rootfs.remove(key);
     }
-    result.map(drop)
+    result.map(drop).map_err(|e| e.name_full_disk(&inner.layout.root))
 }
 
 /// Gives the record back as it is on disk.

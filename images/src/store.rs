@@ -188,7 +188,10 @@ impl ImageStore {
     /// Imports an OCI layout (folder or tar) or a docker archive, plain or compressed. `name` names an image that
     /// the archive leaves nameless.
     pub async fn import(&self, archive: &Path, name: Option<&str>) -> Result<Vec<Arc<Image>>> {
-        crate::import::import(&self.inner, archive, name).await
+        match crate::import::import(&self.inner, archive, name).await {
+            Err(e) => Err(crate::pull::after_failure(&self.inner, e).await),
+            images => images,
+        }
     }
 
     /// Writes images as an OCI layout tar. A layer whose blob was not kept is packed anew from its files, and when
@@ -208,8 +211,7 @@ impl ImageStore {
 
     /// Deletes layers and blobs that no image and no root file system uses.
     pub async fn gc(&self) -> Result<GcReport> {
-        let inner = self.inner.clone();
-        blocking(move || inner.collect()).await
+        self.inner.collect_unused().await
     }
 
     /// Mounts the image at `target` with a writable layer of its own, named `key` (1 to 128 of `[A-Za-z0-9_.-]`).
@@ -345,6 +347,12 @@ impl Inner {
                 tracing::warn!(error = %e, "layers may not be on disk yet; a power cut now makes them be pulled again");
             }
         });
+    }
+
+    /// Deletes what nothing uses.
+    pub async fn collect_unused(self: &Arc<Self>) -> Result<GcReport> {
+        let inner = self.clone();
+        blocking(move || inner.collect()).await
     }
 
     /// Deletes what nothing uses. Blocking code.

@@ -4,4 +4,5 @@ mod fake;
 mod hostile;
 mod store;
 mod support;
+mod trouble;
 mod wire;

@@ -1,0 +1,202 @@
+//! Full disks, and kills at any moment.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::fake::Fake;
+use crate::support::*;
+use orlop_base::testkit::wait_until;
+use orlop_images::{Digest, Error, IdMapping, ImageStore, Options, RootfsOptions, UserNamespace};
+use rustix::mount::{MountFlags, mount, mount_remount};
+
+/// Serves one image under every name.
+fn serving(layers: Vec<Blob>) -> Fake {
+    let config = config(&layers);
+    let manifest = manifest(&config, &layers).to_string().into_bytes();
+    Fake::start(Box::new(move |r, _| {
+        let by_digest = |bytes: &[u8]| r.line.contains(&Digest::of(bytes).hex());
+        let body = match layers.iter().find(|l| by_digest(&l.bytes)) {
+            Some(layer) => &layer.bytes,
+            None if r.line.contains("/manifests/") => &manifest,
+            None => &config,
+        };
+        let head = r.line.starts_with("HEAD");
+        crate::fake::response("200 OK", "", body.len(), if head { b"" } else { body })
+    }))
+}
+
+fn noise(length: usize, seed: usize) -> Vec<u8> {
+    (0..length as u32).map(|i| ((i ^ seed as u32).wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_is_named_and_gets_its_space_back() {
+    let small = gzip(tar_of(&[("small", b"s")]));
+    let big = plain(tar_of(&[("one", &noise(3 << 20, 1)), ("two", &noise(9 << 20, 2)), ("three", b"3")]));
+    let names: Vec<String> = (0..2000).map(|i| format!("d/f{i}")).collect();
+    let many = gzip(tar_of(&names.iter().map(|n| (n.as_str(), &b"x"[..])).collect::<Vec<_>>()));
+    for (what, layer, tight, wide) in
+        [("space", big, c"size=8m", c"size=64m"), ("inodes", many, c"nr_inodes=500", c"nr_inodes=5000")]
+    {
+        let fake = serving(vec![small.clone(), layer]);
+        let name = format!("{}/a:v1", fake.address);
+        let place = Place::new();
+        fs::create_dir_all(place.root()).unwrap();
+        mount("images-full", place.root(), "tmpfs", MountFlags::empty(), Some(tight)).unwrap();
+        let options = Options { certs_dir: None, keep_layer_blobs: what == "inodes", ..Options::default() };
+        let store = ImageStore::open(&place.root(), options).await.unwrap();
+        let free = || {
+            let s = rustix::fs::statvfs(place.root()).unwrap();
+            (s.f_bfree, s.f_ffree)
+        };
+        let before = free();
+        for _ in 0..2 {
+            let e = store.pull(&name, None).await.unwrap_err();
+            assert!(matches!(&e, Error::Full { root, .. } if *root == place.root()), "{what}: {e}");
+            assert!(e.to_string().contains("No space left") && e.is_transient(), "{what}: {e}");
+            assert_eq!((place.count("ingest"), place.count("layers"), place.count("content")), (0, 1, 0));
+            assert_eq!(free(), before, "{what}: all of it is given back");
+        }
+        mount_remount(place.root(), MountFlags::empty(), wide).unwrap();
+        let image = store.pull(&name, None).await.expect(what);
+        let target = place.target("c");
+        store.prepare_rootfs("c", &image, &target, &RootfsOptions::default()).await.unwrap();
+        assert_eq!(fs::read(target.join("small")).unwrap(), b"s");
+
+        // Nothing is left for a second container.
+        let ballast = place.root().join("ballast");
+        let mut made = 0;
+        fs::create_dir(&ballast).unwrap();
+        match what {
+            "space" => assert!(fs::write(ballast.join("big"), vec![1u8; 64 << 20]).is_err()),
+            _ => {
+                while fs::write(ballast.join(made.to_string()), "").is_ok() {
+                    made += 1
+                }
+            }
+        }
+        let second = place.target("d");
+        let e = store.prepare_rootfs("d", &image, &second, &RootfsOptions::default()).await.unwrap_err();
+        assert!(matches!(e, Error::Full { .. }), "{what}: {e}");
+        assert_eq!(store.rootfs_keys(), ["c"]);
+        fs::remove_dir_all(&ballast).unwrap();
+        store.prepare_rootfs("d", &image, &second, &RootfsOptions::default()).await.unwrap();
+        store.remove_rootfs("c").await.unwrap();
+        store.remove_rootfs("d").await.unwrap();
+    }
+}
+
+const FILES: usize = 15;
+
+fn ten_layers() -> Vec<Blob> {
+    (0..10)
+        .map(|l| {
+            let files: Vec<(String, Vec<u8>)> =
+                (0..FILES).map(|f| (format!("l{l}/f{f}"), noise(3000 + 100 * f, l * 100 + f))).collect();
+            gzip(tar_of(&files.iter().map(|(n, d)| (n.as_str(), &d[..])).collect::<Vec<_>>()))
+        })
+        .collect()
+}
+
+/// What the process that is killed does, over and over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "the child of the test below"]
+async fn works_until_it_is_killed() {
+    let Ok(root) = std::env::var("IMAGES_TEST_ROOT") else { return };
+    let (root, name) = (std::path::PathBuf::from(root), std::env::var("IMAGES_TEST_NAME").unwrap());
+    let options = Options { certs_dir: None, ..Options::default() };
+    let store = ImageStore::open(&root, options).await.unwrap();
+    let map = || vec![IdMapping { container: 0, host: 100_000, length: 65536 }];
+    let mapped = RootfsOptions {
+        user_namespace: Some(UserNamespace { uids: map(), gids: map() }),
+        ..RootfsOptions::default()
+    };
+    println!("working");
+    loop {
+        let image = store.pull(&name, None).await.unwrap();
+        for (key, options) in [("plain", &RootfsOptions::default()), ("mapped", &mapped)] {
+            let target = root.with_file_name("mnt").join(key);
+            store.prepare_rootfs(key, &image, &target, options).await.unwrap();
+        }
+        store.remove_rootfs("plain").await.unwrap();
+        store.remove_rootfs("mapped").await.unwrap();
+        store.remove(&name).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thirty_kills_leave_nothing_that_the_next_start_does_not_repair() {
+    const ROUNDS: u32 = 30;
+    let fake = serving(ten_layers());
+    let name = format!("{}/a:v1", fake.address);
+    let place = Place::new();
+    // How long one turn of the child takes here and now.
+    let turn = {
+        let store = place.open().await;
+        let start = Instant::now();
+        store.pull(&name, None).await.unwrap();
+        store.remove(&name).await.unwrap();
+        start.elapsed() * 2
+    };
+    let (mut listed, mut leftovers) = (0, 0);
+    for round in 0..ROUNDS {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "trouble::works_until_it_is_killed", "--ignored", "--nocapture"])
+            .env("IMAGES_TEST_ROOT", place.root())
+            .env("IMAGES_TEST_NAME", &name)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut output = std::io::BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("working") {
+            line.clear();
+            assert!(std::io::BufRead::read_line(&mut output, &mut line).unwrap() > 0, "the child works");
+        }
+        tokio::time::sleep(turn * round / ROUNDS).await;
+        child.kill().unwrap();
+        child.wait().unwrap();
+        leftovers += place.count("ingest") + place.count("trash");
+        // The lock goes with the last process that has it, which may be one that stands for a user namespace.
+        let options = || Options { certs_dir: None, ..Options::default() };
+        let store = wait_until("the lock is free", Duration::from_secs(10), async || {
+            ImageStore::open(&place.root(), options()).await.ok()
+        })
+        .await;
+        let now = (place.count("ingest"), place.count("trash"), place.count("mapped"));
+        assert_eq!(now, (0, 0, 0), "round {round}");
+        for key in store.rootfs_keys() {
+            store.remove_rootfs(&key).await.unwrap();
+        }
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        assert!(!mounts.contains(place.dir.path().to_str().unwrap()), "round {round}: {mounts}");
+        if let Some(image) = store.get(&name) {
+            listed += 1;
+            check_files(&store, &image, &place).await;
+        }
+        if round % 2 == 0 {
+            store.gc().await.unwrap();
+            let layers = if store.list().is_empty() { 1 } else { 11 };
+            assert_eq!(place.count("layers"), layers, "round {round}");
+        }
+    }
+    println!("{ROUNDS} kills: {listed} with the image, {leftovers} things half done");
+    let store = place.open().await;
+    let image = store.pull(&name, None).await.unwrap();
+    check_files(&store, &image, &place).await;
+    store.remove(&name).await.unwrap();
+    assert_eq!((place.count("layers"), place.count("content"), place.count("rootfs")), (1, 0, 0));
+}
+
+async fn check_files(store: &ImageStore, image: &orlop_images::Image, place: &Place) {
+    let target = place.target("check");
+    store.mount_image("check", image, &target, None).await.unwrap();
+    for l in 0..10 {
+        for f in 0..FILES {
+            let data = fs::read(target.join(format!("l{l}/f{f}"))).unwrap();
+            assert!(data == noise(3000 + 100 * f, l * 100 + f), "l{l}/f{f}");
+        }
+    }
+    store.remove_rootfs("check").await.unwrap();
+}
