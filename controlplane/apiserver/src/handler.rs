@@ -23,6 +23,7 @@ use crate::nodeproxy::NodeProxy;
 use crate::registry::{self, ApiRequest, Registry};
 use crate::request_info::{RequestInfo, UserInfo};
 use crate::reviews;
+use crate::schema::{self, Extent};
 use crate::status::Status;
 use crate::transport::{self, Body};
 use crate::{token_request, version};
@@ -292,15 +293,15 @@ pub fn json_response(code: StatusCode, value: &Value) -> Response<registry::Body
     response
 }
 
-/// A request's object: JSON, YAML or protobuf.
+/// A request's object of a kind that is answered and not stored: JSON, YAML or protobuf.
 ///
 /// # Errors
 /// 400 when it is none of them, 415 for another content type.
-pub fn parse_object(request: &ApiRequest) -> Result<Value, Status> {
+pub fn parse_object(request: &ApiRequest, group: &str, kind: &str) -> Result<Value, Status> {
     let content_type =
         request.headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("application/json");
-    let kind = content_type.split(';').next().unwrap_or_default().trim();
-    let parsed: Result<Value, String> = match kind {
+    let media = content_type.split(';').next().unwrap_or_default().trim();
+    let parsed: Result<Value, String> = match media {
         "application/json" | "" => serde_json::from_slice(&request.body).map_err(|e| e.to_string()),
         crate::protobuf::MEDIA_TYPE => crate::protobuf::decode(&request.body).map_err(|e| e.to_string()),
         "application/yaml" => serde_saphyr::from_slice(&request.body).map_err(|e| e.to_string()),
@@ -312,7 +313,12 @@ pub fn parse_object(request: &ApiRequest) -> Result<Value, Status> {
         }
     };
     match parsed {
-        Ok(value @ Value::Object(_)) => Ok(value),
+        Ok(mut value @ Value::Object(_)) => {
+            let type_name = schema::type_of(group, "v1", kind).unwrap_or_default();
+            schema::conform(&mut value, type_name, Extent::Part)
+                .map_err(|e| Status::unreadable("v1", kind, e.got, &e.path, e.expected))?;
+            Ok(value)
+        }
         Ok(_) => Err(Status::bad_request("the body of the request is no object")),
         Err(e) => Err(Status::bad_request(format!("cannot read the request's object: {e}"))),
     }

@@ -37,7 +37,7 @@ pub async fn create(server: &Server, request: &ApiRequest) -> Result<Response<Bo
         ("authorization.k8s.io", "selfsubjectrulesreviews") => "SelfSubjectRulesReview",
         _ => return Err(Status::no_such_path()),
     };
-    let mut object = parse_object(request)?;
+    let mut object = parse_object(request, &info.api_group, kind)?;
     let given = text(&object, "/kind");
     if !given.is_empty() && given != kind {
         return Err(Status::bad_request(format!("{given} in the body does not match {kind}")));

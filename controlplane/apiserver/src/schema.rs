@@ -10,11 +10,16 @@
 //! ```
 //! Scalars: `string int32 int64 number bool bytes time intstr object any`; `[]T` a list, `{}T` a map.
 
-use std::{collections::HashMap, sync::OnceLock};
+use std::{
+    collections::HashMap,
+    sync::{Arc, OnceLock},
+};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
 
 use serde_json::Value;
 
-const TYPES: &str = include_str!("../schema/types.txt");
+pub(crate) const TYPES: &str = include_str!("../schema/types.txt");
 
 /// A type of a field.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -248,24 +253,40 @@ pub struct Mismatch {
     pub got: &'static str,
 }
 
-/// Checks an object against a type: removes unknown fields and nulls, refuses values of the wrong type.
-pub fn conform(value: &mut Value, type_name: &str) -> Result<Findings, Mismatch> {
-    let mut findings = Findings::default();
-    let Some(def) = lookup(type_name) else { return Ok(findings) };
-    let mut cache = HashMap::new();
-    conform_object(value, &def, &mut String::new(), &mut findings, &mut cache)?;
-    Ok(findings)
+/// How much of an object there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// All of it.
+    Whole,
+    /// The fields that somebody applies.
+    Part,
 }
 
-type Cache = HashMap<&'static str, std::sync::Arc<TypeDef>>;
-
-fn cached(name: &'static str, cache: &mut Cache) -> Option<std::sync::Arc<TypeDef>> {
-    if let Some(def) = cache.get(name) {
-        return Some(def.clone());
+/// Checks an object against a type: removes unknown fields and nulls, refuses values of the wrong type. What passes can be read
+/// by typed clients; one object that cannot would break all their watches of its kind.
+pub fn conform(value: &mut Value, type_name: &str, extent: Extent) -> Result<Findings, Mismatch> {
+    let mut walk = Walk { extent, findings: Findings::default(), cache: HashMap::new() };
+    if let Some(def) = lookup(type_name) {
+        conform_object(value, &def, &mut String::new(), &mut walk)?;
     }
-    let def = std::sync::Arc::new(lookup(name)?);
-    cache.insert(name, def.clone());
-    Some(def)
+    Ok(walk.findings)
+}
+
+struct Walk {
+    extent: Extent,
+    findings: Findings,
+    cache: HashMap<&'static str, Arc<TypeDef>>,
+}
+
+impl Walk {
+    fn lookup(&mut self, name: &'static str) -> Option<Arc<TypeDef>> {
+        if let Some(def) = self.cache.get(name) {
+            return Some(def.clone());
+        }
+        let def = Arc::new(lookup(name)?);
+        self.cache.insert(name, def.clone());
+        Some(def)
+    }
 }
 
 fn kind_of(v: &Value) -> &'static str {
@@ -287,8 +308,7 @@ fn conform_object(
     value: &mut Value,
     def: &TypeDef,
     path: &mut String,
-    findings: &mut Findings,
-    cache: &mut Cache,
+    walk: &mut Walk,
 ) -> Result<(), Mismatch> {
     let Value::Object(map) = value else { return Err(mismatch(path, "object", value)) };
     let depth = path.len();
@@ -303,31 +323,43 @@ fn conform_object(
         }
         path.push('.');
         path.push_str(key);
-        conform_type(item, &field.ty, path, findings, cache)?;
+        conform_type(item, &field.ty, path, walk)?;
         path.truncate(depth);
     }
     for key in unknown {
         map.remove(&key);
-        findings.unknown.push(format!("{path}.{key}").trim_start_matches('.').to_owned());
+        walk.findings.unknown.push(format!("{path}.{key}").trim_start_matches('.').to_owned());
     }
     map.retain(|_, v| !v.is_null());
+    // Texts and numbers have zero values; there is no time that could stand for none. Events of the old form have no eventTime.
+    let untimed = |f: &&Field| {
+        let time = matches!(f.ty, Type::Ref(name) if name.ends_with("meta.v1.Time") || name.ends_with("meta.v1.MicroTime"));
+        time && f.name != "eventTime" && !map.contains_key(f.name)
+    };
+    if walk.extent == Extent::Whole
+        && let Some(f) = def.fields.iter().filter(|f| f.required).find(untimed)
+    {
+        return Err(mismatch(&format!("{path}.{}", f.name), "time", &Value::Null));
+    }
     Ok(())
 }
 
-fn conform_type(
-    value: &mut Value,
-    ty: &Type,
-    path: &mut String,
-    findings: &mut Findings,
-    cache: &mut Cache,
-) -> Result<(), Mismatch> {
+fn conform_type(value: &mut Value, ty: &Type, path: &mut String, walk: &mut Walk) -> Result<(), Mismatch> {
     let depth = path.len();
     match ty {
         Type::Any => {}
         Type::Object if value.is_object() => {}
         Type::Object => return Err(mismatch(path, "object", value)),
-        Type::String | Type::Bytes | Type::Time if value.is_string() => {}
-        Type::String | Type::Bytes | Type::Time => return Err(mismatch(path, "string", value)),
+        Type::String if value.is_string() => {}
+        Type::String => return Err(mismatch(path, "string", value)),
+        Type::Time => match value.as_str().map(str::parse::<jiff::Timestamp>) {
+            Some(Ok(_)) => {}
+            _ => return Err(mismatch(path, "time", value)),
+        },
+        Type::Bytes => match value.as_str().map(|s| STANDARD.decode(s)) {
+            Some(Ok(_)) => {}
+            _ => return Err(mismatch(path, "base64", value)),
+        },
         Type::Bool if value.is_boolean() => {}
         Type::Bool => return Err(mismatch(path, "bool", value)),
         Type::Int32 => match value.as_i64() {
@@ -349,7 +381,7 @@ fn conform_type(
             let Value::Array(items) = value else { return Err(mismatch(path, "array", value)) };
             for (i, v) in items.iter_mut().enumerate() {
                 path.push_str(&format!("[{i}]"));
-                conform_type(v, item, path, findings, cache)?;
+                conform_type(v, item, path, walk)?;
                 path.truncate(depth);
             }
         }
@@ -358,26 +390,41 @@ fn conform_type(
             for (k, v) in map.iter_mut() {
                 if v.is_null() {
                     // Upstream decodes a null map value into the type's zero value.
-                    match **item {
-                        Type::String | Type::Bytes => *v = Value::String(String::new()),
-                        _ => continue,
-                    }
+                    *v = zero(item);
+                    continue;
                 }
                 path.push('.');
                 path.push_str(k);
-                conform_type(v, item, path, findings, cache)?;
+                conform_type(v, item, path, walk)?;
                 path.truncate(depth);
             }
         }
         Type::Ref(name) => {
-            let Some(def) = cached(name, cache) else { return Ok(()) };
+            let Some(def) = walk.lookup(name) else { return Ok(()) };
             match &def.alias {
-                Some(alias) => conform_type(value, alias, path, findings, cache)?,
-                None => conform_object(value, &def, path, findings, cache)?,
+                Some(alias) => conform_type(value, alias, path, walk)?,
+                None => conform_object(value, &def, path, walk)?,
             }
         }
     }
     Ok(())
+}
+
+/// What Go leaves in a map for a null.
+fn zero(ty: &Type) -> Value {
+    match ty {
+        Type::String | Type::Bytes => "".into(),
+        Type::Quantity => "0".into(),
+        Type::Int32 | Type::Int64 | Type::Number | Type::IntOrString => 0.into(),
+        Type::Bool => false.into(),
+        Type::List(_) => Value::Array(Vec::new()),
+        Type::Object | Type::Map(_) => Value::Object(serde_json::Map::new()),
+        Type::Ref(name) => match lookup(name).and_then(|d| d.alias) {
+            Some(alias) => zero(&alias),
+            None => Value::Object(serde_json::Map::new()),
+        },
+        Type::Time | Type::Any => Value::Null,
+    }
 }
 
 /// Accepts a number such as `3.0` where a whole one is wanted.
@@ -424,14 +471,14 @@ mod tests {
     fn conforming_drops_the_unknown_and_refuses_the_wrong() {
         let pod = type_of("", "v1", "Pod").expect("pod");
         let mut v = json!({"spec": {"containers": [{"name": "a", "imag": "x", "resources": {"limits": {"cpu": 1}}}], "hostname": null}});
-        let found = conform(&mut v, pod).expect("fits");
+        let found = conform(&mut v, pod, Extent::Whole).expect("fits");
         assert_eq!(found.unknown, ["spec.containers[0].imag"]);
         assert_eq!(
             v,
             json!({"spec": {"containers": [{"name": "a", "resources": {"limits": {"cpu": "1"}}}]}})
         );
         let mut v = json!({"spec": {"containers": [{"ports": [{"containerPort": "80"}]}]}});
-        let e = conform(&mut v, pod).expect_err("wrong type");
+        let e = conform(&mut v, pod, Extent::Whole).expect_err("wrong type");
         assert_eq!(e.to_string(), "spec.containers[0].ports[0].containerPort: expected int32, got string");
     }
 
@@ -441,5 +488,39 @@ mod tests {
         let ports = container.field("ports").expect("ports");
         assert_eq!(ports.list, ListKind::Map("containerPort,protocol"));
         assert_eq!((ports.patch_strategy, ports.merge_key), ("merge", "containerPort"));
+    }
+
+    #[test]
+    fn what_typed_clients_cannot_read_is_refused() {
+        let refused = |kind: &str, extent, v: Value| {
+            let type_name = type_of("", "v1", kind).expect("a kind");
+            conform(&mut v.clone(), type_name, extent).err().map(|e| e.to_string())
+        };
+        let time = json!({"status": {"startTime": "yesterday"}});
+        assert_eq!(
+            refused("Pod", Extent::Whole, time).as_deref(),
+            Some("status.startTime: expected time, got string")
+        );
+        let micro = json!({"status": {"startTime": "2026-01-02T03:04:05.678901Z"}});
+        assert_eq!(refused("Pod", Extent::Whole, micro), None);
+        let data = json!({"data": {"a": "!"}});
+        assert_eq!(
+            refused("Secret", Extent::Whole, data).as_deref(),
+            Some("data.a: expected base64, got string")
+        );
+        let condition = json!({"status": {"conditions": [{"type": "a"}]}});
+        assert_eq!(
+            refused("Service", Extent::Whole, condition.clone()).as_deref(),
+            Some("status.conditions[0].lastTransitionTime: expected time, got null")
+        );
+        assert_eq!(refused("Service", Extent::Part, condition), None, "another owner may hold the time");
+    }
+
+    #[test]
+    fn nulls_in_maps_become_zero_values() {
+        let pod = type_of("", "v1", "Pod").expect("pod");
+        let mut v = json!({"metadata": {"labels": {"a": null}}, "spec": {"overhead": {"cpu": null}}});
+        conform(&mut v, pod, Extent::Whole).expect("fits");
+        assert_eq!(v, json!({"metadata": {"labels": {"a": ""}}, "spec": {"overhead": {"cpu": "0"}}}));
     }
 }

@@ -213,6 +213,13 @@ impl Status {
         Status::failure(400, "BadRequest", message)
     }
 
+    /// 400: a field holds something of another type.
+    pub fn unreadable(version: &str, kind: &str, got: &str, path: &str, expected: &str) -> Status {
+        Status::bad_request(format!(
+            "{kind} in version {version:?} cannot be handled as a {kind}: json: cannot unmarshal {got} into field {path} of type {expected}"
+        ))
+    }
+
     /// 410: the resource version asked for is compacted away; clients list again.
     pub fn expired(message: impl Into<String>) -> Status {
         Status::failure(410, "Expired", message)

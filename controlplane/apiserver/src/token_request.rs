@@ -30,7 +30,7 @@ fn invalid(name: &str, field: &str, message: &str) -> Status {
 /// 404 for an unknown account, 422 for a bad lifetime, 409 when a bound object has another UID.
 pub async fn create(server: &Server, request: &ApiRequest) -> Result<Response<Body>, Status> {
     let (namespace, name) = (request.info.namespace.as_str(), request.info.name.as_str());
-    let mut object = parse_object(request)?;
+    let mut object = parse_object(request, "authentication.k8s.io", "TokenRequest")?;
     for (pointer, field, want) in
         [("/metadata/name", "metadata.name", name), ("/metadata/namespace", "metadata.namespace", namespace)]
     {

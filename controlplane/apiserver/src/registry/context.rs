@@ -13,7 +13,7 @@ use super::{
 use crate::{
     codec::{self, Encoding, Shape},
     resources::Resource,
-    schema,
+    schema::{self, Extent},
     status::Status,
     table::Include,
     value,
@@ -52,7 +52,7 @@ impl Context {
         let resource = self.resource.clone();
         let mut object = decoded.value;
         check_kind(&mut object, &resource.api_version(), &resource.kind)?;
-        self.conform(&mut object, &resource, decoded.duplicates, options.validation)?;
+        self.conform(&mut object, &resource, decoded.duplicates, options.validation, Extent::Whole)?;
         Ok(object)
     }
 
@@ -63,17 +63,14 @@ impl Context {
         resource: &Resource,
         duplicates: Vec<String>,
         validation: FieldValidation,
+        extent: Extent,
     ) -> Result<(), Status> {
         let Some(type_name) = resource.type_name else {
             value::drop_nulls(object);
             return Ok(());
         };
-        let found = schema::conform(object, type_name).map_err(|e| {
-            Status::bad_request(format!(
-                "{} in version {:?} cannot be handled as a {}: json: cannot unmarshal {} into field {} of type {}",
-                resource.kind, resource.version, resource.kind, e.got, e.path, e.expected
-            ))
-        })?;
+        let found = schema::conform(object, type_name, extent)
+            .map_err(|e| Status::unreadable(&resource.version, &resource.kind, e.got, &e.path, e.expected))?;
         let mut problems: Vec<String> =
             found.unknown.iter().map(|f| format!("unknown field {f:?}")).collect();
         problems.extend(duplicates.iter().map(|f| format!("duplicate field {f:?}")));

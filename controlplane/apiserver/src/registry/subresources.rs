@@ -16,6 +16,7 @@ use crate::{
     codec,
     patch::{Patch, PatchType},
     resources::ScalePaths,
+    schema::Extent,
     status::Status,
     validation::{Errors, selector_of},
     value,
@@ -74,7 +75,7 @@ impl Registry {
                 };
                 let resource = ctx.resource.clone();
                 check_kind(&mut wanted, &resource.api_version(), &resource.kind)?;
-                ctx.conform(&mut wanted, &resource, Vec::new(), validation)?;
+                ctx.conform(&mut wanted, &resource, Vec::new(), validation, Extent::Whole)?;
                 let mut new = current.clone();
                 take_part(&mut new, &wanted, part);
                 value::carry(&mut new, &wanted, "metadata.resourceVersion");

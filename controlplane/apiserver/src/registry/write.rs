@@ -11,13 +11,14 @@ use super::{
     context::{Context, check_kind},
     metadata,
     object::{EventType, Object, to_stored},
-    options::WriteOptions,
+    options::{FieldValidation, WriteOptions},
     respond,
 };
 use crate::{
     apply, codec,
     patch::{self, PatchType},
     resources::Resource,
+    schema::Extent,
     status::Status,
     validation::{Errors, meta},
     value,
@@ -244,7 +245,7 @@ impl Registry {
             .change(&mut ctx, endpoint, &options, move |ctx, current| {
                 let mut patched = patch.apply(current, resource.type_name)?;
                 check_kind(&mut patched, &resource.api_version(), &resource.kind)?;
-                ctx.conform(&mut patched, &resource, Vec::new(), validation)?;
+                ctx.conform(&mut patched, &resource, Vec::new(), validation, Extent::Whole)?;
                 Ok(patched)
             })
             .await?;
@@ -270,7 +271,7 @@ impl Registry {
             return Err(Status::bad_request("apiVersion and kind must be set in an apply patch"));
         }
         check_kind(&mut applied, &resource.api_version(), &resource.kind)?;
-        ctx.conform(&mut applied, &resource, Vec::new(), options.validation)?;
+        ctx.conform(&mut applied, &resource, Vec::new(), options.validation, Extent::Part)?;
         metadata::check_namespace(&mut applied, ctx.namespace())?;
         if !value::list(&applied, "metadata.managedFields").is_empty() {
             return Err(Status::bad_request("metadata.managedFields must be nil"));
@@ -282,10 +283,14 @@ impl Registry {
         }
         let (wanted, rules) = (applied.clone(), options.clone());
         let merged = move |ctx: &mut Context, live: &Value| {
-            apply::apply(&ctx.resource, live, &wanted, &rules, endpoint.subresource())
+            let mut merged = apply::apply(&ctx.resource, live, &wanted, &rules, endpoint.subresource())?;
+            let resource = ctx.resource.clone();
+            ctx.conform(&mut merged, &resource, Vec::new(), FieldValidation::Ignore, Extent::Whole)?;
+            Ok(merged)
         };
         match self.change(ctx, endpoint, &options, merged).await {
             Err(e) if e.is_not_found() && endpoint == Endpoint::Main => {
+                ctx.conform(&mut applied, &resource, Vec::new(), FieldValidation::Ignore, Extent::Whole)?;
                 apply::create(&resource, &mut applied, &options, "");
                 Ok(Written { object: self.create_object(ctx, applied, &options).await?, created: true })
             }
