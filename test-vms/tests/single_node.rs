@@ -142,7 +142,14 @@ fn kubectl_shows_and_changes(c: &Cluster) {
         "events are there: {described}"
     );
     assert!(c.kubectl(&["api-resources"]).contains("deployments"));
-    assert!(c.kubectl(&["explain", "pod.spec.containers"]).contains("image"));
+    let explained = c.kubectl(&["explain", "pod.spec.containers.livenessProbe"]);
+    for words in [
+        "FIELD: livenessProbe <Probe>",
+        "Periodic probe of container liveness.",
+        "How often (in seconds) to perform",
+    ] {
+        assert!(explained.contains(words) && !explained.contains("<no description>"), "{explained}");
+    }
     c.kubectl(&["-n", "demo", "scale", "deployment/web", "--replicas=3"]);
     wait_for("three replicas", SOON, || (ready_pods(c).len() == 3).then_some(()));
     c.kubectl(&[

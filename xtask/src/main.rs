@@ -1,6 +1,8 @@
-//! Chores of the developers: `edges` checks who depends on whom and that pure modules are pure; `bench` measures.
+//! Chores of the developers: `edges` checks who depends on whom and that pure modules are pure; `bench` measures;
+//! `descriptions` takes over upstream's words for the fields of the API.
 
 mod bench;
+mod descriptions;
 mod edges;
 
 use std::process::ExitCode;
@@ -17,6 +19,12 @@ struct Cli {
 enum Command {
     /// Check the layering of the crates and the purity of decision modules
     Edges,
+    /// Collect the descriptions of API types from k8s-openapi's sources
+    Descriptions {
+        /// Only compare with what is checked in
+        #[arg(long)]
+        check: bool,
+    },
     /// Measure latency and memory of a cluster of its own
     Bench {
         /// Pods that are started one after another
@@ -28,6 +36,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Edges => edges::check(),
+        Command::Descriptions { check } => descriptions::run(check),
         Command::Bench { pods } => bench::run(pods),
     };
     match result {

@@ -3,12 +3,15 @@
 //! Version 3 has one document for each group and version, found through an index with hashes; version 2 is one document.
 //! What clients need of them: kubectl looks for `fieldValidation` and patch keys, and prints schemas for `explain`.
 
-use std::collections::BTreeSet;
+mod descriptions;
+
+use std::{collections::BTreeSet, sync::OnceLock};
 
 use http::{HeaderMap, HeaderValue, Response, Uri, header};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
+use self::descriptions::{Words, unescape};
 use crate::{
     codec,
     registry::Body,
@@ -112,10 +115,18 @@ fn rows<'a>(table: &'a ResourceTable, group: &str, version: &str) -> Vec<&'a Res
     table.rows().iter().map(|r| &**r).filter(|r| r.group == group && r.version == version).collect()
 }
 
-/// Changes when the resources of a group version change; the schema itself changes only with the program.
+/// Stands for the schema and the words, which change only with the program.
+fn schema_hash() -> &'static [u8] {
+    static HASH: OnceLock<Vec<u8>> = OnceLock::new();
+    HASH.get_or_init(|| {
+        Sha256::new().chain_update(schema::TYPES).chain_update(descriptions::PACKED).finalize().to_vec()
+    })
+}
+
+/// Changes when the resources of a group version or the schema change.
 fn hash(rows: &[&Resource]) -> String {
     let mut digest = Sha256::new();
-    digest.update(env!("CARGO_PKG_VERSION"));
+    digest.update(schema_hash());
     for r in rows {
         digest.update(format!("{}/{}/{};{:?};", r.plural, r.kind, r.namespaced, r.type_name));
     }
@@ -202,6 +213,8 @@ fn definitions(rows: &[&Resource], form: Form) -> Map<String, Value> {
     }
     let mut seen = BTreeSet::new();
     let mut out = Map::new();
+    let text = descriptions::unpack();
+    let words = descriptions::index(&text);
     while let Some(name) = queue.pop() {
         if name.is_empty() || !seen.insert(name) {
             continue;
@@ -212,7 +225,7 @@ fn definitions(rows: &[&Resource], form: Form) -> Map<String, Value> {
                 queue.push(other);
             }
         }
-        out.insert(name.to_owned(), definition(&def, form));
+        out.insert(name.to_owned(), definition(&def, words.get(name), form));
     }
     out
 }
@@ -225,13 +238,17 @@ fn reference(ty: &Type) -> Option<&'static str> {
     }
 }
 
-fn definition(def: &TypeDef, form: Form) -> Value {
+fn definition(def: &TypeDef, words: Option<&Words<'_>>, form: Form) -> Value {
     let mut out = match &def.alias {
         Some(alias) => type_schema(alias, form),
         None => {
             let mut properties = Map::new();
             for field in &def.fields {
-                properties.insert(field.name.to_owned(), property(field, form));
+                let mut property = property(field, form);
+                if let Some(text) = words.and_then(|w| w.fields.get(field.name)) {
+                    property["description"] = unescape(text).into();
+                }
+                properties.insert(field.name.to_owned(), property);
             }
             let required: Vec<&str> = def.fields.iter().filter(|f| f.required).map(|f| f.name).collect();
             let mut out = json!({"type": "object", "properties": properties});
@@ -241,6 +258,9 @@ fn definition(def: &TypeDef, form: Form) -> Value {
             out
         }
     };
+    if let Some(text) = words.map(|w| w.own).filter(|t| !t.is_empty()) {
+        out["description"] = unescape(text).into();
+    }
     if def.atomic {
         out["x-kubernetes-map-type"] = "atomic".into();
     }
@@ -452,5 +472,31 @@ mod tests {
         let Body::Chunks(chunks) = answer.into_body() else { panic!("a document is no stream") };
         let bytes = chunks.into_iter().collect::<Vec<_>>().concat();
         assert_eq!(bytes, b"\n\x032.0\x12\x15\n\nKubernetes\x12\x07v1.36.0");
+    }
+
+    #[test]
+    fn fields_are_described_in_upstreams_words() {
+        let document = ask("/openapi/v3/api/v1");
+        let schemas = &document["components"]["schemas"];
+        let probe = &schemas["io.k8s.api.core.v1.Probe"];
+        assert_eq!(
+            probe["properties"]["periodSeconds"]["description"],
+            "How often (in seconds) to perform the probe. Default to 10 seconds. Minimum value is 1."
+        );
+        assert!(probe["description"].as_str().expect("words").starts_with("Probe describes a health check"));
+        let pod = &schemas["io.k8s.api.core.v1.Pod"]["properties"];
+        assert!(pod["kind"]["description"].as_str().expect("words").starts_with("Kind is a string value"));
+        // Nearly nothing is left without words: items of lists, and types that are no part of upstream's documents.
+        let (mut with, mut without) = (0, Vec::new());
+        for (name, schema) in schemas.as_object().expect("schemas") {
+            for (field, property) in schema["properties"].as_object().into_iter().flatten() {
+                match property["description"] {
+                    Value::String(_) => with += 1,
+                    _ if field != "items" && field != "metadata" => without.push(format!("{name}.{field}")),
+                    _ => {}
+                }
+            }
+        }
+        assert!(with > 1000 && without.len() * 50 < with, "{with} with, without: {without:?}");
     }
 }
