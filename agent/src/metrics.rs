@@ -29,46 +29,45 @@ fn seconds() -> Histogram {
 }
 
 impl AgentMetrics {
-    pub fn register(registry: &Metrics) -> AgentMetrics {
-        let m = AgentMetrics {
-            running_pods: Gauge::default(),
-            running_containers: Gauge::default(),
-            pod_start_duration: seconds(),
-            pod_worker_duration: seconds(),
-            pleg_relist_duration: seconds(),
-            started_containers: Counter::default(),
-            started_pods: Counter::default(),
-            evented_pleg_events: Counter::default(),
-            probes: Family::default(),
-        };
-        registry.register(|r| {
-            r.register("kubelet_running_pods", "Pods with a running sandbox", m.running_pods.clone());
-            r.register("kubelet_running_containers", "Containers running", m.running_containers.clone());
-            r.register(
+    pub fn register(metrics: &Metrics) -> AgentMetrics {
+        AgentMetrics {
+            running_pods: metrics.add(
+                "kubelet_running_pods",
+                "Pods with a running sandbox",
+                Gauge::default(),
+            ),
+            running_containers: metrics.add(
+                "kubelet_running_containers",
+                "Containers running",
+                Gauge::default(),
+            ),
+            pod_start_duration: metrics.add(
                 "kubelet_pod_start_duration_seconds",
                 "Seconds from seeing a pod to its first running container",
-                m.pod_start_duration.clone(),
-            );
-            r.register(
+                seconds(),
+            ),
+            pod_worker_duration: metrics.add(
                 "kubelet_pod_worker_duration_seconds",
                 "Seconds of one pass over a pod",
-                m.pod_worker_duration.clone(),
-            );
-            r.register(
+                seconds(),
+            ),
+            pleg_relist_duration: metrics.add(
                 "kubelet_pleg_relist_duration_seconds",
                 "Seconds of one relist",
-                m.pleg_relist_duration.clone(),
-            );
-            // The encoder appends _total to counters.
-            r.register("kubelet_started_containers", "Containers started", m.started_containers.clone());
-            r.register("kubelet_started_pods", "Sandboxes started", m.started_pods.clone());
-            r.register(
+                seconds(),
+            ),
+            started_containers: metrics.add(
+                "kubelet_started_containers",
+                "Containers started",
+                Counter::default(),
+            ),
+            started_pods: metrics.add("kubelet_started_pods", "Sandboxes started", Counter::default()),
+            evented_pleg_events: metrics.add(
                 "kubelet_evented_pleg_events",
                 "Container events received",
-                m.evented_pleg_events.clone(),
-            );
-            r.register("prober_probe", "Probe attempts by result", m.probes.clone());
-        });
-        m
+                Counter::default(),
+            ),
+            probes: metrics.add("prober_probe", "Probe attempts by result", Family::default()),
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Metric, Registry};
 use tracing_subscriber::EnvFilter;
 
 /// Sends logs to standard error, filtered by `ORLOP_LOG` (else `default`, such as "info").
@@ -23,9 +23,10 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Registers metrics under their full upstream names.
-    pub fn register(&self, with: impl FnOnce(&mut Registry)) {
-        with(&mut self.registry.lock().unwrap_or_else(|e| e.into_inner()));
+    /// Shows a metric under this name and gives it back. The encoder appends `_total` to the names of counters.
+    pub fn add<M: Metric + Clone>(&self, name: impl Into<String>, help: impl Into<String>, metric: M) -> M {
+        self.registry.lock().unwrap_or_else(|e| e.into_inner()).register(name, help, metric.clone());
+        metric
     }
 
     /// The OpenMetrics text exposition.
@@ -40,12 +41,15 @@ impl Metrics {
     }
 }
 
-/// An error and its causes on one line, each cause once.
+/// An error and its causes on one line, each cause once. Of a parser's message that draws an excerpt the first line stays.
 pub fn chain(e: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = e.to_string();
+    let line =
+        |e: &dyn std::error::Error| e.to_string().lines().next().unwrap_or_default().trim_end().to_owned();
+    let mut text = line(e);
     let mut source = e.source();
     while let Some(s) = source {
-        let s_text = s.to_string();
+        let s_text = line(s);
+        // Some errors name their cause themselves, and with it that one's cause.
         if !text.contains(&s_text) {
             text.push_str(": ");
             text.push_str(&s_text);
@@ -60,14 +64,19 @@ mod tests {
     use super::*;
 
     #[derive(Debug, thiserror::Error)]
-    #[error("{0}")]
-    struct E(&'static str, #[source] Option<Box<E>>);
+    enum Nested {
+        #[error("not JSON\n  |\n1 | {{")]
+        Leaf,
+        #[error("the file is broken")]
+        Broken(#[source] Box<Nested>),
+        #[error("no network: {}", chain(.0))]
+        Told(#[source] Box<Nested>),
+    }
 
     #[test]
-    fn a_chain_says_each_cause_once() {
-        let cause = || Some(Box::new(E("b failed", Some(Box::new(E("no such file", None))))));
-        assert_eq!(chain(&E("a failed", cause())), "a failed: b failed: no such file");
-        // An error that shows its causes itself.
-        assert_eq!(chain(&E("a: b failed: no such file", cause())), "a: b failed: no such file");
+    fn each_cause_is_said_once() {
+        let broken = Nested::Broken(Nested::Leaf.into());
+        assert_eq!(chain(&broken), "the file is broken: not JSON");
+        assert_eq!(chain(&Nested::Told(broken.into())), "no network: the file is broken: not JSON");
     }
 }

@@ -41,23 +41,24 @@ impl DnsMetrics {
     pub fn new(metrics: &Metrics) -> DnsMetrics {
         // From what a table look-up takes to the forwarder's limit.
         let buckets = [0.000_025, 0.000_1, 0.000_25, 0.001, 0.004, 0.016, 0.064, 0.256, 1.0, 4.0];
-        let own = DnsMetrics {
-            requests: Family::default(),
-            responses: Family::default(),
-            forwards: Family::default(),
-            seconds: Histogram::new(buckets),
-        };
-        metrics.register(|r| {
-            r.register("coredns_dns_requests", "Questions by transport and type", own.requests.clone());
-            r.register("coredns_dns_responses", "Answers by response code", own.responses.clone());
-            r.register("coredns_forward_requests", "Questions sent on, by result", own.forwards.clone());
-            r.register(
+        DnsMetrics {
+            requests: metrics.add(
+                "coredns_dns_requests",
+                "Questions by transport and type",
+                Family::default(),
+            ),
+            responses: metrics.add("coredns_dns_responses", "Answers by response code", Family::default()),
+            forwards: metrics.add(
+                "coredns_forward_requests",
+                "Questions sent on, by result",
+                Family::default(),
+            ),
+            seconds: metrics.add(
                 "coredns_dns_request_duration_seconds",
                 "Time from question to answer",
-                own.seconds.clone(),
-            );
-        });
-        own
+                Histogram::new(buckets),
+            ),
+        }
     }
 
     /// `kind` is missing for what cannot be read.

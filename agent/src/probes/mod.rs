@@ -13,7 +13,7 @@ use k8s_openapi::api::core::v1::{Container, Pod, Probe};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use prometheus_client::encoding::EncodeLabelSet;
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
+use tokio::task::{AbortHandle, JoinSet};
 
 use crate::context::Context;
 use crate::pods::plan::is_started;
@@ -103,26 +103,17 @@ pub fn port_of(port: &IntOrString, c: &Container) -> Result<u16, String> {
     number.ok_or_else(|| format!("couldn't find port {port:?} in container {}", c.name))
 }
 
-struct Running {
-    task: JoinHandle<()>,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-/// The probes of one pod; ends with it.
+/// The probes of one pod; they end with it.
 pub struct Probes {
     ctx: Context,
     send: mpsc::Sender<Outcome>,
-    tasks: HashMap<(String, Kind), Running>,
+    tasks: JoinSet<()>,
+    running: HashMap<(String, Kind), AbortHandle>,
 }
 
 impl Probes {
     pub fn new(ctx: Context, send: mpsc::Sender<Outcome>) -> Probes {
-        Probes { ctx, send, tasks: HashMap::new() }
+        Probes { ctx, send, tasks: JoinSet::new(), running: HashMap::new() }
     }
 
     /// Starts and ends probe tasks so that they fit what runs. Liveness and readiness wait for the startup probe.
@@ -146,10 +137,18 @@ impl Probes {
                 }
             }
         }
-        self.tasks.retain(|(id, kind), _| wanted.iter().any(|(i, k, ..)| i == id && k == kind));
+        while self.tasks.try_join_next().is_some() {}
+        // A probe must not outlive its container.
+        self.running.retain(|(id, kind), task| {
+            let stays = wanted.iter().any(|(i, k, ..)| i == id && k == kind);
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
         for (id, kind, probe, container) in wanted {
             let key = (id.clone(), kind);
-            if self.tasks.contains_key(&key) {
+            if self.running.contains_key(&key) {
                 continue;
             }
             let run = observed.containers.iter().find(|r| r.id == id);
@@ -178,10 +177,7 @@ impl Probes {
                 known,
                 send: self.send.clone(),
             };
-            // Aborted when dropped: a probe must not outlive its container.
-            #[allow(clippy::disallowed_methods)]
-            let task = tokio::spawn(task.run());
-            self.tasks.insert(key, Running { task });
+            self.running.insert(key, self.tasks.spawn(task.run()));
         }
     }
 }
@@ -202,6 +198,15 @@ struct Task {
 
 fn seconds(v: Option<i32>, default: u64) -> Duration {
     Duration::from_secs(v.filter(|v| *v > 0).map_or(default, |v| v as u64))
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        // Without this every pod that ever was would stay in the metrics.
+        for success in [true, false] {
+            self.ctx.metrics.probes.remove(&self.labels(success));
+        }
+    }
 }
 
 impl Task {
@@ -230,8 +235,8 @@ impl Task {
                 ticks.tick().await;
             }
             let result = self.attempt().await;
-            self.count(&result);
             let success = result.is_ok();
+            self.ctx.metrics.probes.get_or_create(&self.labels(success)).inc();
             if let Err(message) = &result {
                 // Quick looks at a container that comes up are no failures yet.
                 if eager && counter.last.is_some() {
@@ -255,17 +260,16 @@ impl Task {
         }
     }
 
-    fn count(&self, result: &Result<(), String>) {
+    fn labels(&self, success: bool) -> ProbeLabels {
         let m = &self.pod.metadata;
-        let labels = ProbeLabels {
+        ProbeLabels {
             probe_type: self.kind.as_str().to_owned(),
-            result: if result.is_ok() { "successful" } else { "failed" }.to_owned(),
+            result: if success { "successful" } else { "failed" }.to_owned(),
             container: self.container.name.clone(),
             pod: m.name.clone().unwrap_or_default(),
             namespace: m.namespace.clone().unwrap_or_default(),
             pod_uid: m.uid.clone().unwrap_or_default(),
-        };
-        self.ctx.metrics.probes.get_or_create(&labels).inc();
+        }
     }
 
     async fn attempt(&self) -> Result<(), String> {

@@ -75,40 +75,37 @@ pub struct ServerMetrics {
 
 impl Default for ServerMetrics {
     fn default() -> Self {
+        let exposition = Metrics::default();
         let durations = Family::new_with_constructor((|| Histogram::new(BUCKETS)) as fn() -> Histogram);
-        let metrics = ServerMetrics {
-            exposition: Metrics::default(),
-            requests: Family::default(),
-            durations,
-            inflight: Family::default(),
-            rejected: Family::default(),
-            authentication: Family::default(),
-            seen: Mutex::default(),
-        };
-        metrics.exposition.register(|r| {
-            r.register(
+        ServerMetrics {
+            requests: exposition.add(
                 "apiserver_request",
                 "Requests by verb, resource and HTTP code",
-                metrics.requests.clone(),
-            );
-            r.register(
+                Family::default(),
+            ),
+            durations: exposition.add(
                 "apiserver_request_duration_seconds",
                 "Time to the start of the response, without watches and streams",
-                metrics.durations.clone(),
-            );
-            r.register(
+                durations,
+            ),
+            inflight: exposition.add(
                 "apiserver_current_inflight_requests",
                 "Requests being served",
-                metrics.inflight.clone(),
-            );
-            r.register(
+                Family::default(),
+            ),
+            rejected: exposition.add(
                 "apiserver_dropped_requests",
                 "Requests refused because too many were in flight",
-                metrics.rejected.clone(),
-            );
-            r.register("authentication_attempts", "Authenticated attempts", metrics.authentication.clone());
-        });
-        metrics
+                Family::default(),
+            ),
+            authentication: exposition.add(
+                "authentication_attempts",
+                "Authenticated attempts",
+                Family::default(),
+            ),
+            seen: Mutex::default(),
+            exposition,
+        }
     }
 }
 

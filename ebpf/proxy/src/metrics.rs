@@ -31,80 +31,72 @@ pub struct ProxyMetrics {
 
 impl ProxyMetrics {
     pub fn register(metrics: &Metrics) -> ProxyMetrics {
-        let m = ProxyMetrics {
+        let k = |n: &str| format!("kubeproxy_{n}");
+        let o = |n: &str| format!("orlop_proxy_{n}");
+        ProxyMetrics {
             // From 10 µs to about 5 s: a sync of one service is far below upstream's first bucket.
-            sync_seconds: Histogram::new(exponential_buckets(0.000_01, 2.0, 20)),
-            programming_seconds: Histogram::new(exponential_buckets(0.001, 2.0, 18)),
-            last_sync: Gauge::default(),
-            last_queued: Gauge::default(),
-            service_changes: Counter::default(),
-            slice_changes: Counter::default(),
-            failures: Counter::default(),
-            map_writes: Counter::default(),
-            closed_sockets: Counter::default(),
-            frontends: Gauge::default(),
-            backends: Gauge::default(),
-            sock_translated: Gauge::default(),
-            sock_refused: Gauge::default(),
-            packet_connections: Gauge::default(),
-            packet_dropped: Gauge::default(),
-            fragments: Gauge::default(),
-            snat_exhausted: Gauge::default(),
-        };
-        metrics.register(|r| {
-            let k = |n: &str| format!("kubeproxy_{n}");
-            r.register(k("sync_proxy_rules_duration_seconds"), "Time of one sync", m.sync_seconds.clone());
-            r.register(
+            sync_seconds: metrics.add(
+                k("sync_proxy_rules_duration_seconds"),
+                "Time of one sync",
+                Histogram::new(exponential_buckets(0.000_01, 2.0, 20)),
+            ),
+            programming_seconds: metrics.add(
                 k("network_programming_duration_seconds"),
                 "From a change of endpoints to the maps",
-                m.programming_seconds.clone(),
-            );
-            r.register(
+                Histogram::new(exponential_buckets(0.001, 2.0, 18)),
+            ),
+            last_sync: metrics.add(
                 k("sync_proxy_rules_last_timestamp_seconds"),
                 "When maps were last in step",
-                m.last_sync.clone(),
-            );
-            r.register(
+                Gauge::default(),
+            ),
+            last_queued: metrics.add(
                 k("sync_proxy_rules_last_queued_timestamp_seconds"),
                 "When the last change came",
-                m.last_queued.clone(),
-            );
-            r.register(k("sync_proxy_rules_service_changes"), "Service changes", m.service_changes.clone());
-            r.register(
+                Gauge::default(),
+            ),
+            service_changes: metrics.add(
+                k("sync_proxy_rules_service_changes"),
+                "Service changes",
+                Counter::default(),
+            ),
+            slice_changes: metrics.add(
                 k("sync_proxy_rules_endpoint_changes"),
                 "EndpointSlice changes",
-                m.slice_changes.clone(),
-            );
-            r.register(k("sync_proxy_rules_failures"), "Syncs that failed", m.failures.clone());
-            let o = |n: &str| format!("orlop_proxy_{n}");
-            r.register(o("map_writes"), "Changes of BPF maps", m.map_writes.clone());
-            r.register(
+                Counter::default(),
+            ),
+            failures: metrics.add(k("sync_proxy_rules_failures"), "Syncs that failed", Counter::default()),
+            map_writes: metrics.add(o("map_writes"), "Changes of BPF maps", Counter::default()),
+            closed_sockets: metrics.add(
                 o("closed_sockets"),
                 "Sockets closed because their backend was gone",
-                m.closed_sockets.clone(),
-            );
-            r.register(o("frontends"), "Service addresses in the maps", m.frontends.clone());
-            r.register(o("backends"), "Endpoints in the maps", m.backends.clone());
-            r.register(
+                Counter::default(),
+            ),
+            frontends: metrics.add(o("frontends"), "Service addresses in the maps", Gauge::default()),
+            backends: metrics.add(o("backends"), "Endpoints in the maps", Gauge::default()),
+            sock_translated: metrics.add(
                 o("socket_translations"),
                 "Connects and datagrams translated",
-                m.sock_translated.clone(),
-            );
-            r.register(
+                Gauge::default(),
+            ),
+            sock_refused: metrics.add(
                 o("socket_refusals"),
                 "Connects refused for want of an endpoint",
-                m.sock_refused.clone(),
-            );
-            r.register(o("packet_connections"), "Connections from outside", m.packet_connections.clone());
-            r.register(o("packets_dropped"), "Packets dropped", m.packet_dropped.clone());
-            r.register(o("fragments"), "Fragments that were not translated", m.fragments.clone());
-            r.register(
+                Gauge::default(),
+            ),
+            packet_connections: metrics.add(
+                o("packet_connections"),
+                "Connections from outside",
+                Gauge::default(),
+            ),
+            packet_dropped: metrics.add(o("packets_dropped"), "Packets dropped", Gauge::default()),
+            fragments: metrics.add(o("fragments"), "Fragments that were not translated", Gauge::default()),
+            snat_exhausted: metrics.add(
                 o("source_ports_exhausted"),
                 "Connections without a free port",
-                m.snat_exhausted.clone(),
-            );
-        });
-        m
+                Gauge::default(),
+            ),
+        }
     }
 
     pub fn synced(&self, took: Duration, triggers: &[SystemTime]) {

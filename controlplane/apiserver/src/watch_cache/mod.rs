@@ -434,17 +434,7 @@ impl Hub {
         let mut watch = self.store.watch(&prefix, base).await.map_err(store_status)?;
         let mut reached = base;
         while reached < current {
-            match watch.items.recv().await {
-                Some(Ok(WatchItem::Events(events))) => {
-                    for event in &events {
-                        cache.apply(event)?;
-                        reached = event.revision;
-                    }
-                }
-                Some(Ok(WatchItem::Progress(revision))) => reached = reached.max(revision),
-                Some(Err(e)) => return Err(store_status(e)),
-                None => return Err(Status::unavailable("the store is stopping")),
-            }
+            reached = advance(&cache, &mut watch, reached).await?;
         }
         self.join(cache, watch, reached).await
     }
@@ -466,17 +456,7 @@ impl Hub {
                     return Ok(cache);
                 }
             }
-            match watch.items.recv().await {
-                Some(Ok(WatchItem::Events(events))) => {
-                    for event in &events {
-                        cache.apply(event)?;
-                        reached = event.revision;
-                    }
-                }
-                Some(Ok(WatchItem::Progress(revision))) => reached = reached.max(revision),
-                Some(Err(e)) => return Err(store_status(e)),
-                None => return Err(Status::unavailable("the store is stopping")),
-            }
+            reached = advance(&cache, &mut watch, reached).await?;
         }
     }
 
@@ -562,6 +542,27 @@ impl Hub {
                 None => return Err(Status::unavailable("the store is stopping")),
             }
         }
+    }
+}
+
+/// Takes the next item of a watch into a cache; returns the revision that the cache has then reached.
+async fn advance(
+    cache: &Cache,
+    watch: &mut orlop_store::Watch,
+    reached: Revision,
+) -> Result<Revision, Status> {
+    match watch.items.recv().await {
+        Some(Ok(WatchItem::Events(events))) => {
+            let mut reached = reached;
+            for event in &events {
+                cache.apply(event)?;
+                reached = event.revision;
+            }
+            Ok(reached)
+        }
+        Some(Ok(WatchItem::Progress(revision))) => Ok(reached.max(revision)),
+        Some(Err(e)) => Err(store_status(e)),
+        None => Err(Status::unavailable("the store is stopping")),
     }
 }
 
