@@ -1,7 +1,7 @@
 //! Tasks that somebody owns: each belongs to a [`TaskGroup`], an essential task's death stops the group, and stopping
 //! drains with a deadline.
 
-use std::fmt;
+use std::error::Error;
 use std::future::Future;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -49,7 +49,7 @@ impl TaskGroup {
     pub fn spawn_essential<F, E>(&self, name: &str, task: F)
     where
         F: Future<Output = Result<(), E>> + Send + 'static,
-        E: fmt::Display + Send + 'static,
+        E: Into<Box<dyn Error + Send + Sync>> + Send + 'static,
     {
         let name = name.to_owned();
         let group = self.clone();
@@ -58,7 +58,7 @@ impl TaskGroup {
             let message = match inner.await {
                 Ok(Ok(())) if group.stop.is_cancelled() => return,
                 Ok(Ok(())) => "ended unexpectedly".to_owned(),
-                Ok(Err(e)) => e.to_string(),
+                Ok(Err(e)) => crate::telemetry::chain(&*e.into()),
                 Err(e) => format!("panicked: {e}"),
             };
             tracing::error!(task = %name, error = %message, "essential task ended");

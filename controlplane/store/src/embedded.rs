@@ -22,7 +22,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::{
     Error, Event, Expect, Outcome, Page, Range, Record, Revision, Store, Watch, WatchItem, Write,
     embedded_db::{self, VERSIONS, storage},
-    embedded_writer::{Job, MAX_BATCH, Writer, prepare},
+    embedded_writer::{Failure, Job, MAX_BATCH, Writer, prepare},
 };
 
 /// Version of the on-disk form.
@@ -68,6 +68,7 @@ struct Inner {
     jobs: mpsc::Sender<Job>,
     current: watch::Receiver<Revision>,
     compacted: watch::Receiver<Revision>,
+    failure: Failure,
     tasks: TaskGroup,
     file: PathBuf,
     _lock: DirLock,
@@ -100,7 +101,14 @@ impl Embedded {
         let (jobs, receiver) = mpsc::channel(2 * MAX_BATCH);
         let (current_tx, current_rx) = watch::channel(current);
         let (compacted_tx, compacted_rx) = watch::channel(compacted);
-        let writer = Writer { db: db.clone(), jobs: receiver, current: current_tx, compacted: compacted_tx };
+        let failure = Failure::default();
+        let writer = Writer {
+            db: db.clone(),
+            jobs: receiver,
+            current: current_tx,
+            compacted: compacted_tx,
+            failure: failure.clone(),
+        };
         std::thread::Builder::new()
             .name("store-writer".into())
             .stack_size(512 << 10)
@@ -111,6 +119,7 @@ impl Embedded {
             jobs,
             current: current_rx,
             compacted: compacted_rx,
+            failure,
             tasks: tasks.clone(),
             file,
             _lock: lock,
@@ -256,8 +265,8 @@ impl Store for Embedded {
             .jobs
             .send(Job::Write { key: key.to_owned(), expect, write, reply })
             .await
-            .map_err(|_| Error::Stopped)?;
-        answer.await.unwrap_or(Err(Error::Stopped))
+            .map_err(|_| self.inner.failure.why())?;
+        answer.await.unwrap_or_else(|_| Err(self.inner.failure.why()))
     }
 
     async fn watch(&self, prefix: &str, after: Revision) -> Result<Watch, Error> {
@@ -269,6 +278,7 @@ impl Store for Embedded {
             db: self.inner.db.clone(),
             current: self.inner.current.clone(),
             compacted: self.inner.compacted.clone(),
+            failure: self.inner.failure.clone(),
             prefix: prefix.to_owned(),
             done: after,
             sender,
@@ -284,8 +294,9 @@ impl Store for Embedded {
 
     async fn compact(&self, revision: Revision) -> Result<(), Error> {
         let (reply, answer) = oneshot::channel();
-        self.inner.jobs.send(Job::Compact { to: revision, reply }).await.map_err(|_| Error::Stopped)?;
-        answer.await.unwrap_or(Err(Error::Stopped))
+        let sent = self.inner.jobs.send(Job::Compact { to: revision, reply }).await;
+        sent.map_err(|_| self.inner.failure.why())?;
+        answer.await.unwrap_or_else(|_| Err(self.inner.failure.why()))
     }
 
     async fn compacted_revision(&self) -> Result<Revision, Error> {
@@ -311,6 +322,7 @@ struct WatchReader {
     db: Arc<Database>,
     current: watch::Receiver<Revision>,
     compacted: watch::Receiver<Revision>,
+    failure: Failure,
     prefix: String,
     done: Revision,
     sender: mpsc::Sender<Result<WatchItem, Error>>,
@@ -341,7 +353,7 @@ impl WatchReader {
                 () = stop.cancelled() => return,
                 () = self.sender.closed() => return,
                 changed = self.current.changed() => if changed.is_err() {
-                    let _ = self.sender.send(Err(Error::Stopped)).await;
+                    let _ = self.sender.send(Err(self.failure.why())).await;
                     return;
                 }
             }

@@ -2,7 +2,7 @@
 //! share one flush to disk. Nobody is answered before the flush.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -25,15 +25,25 @@ pub(crate) enum Job {
     Expire,
 }
 
+/// Why the writer has ended, for those who ask it for something after that.
+#[derive(Clone, Default)]
+pub(crate) struct Failure(Arc<OnceLock<Error>>);
+
+impl Failure {
+    pub(crate) fn why(&self) -> Error {
+        self.0.get().cloned().unwrap_or(Error::Stopped)
+    }
+}
+
 pub(crate) struct Writer {
     pub(crate) db: Arc<Database>,
     pub(crate) jobs: mpsc::Receiver<Job>,
     pub(crate) current: watch::Sender<Revision>,
     pub(crate) compacted: watch::Sender<Revision>,
+    pub(crate) failure: Failure,
 }
 
-type Pending = (String, Expect, Write, oneshot::Sender<Result<Outcome, Error>>);
-type Reply = (oneshot::Sender<Result<Outcome, Error>>, Outcome);
+type Pending = ((String, Expect, Write), oneshot::Sender<Result<Outcome, Error>>);
 
 impl Writer {
     /// Runs until every sender is gone or the database fails.
@@ -42,6 +52,8 @@ impl Writer {
         while self.jobs.blocking_recv_many(&mut batch, MAX_BATCH) > 0 {
             if let Err(e) = self.work(&mut batch) {
                 tracing::error!(error = %e, "the store cannot write and stops");
+                // Set before the queue and the watches' channel close.
+                let _ = self.failure.0.set(e);
                 return;
             }
         }
@@ -52,7 +64,7 @@ impl Writer {
         let mut rest = Vec::new();
         for job in batch.drain(..) {
             match job {
-                Job::Write { key, expect, write, reply } => writes.push((key, expect, write, reply)),
+                Job::Write { key, expect, write, reply } => writes.push(((key, expect, write), reply)),
                 other => rest.push(other),
             }
         }
@@ -83,14 +95,34 @@ impl Writer {
     }
 
     fn commit(&mut self, writes: Vec<Pending>) -> Result<(), Error> {
+        let (writes, replies): (Vec<_>, Vec<_>) = writes.into_iter().unzip();
+        // A caller may have given up waiting; what happened to its write stands all the same.
+        match self.transact(writes) {
+            Ok(outcomes) => {
+                for (reply, outcome) in replies.into_iter().zip(outcomes) {
+                    let _ = reply.send(Ok(outcome));
+                }
+                Ok(())
+            }
+            Err(e) => {
+                for reply in replies {
+                    let _ = reply.send(Err(e.clone()));
+                }
+                Err(e)
+            }
+        }
+    }
+
+    /// Carries out writes in one transaction; gives the outcome of each once they are on disk.
+    fn transact(&mut self, writes: Vec<(String, Expect, Write)>) -> Result<Vec<Outcome>, Error> {
         let tx = self.begin()?;
         let before = *self.current.borrow();
         let mut revision = before;
-        let mut replies: Vec<Reply> = Vec::with_capacity(writes.len());
+        let mut outcomes = Vec::with_capacity(writes.len());
         {
             let mut tables = Tables::open(&tx)?;
-            for (key, expect, write, reply) in writes {
-                replies.push((reply, tables.apply(&key, expect, write, &mut revision)?));
+            for (key, expect, write) in writes {
+                outcomes.push(tables.apply(&key, expect, write, &mut revision)?);
             }
             if revision != before {
                 tables.meta.insert(META_REVISION, revision).map_err(storage("store the revision"))?;
@@ -102,11 +134,7 @@ impl Writer {
         } else {
             tx.abort().map_err(storage("abandon a write"))?;
         }
-        for (reply, outcome) in replies {
-            // The caller may have given up waiting; the write stands all the same.
-            let _ = reply.send(Ok(outcome));
-        }
-        Ok(())
+        Ok(outcomes)
     }
 
     fn compact(&mut self, to: Revision) -> Result<(), Error> {
