@@ -1,5 +1,6 @@
 //! Leader election through a Lease, so that one of several schedulers or controller managers acts.
 
+use std::future::Future;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -163,6 +164,40 @@ impl Election {
         // Best effort: without it others only wait for the Lease to expire.
         let _ = tokio::time::timeout(Duration::from_secs(1), released).await;
     }
+}
+
+/// Leadership went to somebody else while we acted.
+#[derive(Debug, thiserror::Error)]
+#[error("lost the leader election; another instance has taken over")]
+pub struct LostLeadership;
+
+/// Runs `serve` until `stop`: at once without an `identity`, else while this instance holds the Lease `name`.
+///
+/// # Errors
+/// `serve`'s own, and [`LostLeadership`].
+pub async fn lead<F, Fut, E>(
+    client: &kube::Client,
+    name: &str,
+    identity: Option<&str>,
+    stop: &CancellationToken,
+    serve: F,
+) -> Result<(), E>
+where
+    F: FnOnce(CancellationToken) -> Fut,
+    Fut: Future<Output = Result<(), E>>,
+    E: From<LostLeadership>,
+{
+    let Some(identity) = identity else { return serve(stop.clone()).await };
+    let mut election = Election::new(client.clone(), ElectionConfig::new(name, identity));
+    if !election.acquire(stop).await {
+        return Ok(());
+    }
+    let leading = stop.child_token();
+    let (result, ()) = tokio::join!(serve(leading.clone()), async {
+        election.hold(stop).await;
+        leading.cancel();
+    });
+    if stop.is_cancelled() { result } else { Err(LostLeadership.into()) }
 }
 
 fn lost_race<T>(r: Result<T, kube::Error>) -> Result<bool, kube::Error> {

@@ -8,7 +8,7 @@ pub mod informer;
 pub mod workqueue;
 
 pub use connect::{ConnectError, client_from_kubeconfig};
-pub use election::{Election, ElectionConfig};
+pub use election::{Election, ElectionConfig, LostLeadership, lead};
 pub use events::Recorder;
 pub use informer::{Change, Informer};
-pub use workqueue::{Outcome, Queue};
+pub use workqueue::{Failure, Outcome, Queue};

@@ -22,6 +22,23 @@ pub enum Outcome {
     After(Duration),
 }
 
+/// Why a reconcile failed.
+pub trait Failure: Display {
+    /// Somebody else changed the object in between: the next try sees the change. Nothing is wrong.
+    fn is_conflict(&self) -> bool {
+        false
+    }
+}
+
+impl Failure for kube::Error {
+    fn is_conflict(&self) -> bool {
+        matches!(self, kube::Error::Api(s) if s.code == 409 && s.reason == "Conflict")
+    }
+}
+
+/// Conflicts in a row that are no news; more means that two writers fight over a key.
+const QUIET_CONFLICTS: u32 = 8;
+
 #[derive(Debug)]
 struct Delayed<T> {
     at: Instant,
@@ -128,7 +145,8 @@ impl<T: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<T> {
         self.len() == 0
     }
 
-    fn add_failed(&self, key: T) -> Duration {
+    /// Puts a key back; returns its failures in a row and how long it waits.
+    fn add_failed(&self, key: T) -> (u32, Duration) {
         let failures = {
             let mut s = self.state.lock();
             let n = s.failures.entry(key.clone()).or_default();
@@ -137,7 +155,7 @@ impl<T: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<T> {
         };
         let delay = self.backoff.delay(failures);
         self.add_after(key, delay);
-        delay
+        (failures, delay)
     }
 
     /// The next key, or when to look again.
@@ -205,7 +223,7 @@ impl<T: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<T> {
     where
         F: Fn(T) -> Fut + Clone + Send + Sync + 'static,
         Fut: Future<Output = Result<Outcome, E>> + Send,
-        E: Display + Send,
+        E: Failure + Send,
     {
         for _ in 0..workers {
             let (queue, reconcile, stop) = (self.clone(), reconcile.clone(), tasks.stop_token());
@@ -221,8 +239,12 @@ impl<T: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<T> {
                             }
                         }
                         Err(e) => {
-                            let delay = queue.add_failed(key.clone());
-                            tracing::warn!(queue = name, ?key, error = %e, ?delay, "reconcile failed, trying again");
+                            let (failures, delay) = queue.add_failed(key.clone());
+                            if e.is_conflict() && failures <= QUIET_CONFLICTS {
+                                tracing::debug!(queue = name, ?key, error = %e, ?delay, "lost a race, trying again");
+                            } else {
+                                tracing::warn!(queue = name, ?key, error = %e, ?delay, "reconcile failed, trying again");
+                            }
                         }
                     }
                 }
@@ -235,6 +257,8 @@ impl<T: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<T> {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicU32, Ordering};
+
+    impl Failure for &str {}
 
     #[tokio::test(start_paused = true)]
     async fn a_key_runs_once_at_a_time_and_failures_are_retried() {
@@ -262,5 +286,19 @@ mod tests {
         assert_eq!(runs.load(Ordering::SeqCst), 3);
         root.cancel();
         tasks.run_until_stopped(Duration::from_secs(1)).await.unwrap();
+    }
+
+    #[test]
+    fn only_a_changed_object_is_a_conflict() {
+        let answer = |code, reason: &str| {
+            kube::Error::Api(Box::new(kube::core::Status {
+                code,
+                reason: reason.into(),
+                ..Default::default()
+            }))
+        };
+        assert!(answer(409, "Conflict").is_conflict());
+        assert!(!answer(409, "AlreadyExists").is_conflict());
+        assert!(!answer(500, "InternalError").is_conflict());
     }
 }

@@ -14,7 +14,7 @@ use orlop_api::pod::{condition, is_finished};
 use orlop_api::selector::Selector;
 use orlop_client::{Change, Outcome, Queue};
 
-use crate::runtime::{Builders, Context, Result, has_code, unless_gone};
+use crate::runtime::{Builders, Context, Result, has_code, namespace_ends, unless_gone};
 
 pub(crate) const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
 const MANAGER: &str = "endpointslice-controller.k8s.io";
@@ -329,8 +329,7 @@ async fn reconcile(ctx: Context, key: Key) -> Result {
     }
     for s in create {
         match api.create(&PostParams::default(), &s).await {
-            // The namespace is going away.
-            Err(e) if has_code(&e, 403) || has_code(&e, 404) => {}
+            Err(e) if namespace_ends(&e) || has_code(&e, 404) => {}
             r => drop(r?),
         }
     }

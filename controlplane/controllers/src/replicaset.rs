@@ -15,7 +15,8 @@ use orlop_api::selector::Selector;
 use orlop_client::{Change, Outcome, Queue};
 
 use crate::runtime::{
-    BY_CONTROLLER, Builders, Context, Expectations, ReconcileError, Result, has_code, unless_gone,
+    BY_CONTROLLER, Builders, Context, Expectations, ReconcileError, Result, has_code, namespace_ends,
+    unless_gone,
 };
 
 /// Most pods created or deleted in one go (upstream's burstReplicas).
@@ -280,6 +281,9 @@ async fn create_pods(
         left -= n;
         if let Some(e) = failed {
             (0..left).for_each(|_| ex.created(&key));
+            if namespace_ends(&e) {
+                return Ok(());
+            }
             let text = match e {
                 kube::Error::Api(s) => s.message.clone(),
                 e => e.to_string(),

@@ -9,7 +9,7 @@ use kube::api::{Patch, PatchParams, PostParams};
 use orlop_api::meta::{Key, is_terminating};
 use orlop_client::{Change, Outcome, Queue};
 
-use crate::runtime::{Builders, Context, Result, has_code};
+use crate::runtime::{Builders, Context, Result, has_code, namespace_ends};
 
 pub(crate) const NAME: &str = "kube-root-ca.crt";
 const FILE: &str = "ca.crt";
@@ -64,7 +64,9 @@ async fn reconcile(ctx: Context, ca: Arc<str>, namespace: String) -> Result {
             cm.metadata.name = Some(NAME.into());
             cm.metadata.annotations = Some(BTreeMap::from([(WHY.0.to_owned(), WHY.1.to_owned())]));
             match api.create(&PostParams::default(), &cm).await {
-                Err(e) if !has_code(&e, 409) && !has_code(&e, 404) => return Err(e.into()),
+                Err(e) if !has_code(&e, 409) && !has_code(&e, 404) && !namespace_ends(&e) => {
+                    return Err(e.into());
+                }
                 _ => {}
             }
         }

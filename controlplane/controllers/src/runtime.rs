@@ -14,7 +14,7 @@ use kube::{Api, Client};
 use orlop_api::meta::Key;
 use orlop_base::supervise::{Ready, TaskGroup};
 use orlop_client::informer::{Builder, Informer};
-use orlop_client::{Election, ElectionConfig, Recorder};
+use orlop_client::{Failure, LostLeadership, Recorder, lead};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
@@ -50,8 +50,8 @@ impl std::fmt::Debug for Config {
 /// Why the controllers ended.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("controllers: lost the leader election; another instance has taken over")]
-    LostLeadership,
+    #[error("controllers: {0}")]
+    LostLeadership(#[from] LostLeadership),
     #[error("controllers: {0}")]
     Task(#[from] orlop_base::supervise::Failure),
 }
@@ -65,11 +65,23 @@ pub enum ReconcileError {
     Invalid(String),
 }
 
+impl Failure for ReconcileError {
+    fn is_conflict(&self) -> bool {
+        matches!(self, ReconcileError::Api(e) if e.is_conflict())
+    }
+}
+
 pub(crate) type Result<T = orlop_client::Outcome> = std::result::Result<T, ReconcileError>;
 
 /// Whether an error is the API server's answer with this code.
 pub(crate) fn has_code(e: &kube::Error, code: u16) -> bool {
     matches!(e, kube::Error::Api(s) if s.code == code)
+}
+
+/// Whether a creation was refused because its namespace is being deleted: there is nothing left to do there.
+pub(crate) fn namespace_ends(e: &kube::Error) -> bool {
+    let kube::Error::Api(s) = e else { return false };
+    s.details.iter().flat_map(|d| &d.causes).any(|c| c.reason == "NamespaceTerminating")
 }
 
 /// Treats "not there (any more)" as done.
@@ -210,19 +222,9 @@ pub(crate) struct Context {
 
 /// Runs the controllers until `stop`.
 pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> std::result::Result<(), Error> {
-    let Some(identity) = config.leader_elect.clone() else { return serve(config, ready, stop).await };
-    let mut election =
-        Election::new(config.client.clone(), ElectionConfig::new("kube-controller-manager", &identity));
-    if !election.acquire(&stop).await {
-        return Ok(());
-    }
-    let lead = stop.child_token();
-    let inner = lead.clone();
-    let (result, ()) = tokio::join!(serve(config, ready, inner), async {
-        election.hold(&stop).await;
-        lead.cancel();
-    });
-    if stop.is_cancelled() { result } else { Err(Error::LostLeadership) }
+    let (client, identity) = (config.client.clone(), config.leader_elect.clone());
+    lead(&client, "kube-controller-manager", identity.as_deref(), &stop, |stop| serve(config, ready, stop))
+        .await
 }
 
 async fn serve(config: Config, ready: Ready, stop: CancellationToken) -> std::result::Result<(), Error> {

@@ -6,7 +6,7 @@ use kube::api::PostParams;
 use orlop_api::meta::{Key, is_terminating};
 use orlop_client::{Change, Outcome, Queue};
 
-use crate::runtime::{Builders, Context, Result, has_code};
+use crate::runtime::{Builders, Context, Result, has_code, namespace_ends};
 
 const NAME: &str = "default";
 
@@ -49,7 +49,7 @@ async fn reconcile(ctx: Context, namespace: String) -> Result {
     sa.metadata.name = Some(NAME.into());
     let api: Api<ServiceAccount> = Api::namespaced(ctx.client, &namespace);
     match api.create(&PostParams::default(), &sa).await {
-        Err(e) if !has_code(&e, 409) && !has_code(&e, 404) => Err(e.into()),
+        Err(e) if !has_code(&e, 409) && !has_code(&e, 404) && !namespace_ends(&e) => Err(e.into()),
         _ => Ok(Outcome::Done),
     }
 }

@@ -10,7 +10,7 @@ use orlop_api::meta::{Key, is_terminating};
 use orlop_api::pod::is_finished;
 use orlop_base::supervise::{Ready, TaskGroup};
 use orlop_client::informer::Builder;
-use orlop_client::{Change, Election, ElectionConfig, Recorder};
+use orlop_client::{Change, LostLeadership, Recorder, lead};
 use parking_lot::Mutex;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -52,8 +52,8 @@ impl std::fmt::Debug for Config {
 /// Why the scheduler ended.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("scheduler: lost the leader election; another instance has taken over")]
-    LostLeadership,
+    #[error("scheduler: {0}")]
+    LostLeadership(#[from] LostLeadership),
     #[error("scheduler: {0}")]
     Task(#[from] orlop_base::supervise::Failure),
 }
@@ -74,21 +74,8 @@ struct Shared {
 
 /// Schedules pods until `stop`.
 pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Result<(), Error> {
-    if let Some(identity) = &config.leader_elect {
-        let mut election =
-            Election::new(config.client.clone(), ElectionConfig::new("kube-scheduler", identity));
-        if !election.acquire(&stop).await {
-            return Ok(());
-        }
-        let lead = stop.child_token();
-        let inner = lead.clone();
-        let (result, ()) = tokio::join!(serve(config, ready, inner), async {
-            election.hold(&stop).await;
-            lead.cancel();
-        });
-        return if stop.is_cancelled() { result } else { Err(Error::LostLeadership) };
-    }
-    serve(config, ready, stop).await
+    let (client, identity) = (config.client.clone(), config.leader_elect.clone());
+    lead(&client, "kube-scheduler", identity.as_deref(), &stop, |stop| serve(config, ready, stop)).await
 }
 
 async fn serve(config: Config, ready: Ready, stop: CancellationToken) -> Result<(), Error> {
