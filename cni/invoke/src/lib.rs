@@ -150,8 +150,8 @@ impl Cni {
             Some(network) => network,
             None => match self.network() {
                 Ok((_, network)) => network,
-                // Nothing was added by us and nothing tells how to delete.
-                Err(Error::NoConfig { .. }) => {
+                // An ADD is on record before its first plugin runs: nothing was added, and nothing tells how to delete.
+                Err(Error::NoConfig { .. } | Error::ReadConfig { .. } | Error::BrokenConfig { .. }) => {
                     return self.inner.cache.remove(&pod.container_id, &pod.ifname);
                 }
                 Err(e) => return Err(e),

@@ -127,6 +127,10 @@ async fn parameters_chaining_and_cache() {
 async fn del_is_idempotent_and_needs_no_configuration() {
     let f = Fixture::new(&[json!({"type": "one"})]);
     f.cni().del(&pod("never")).await.unwrap();
+    let file = std::fs::read_dir(f.path("conf")).unwrap().next().unwrap().unwrap().path();
+    std::fs::write(&file, "{broken").unwrap();
+    assert!(matches!(f.cni().add(&pod("never")).await, Err(Error::BrokenConfig { .. })));
+    f.cni().del(&pod("never")).await.unwrap();
     std::fs::remove_dir_all(f.path("conf")).unwrap();
     f.cni().del(&pod("never")).await.unwrap();
     assert!(matches!(f.cni().status().await, Err(Error::NoConfig { .. })));
