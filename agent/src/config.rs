@@ -3,14 +3,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Taint;
 use serde::Deserialize;
-
-use crate::error::Error;
 
 /// Called with the node's podCIDRs once they are known and each time they change, so that whoever wires the node can
 /// write the CNI configuration. The agent itself reaches networks only over CRI.
@@ -93,8 +91,8 @@ impl Config {
     }
 }
 
-/// The part of `kubelet.config.k8s.io/v1beta1` KubeletConfiguration that is used. Unknown fields are left alone, so
-/// that an upstream file can be used as it is.
+/// The part of `kubelet.config.k8s.io/v1beta1` KubeletConfiguration that is used. Unknown fields are kept aside, so that an
+/// upstream file can be used as it is and the agent can say what has no effect.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct KubeletConfiguration {
@@ -142,6 +140,9 @@ pub struct KubeletConfiguration {
     pub authentication: Authentication,
     pub authorization: Authorization,
     pub crash_loop_back_off: CrashLoopBackOff,
+    /// What nothing here reads.
+    #[serde(flatten)]
+    pub(crate) other: serde_json::Map<String, serde_json::Value>,
 }
 
 /// Who may call the node server.
@@ -151,12 +152,18 @@ pub struct Authentication {
     pub x509: X509Authentication,
     pub webhook: Switch,
     pub anonymous: Switch,
+    /// What nothing here reads.
+    #[serde(flatten)]
+    pub(crate) other: serde_json::Map<String, serde_json::Value>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct X509Authentication {
     pub client_ca_file: String,
+    /// What nothing here reads.
+    #[serde(flatten)]
+    pub(crate) other: serde_json::Map<String, serde_json::Value>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -164,6 +171,9 @@ pub struct X509Authentication {
 pub struct Switch {
     /// Unset: on for the webhook, off for anonymous.
     pub enabled: Option<bool>,
+    /// What nothing here reads.
+    #[serde(flatten)]
+    pub(crate) other: serde_json::Map<String, serde_json::Value>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -171,11 +181,14 @@ pub struct Switch {
 pub struct Authorization {
     /// `Webhook` or `AlwaysAllow`.
     pub mode: String,
+    /// What nothing here reads.
+    #[serde(flatten)]
+    pub(crate) other: serde_json::Map<String, serde_json::Value>,
 }
 
 impl Default for Authorization {
     fn default() -> Self {
-        Authorization { mode: "Webhook".into() }
+        Authorization { mode: "Webhook".into(), other: serde_json::Map::new() }
     }
 }
 
@@ -185,6 +198,9 @@ pub struct CrashLoopBackOff {
     /// 1 s to 300 s.
     #[serde(deserialize_with = "go_duration_option")]
     pub max_container_restart_period: Option<Duration>,
+    /// What nothing here reads.
+    #[serde(flatten)]
+    pub(crate) other: serde_json::Map<String, serde_json::Value>,
 }
 
 impl Default for KubeletConfiguration {
@@ -226,33 +242,12 @@ impl Default for KubeletConfiguration {
             authentication: Authentication::default(),
             authorization: Authorization::default(),
             crash_loop_back_off: CrashLoopBackOff::default(),
+            other: serde_json::Map::new(),
         }
     }
 }
 
 impl KubeletConfiguration {
-    /// Reads a KubeletConfiguration file, YAML or JSON. Fields that it lacks are taken from `otherwise`, then from upstream's defaults.
-    pub fn read_over(
-        path: &Path,
-        otherwise: &serde_json::Map<String, serde_json::Value>,
-    ) -> Result<KubeletConfiguration, Error> {
-        let bad = |message: String| Error::ConfigFile { path: path.to_owned(), message };
-        let text = std::fs::read_to_string(path).map_err(|source| Error::io("read", path, source))?;
-        let file: serde_json::Value = serde_saphyr::from_str(&text).map_err(|e| bad(e.to_string()))?;
-        let serde_json::Value::Object(file) = file else { return Err(bad("it holds no fields".into())) };
-        let mut all = otherwise.clone();
-        all.extend(file);
-        serde_json::from_value(all.into()).map_err(|e| bad(e.to_string()))
-    }
-
-    /// From fields alone.
-    pub fn from_values(
-        values: serde_json::Map<String, serde_json::Value>,
-    ) -> Result<KubeletConfiguration, Error> {
-        serde_json::from_value(values.into())
-            .map_err(|e| Error::ConfigFile { path: "the command line".into(), message: e.to_string() })
-    }
-
     /// The longest wait between restarts of a container.
     pub fn max_restart_delay(&self) -> Duration {
         self.crash_loop_back_off
@@ -315,17 +310,6 @@ mod tests {
         assert_eq!((k.max_pods, k.image_minimum_gc_age.as_secs()), (42, 90));
         assert_eq!(k.cluster_dns, ["10.96.0.10".parse::<IpAddr>().unwrap()]);
         assert_eq!(k.authentication.anonymous.enabled, Some(false));
-    }
-
-    #[test]
-    fn a_file_goes_before_the_command_line() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), "maxPods: 7\nclusterDomain: file.local\n").unwrap();
-        let flags = serde_json::json!({"clusterDomain": "flag.local", "cgroupRoot": "/flag"});
-        let k = KubeletConfiguration::read_over(file.path(), flags.as_object().unwrap()).unwrap();
-        assert_eq!((k.max_pods, &*k.cluster_domain, &*k.cgroup_root), (7, "file.local", "/flag"));
-        std::fs::write(file.path(), "[]").unwrap();
-        assert!(KubeletConfiguration::read_over(file.path(), &Default::default()).is_err());
     }
 
     #[test]

@@ -123,7 +123,6 @@ impl Images {
                 Ok(present.unwrap_or(Present { reference, user: ImageUser::default() }))
             }
             Err(message) => {
-                let message = format!("failed to pull image {image:?}: {message}");
                 self.failed(&image, &message);
                 ctx.events.container_warning(
                     pod,

@@ -2,6 +2,7 @@
 
 pub mod cgroups;
 pub mod config;
+mod config_file;
 pub mod context;
 pub mod cri;
 pub mod error;

@@ -38,6 +38,10 @@ pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Resul
         None => None,
     };
     crate::purge::claim(&config)?;
+    let unread = config.kubelet.without_effect();
+    if !unread.is_empty() {
+        tracing::warn!(fields = ?unread, "fields of the KubeletConfiguration that have no effect here");
+    }
     let cri = Cri::new(&config.cri_socket)?;
     let version = tokio::select! {
         () = stop.cancelled() => return Ok(()),

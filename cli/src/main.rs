@@ -73,7 +73,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
         need_root()?;
     }
     let daemon = |future: Pin<Box<dyn Future<Output = Result<(), Failure>>>>| {
-        orlop_base::telemetry::init("info");
+        // A broken connection is logged by those who use it, with what it means to them.
+        orlop_base::telemetry::init("info,kube_client::client::builder=off");
         runtime()?.block_on(future)
     };
     match cli.command {

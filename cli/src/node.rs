@@ -158,6 +158,9 @@ impl Node {
     /// Starts the node's parts in `tasks`; returns once the agent is up.
     pub async fn start(&self, credentials: &Credentials, tasks: &TaskGroup) -> Result<(), Failure> {
         let stop = tasks.stop_token();
+        // What the files say wrong is said before anything is made.
+        let agent = self.agent_config(Some(credentials.kubelet.clone()))?;
+        orlop_client::client_from_kubeconfig(&credentials.kubelet).await?;
         if self.args.container_runtime_endpoint.is_none() {
             let ready = Ready::default();
             let config = self.cri_config()?;
@@ -165,8 +168,7 @@ impl Node {
             wait(&ready, &stop, "the CRI server did not start").await?;
         }
         let ready = Ready::default();
-        let config = self.agent_config(Some(credentials.kubelet.clone()))?;
-        tasks.spawn_essential("agent", orlop_agent::run(config, ready.clone(), stop.clone()));
+        tasks.spawn_essential("agent", orlop_agent::run(agent, ready.clone(), stop.clone()));
         if !self.args.no_proxy {
             let proxy = self.proxy_config(&credentials.proxy);
             tasks.spawn_essential("proxy", orlop_proxy::run(proxy, Ready::default(), stop.clone()));

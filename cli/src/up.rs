@@ -70,6 +70,8 @@ async fn start(args: &UpArgs, tasks: &TaskGroup) -> Result<(), Failure> {
     if args.node.node_ips.is_empty() {
         node.ips = vec![server.advertise_address];
     }
+    // A node that cannot be is refused before a control plane is made.
+    node.agent_config(None)?;
     let pki = crate::server::start(&args.server, tasks).await?;
     let credentials = node.credentials(&pki, &server, args.server.listen.port())?;
     node.start(&credentials, tasks).await

@@ -87,12 +87,8 @@ impl Cluster {
         // A nearly full disk of the test machine is not what these tests are about.
         std::fs::write(
             dir.path().join("kubelet.yaml"),
-            format!(
-                "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nevictionHard: {{}}\n\
-                 imageGCHighThresholdPercent: 100\nclusterDNS: [169.254.21.{}]\nclusterDomain: cluster.local\n\
-                 cgroupRoot: /orlop-test-{number}\n",
-                10 + number
-            ),
+            "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nevictionHard: {}\n\
+             imageGCHighThresholdPercent: 100\n",
         )
         .expect("a kubelet configuration");
         let args = pairs.into_iter().flat_map(|(k, v)| [k.to_owned(), v]).collect();
@@ -262,6 +258,16 @@ impl Drop for Cluster {
             }
         }
     }
+}
+
+/// Runs a start that must fail; returns the line on standard error that says why.
+pub fn refusal(command: &mut Command) -> String {
+    let out = command.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success(), "{command:?} should have failed: {said}");
+    let line = said.lines().last().unwrap_or_default().to_owned();
+    assert!(line.starts_with("orlop: ") && !said.contains("panicked"), "{said}");
+    line
 }
 
 /// Runs a command that must succeed; returns its standard output.

@@ -2,18 +2,9 @@
 
 use std::net::TcpListener;
 use std::process::Command;
+use std::time::Duration;
 
-use orlop_test_vms::{Cluster, program};
-
-/// The last line on standard error of a start that must fail.
-fn refusal(command: &mut Command) -> String {
-    let out = command.output().unwrap();
-    let said = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(!out.status.success(), "should have failed: {said}");
-    let line = said.lines().last().unwrap_or_default().to_owned();
-    assert!(line.starts_with("orlop: ") && !said.contains("panicked"), "{said}");
-    line
-}
+use orlop_test_vms::{Cluster, program, refusal, run, wait_for};
 
 #[test]
 fn a_taken_port() {
@@ -67,4 +58,133 @@ fn no_cri_server() {
     let line =
         refusal(Command::new(program("orlop")).args(["image", "ls", "--endpoint", "unix:///nowhere.sock"]));
     assert!(line.contains("/nowhere.sock"), "{line}");
+}
+
+#[test]
+fn a_kernel_without_overlayfs() {
+    let c = Cluster::prepare(14);
+    // The kernel's list of file systems as another kernel would show it, for these processes alone.
+    let hidden = |program: &Command| {
+        let list = c.path("filesystems");
+        let known = std::fs::read_to_string("/proc/filesystems").unwrap();
+        let rest: Vec<&str> = known.lines().filter(|l| !l.ends_with("overlay")).collect();
+        std::fs::write(&list, rest.join("\n")).unwrap();
+        let mut there = Command::new("unshare");
+        let script = "mount --bind \"$0\" /proc/filesystems && exec \"$@\"";
+        there
+            .args(["--mount", "sh", "-c", script])
+            .arg(&list)
+            .arg(program.get_program())
+            .args(program.get_args());
+        there
+    };
+    let mut check = Command::new(program("orlop"));
+    check.arg("check");
+    let out = hidden(&check).output().unwrap();
+    let said = String::from_utf8_lossy(&out.stdout);
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(said.contains("MISSING  file system: overlay is not there"), "{said}");
+    assert!(said.contains("remedy: modprobe overlay, or use a kernel that has it"), "{said}");
+    let line = refusal(&mut hidden(&c.command("up")));
+    assert!(line.contains("overlay is not there") && line.contains("modprobe overlay"), "{line}");
+    assert!(!c.path("data/server").exists() && !c.path("kubelet").exists(), "half-made");
+}
+
+#[test]
+fn a_wrong_kubelet_configuration() {
+    let c = Cluster::prepare(15);
+    for (text, says) in [
+        ("maxPods: many", "maxPods: invalid type"),
+        ("apiVersion: v1\nkind: Pod", "it must be kubelet.config.k8s.io/v1beta1"),
+        ("evictionHard: {memory.available: lots}", "evictionHard.memory.available"),
+        ("maxPods: [", "line 1"),
+    ] {
+        std::fs::write(c.path("kubelet.yaml"), text).unwrap();
+        let line = refusal(&mut c.command("up"));
+        assert!(line.contains("kubelet.yaml") && line.contains(says), "{line}");
+        assert!(!c.path("data/server").exists() && !c.path("kubelet").exists(), "half-made");
+    }
+}
+
+#[test]
+fn a_wrong_kubeconfig() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let broken = at("broken");
+    std::fs::write(&broken, "clusters: [").unwrap();
+    for file in [broken, at("absent")] {
+        let mut agent = Command::new(program("orlop"));
+        agent.arg("agent").arg("--kubeconfig").arg(&file);
+        for (flag, name) in [
+            ("--data-dir", "data"),
+            ("--run-dir", "run"),
+            ("--kubelet-dir", "kubelet"),
+            ("--cni-conf-dir", "cni"),
+        ] {
+            agent.arg(flag).arg(at(name));
+        }
+        let line = refusal(&mut agent);
+        assert!(line.contains(&*file.to_string_lossy()) && line.contains("kubeconfig"), "{line}");
+        let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().flatten().map(|e| e.file_name()).collect();
+        assert_eq!(left, ["broken"], "half-made");
+    }
+}
+
+/// A file system of its own for a data folder; goes with the value.
+struct Disk(tempfile::TempDir);
+
+impl Disk {
+    fn new(options: &str) -> Disk {
+        let dir = tempfile::tempdir().unwrap();
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(dir.path()));
+        Disk(dir)
+    }
+
+    fn server(&self, port: u16) -> Command {
+        let mut c = Command::new(program("orlop"));
+        c.arg("server").arg("--data-dir").arg(self.0.path().join("data"));
+        c.arg("--write-kubeconfig").arg(self.0.path().join("kubeconfig"));
+        c.arg("--listen").arg(format!("127.0.0.1:{port}"));
+        c
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn a_data_folder_that_cannot_be_written() {
+    let disk = Disk::new("ro");
+    let line = refusal(&mut disk.server(17016));
+    assert!(
+        line.contains(&*disk.0.path().to_string_lossy()) && line.contains("Read-only file system"),
+        "{line}"
+    );
+}
+
+#[test]
+fn a_full_disk() {
+    let disk = Disk::new("size=300k");
+    let line = refusal(&mut disk.server(17017));
+    assert!(line.contains("No space left on device"), "{line}");
+    // With room again, what the failed start left is good to go on with.
+    run(Command::new("mount").args(["-o", "remount,size=64m"]).arg(disk.0.path()));
+    let mut server = disk.server(17017).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let config = disk.0.path().join("kubeconfig");
+    let answered = std::panic::catch_unwind(|| {
+        wait_for("the API server answers", Duration::from_secs(20), || {
+            let out = Command::new("kubectl")
+                .arg("--kubeconfig")
+                .arg(&config)
+                .args(["get", "ns", "default", "-o", "name"])
+                .output();
+            out.is_ok_and(|o| o.stdout == b"namespace/default\n").then_some(())
+        });
+    });
+    server.kill().unwrap();
+    server.wait().unwrap();
+    assert!(answered.is_ok(), "no server after the disk had room again");
 }

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
 use super::mirror::HASH;
+use crate::config_file::one_line;
 use crate::context::Context;
 
 /// How often a missing folder is looked for.
@@ -64,11 +65,6 @@ pub fn parse(path: &Path, text: &str, node: &str) -> Result<Pod, String> {
         tolerations.push(everything);
     }
     Ok(pod)
-}
-
-/// The parser's message without the excerpt it draws below.
-fn one_line(text: &str) -> String {
-    text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned()
 }
 
 fn read_all(dir: &Path, node: &str) -> BTreeMap<PathBuf, Result<Pod, String>> {
