@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 build_packages=(rustc-web rust-web-src llvm-22-dev libpolly-22-dev)
-test_packages=(busybox-static docker-registry skopeo nftables qemu-system-x86 linux-image-cloud-amd64 cpio curl iproute2 jq socat bind9-dnsutils)
+test_packages=(busybox-static docker-registry skopeo nftables qemu-system-x86 linux-image-cloud-amd64 cpio curl iproute2 jq shellcheck socat bind9-dnsutils)
 bpf_linker_version=0.13.0
 
 die() { echo "deps: $*" >&2; exit 1; }
@@ -42,9 +42,9 @@ go_tool() { # name, package, module, version, ldflags
     [ -x "$tools/$1-$4" ] && { ln -sfn "$1-$4" "$tools/$1"; return; }
     command -v go >/dev/null || die "$1 is not on PATH and Go is missing to build it; apt-get install golang, or put $1 on PATH"
     echo "deps: building $1 $4"
-    local work
-    work=$(mktemp -d)
     (
+        work=$(mktemp -d)
+        trap 'rm -rf "$work"' EXIT
         cd "$work"
         printf 'module orlop.invalid/tools\ngo 1.24.0\nrequire %s %s\n' "$3" "$4" >go.mod
         target=$2
@@ -72,7 +72,6 @@ GO
         go mod tidy >log 2>&1 && CGO_ENABLED=0 "${build[@]}" -ldflags "-s -w $5" -o "$tools/$1-$4" "$target" >>log 2>&1 ||
             { tail -5 log >&2; exit 1; }
     ) || die "$1 did not build from $3 $4"
-    rm -rf "$work"
     ln -sfn "$1-$4" "$tools/$1"
 }
 go_tool crictl sigs.k8s.io/cri-tools/cmd/crictl sigs.k8s.io/cri-tools v1.36.0 "-X sigs.k8s.io/cri-tools/pkg/version.Version=1.36.0"

@@ -1,4 +1,5 @@
 # Starts the CRI server; the steps after this one use it.
+# shellcheck shell=sh
 set -eu
 mkdir -p /etc/cni/net.d
 cat >/etc/cni/net.d/10-orlop.conflist <<'JSON'

@@ -1,4 +1,5 @@
 # A container that takes more memory than it may.
+# shellcheck shell=sh
 set -eu
 cat >/run/pod.json <<'JSON'
 {"metadata": {"name": "greedy", "namespace": "default", "uid": "uid-greedy", "attempt": 0},

@@ -1,4 +1,5 @@
 # One pod whose container has limits: runs, is seen into, ends with its code, and leaves no cgroup, link or mount.
+# shellcheck shell=sh
 set -eu
 failed() { echo "pod: $*"; tail -n 30 /var/log/cri.log; exit 1; }
 things() { find /sys/fs/cgroup -type d | sort; ls /sys/class/net; grep /run/orlop/cri/s/ /proc/mounts || true; }

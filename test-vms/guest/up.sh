@@ -1,4 +1,5 @@
 # A whole cluster, and the demo through its Service.
+# shellcheck shell=sh
 kill "$(cat /run/cri.pid)" 2>/dev/null
 while kill -0 "$(cat /run/cri.pid)" 2>/dev/null; do sleep 0.1; done
 set -eu
@@ -12,7 +13,7 @@ ask() { printf 'GET / HTTP/1.0\r\nHost: demo\r\n\r\n' | nc -w 5 "$1" "$2" 2>/dev
 for target in '10.96.0.80 80' '192.0.2.10 30080'; do
     answer=
     for _ in $(seq 50); do
-        answer=$(ask $target)
+        answer=$(ask "${target% *}" "${target#* }")
         [ -n "$answer" ] && break
         sleep 0.2
     done
