@@ -5,6 +5,7 @@
 
 mod connect;
 mod locate;
+mod log_socket;
 pub(crate) mod rewrite;
 
 use std::sync::Arc;
@@ -76,6 +77,9 @@ pub async fn serve(
         server.authorize(&question).await?;
     }
     let target = resolve(&server.registry, &info, request.uri()).await?;
+    if info.subresource == "log" && log_socket::is_asked(request.headers()) {
+        return log_socket::serve(&server.node_proxy, request, target).await;
+    }
     if info.subresource != "proxy" {
         return pass_on(&server.node_proxy, request, target, None).await;
     }
@@ -187,18 +191,25 @@ fn forwarded_headers(from: &HeaderMap, host: &str) -> (HeaderMap, bool) {
     (headers, is_upgrade)
 }
 
-async fn pass_on(
+fn unreachable(target: &Target, e: &str) -> Status {
+    Status::failure(502, "BadGateway", format!("error dialing {}: {e}", target.what))
+}
+
+/// Sends a request over a connection of its own.
+async fn exchange<B>(
     proxy: &NodeProxy,
-    mut request: Request<Incoming>,
-    target: Target,
-    links: Option<Links>,
-) -> Result<Response<Body>, Status> {
-    let unreachable =
-        |e: String| Status::failure(502, "BadGateway", format!("error dialing {}: {e}", target.what));
-    let stream = proxy.connector.open(&target).await.map_err(unreachable)?;
+    target: &Target,
+    request: Request<B>,
+) -> Result<Response<Incoming>, Status>
+where
+    B: http_body::Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let stream = proxy.connector.open(target).await.map_err(|e| unreachable(target, &e))?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
-        .map_err(|e| unreachable(e.to_string()))?;
+        .map_err(|e| unreachable(target, &e.to_string()))?;
     let stop = proxy.tasks.stop_token();
     proxy.tasks.spawn(async move {
         let connection = connection.with_upgrades();
@@ -208,6 +219,15 @@ async fn pass_on(
             () = stop.cancelled() => {}
         }
     });
+    sender.send_request(request).await.map_err(|e| unreachable(target, &e.to_string()))
+}
+
+async fn pass_on(
+    proxy: &NodeProxy,
+    mut request: Request<Incoming>,
+    target: Target,
+    links: Option<Links>,
+) -> Result<Response<Body>, Status> {
     let (mut headers, is_upgrade) = forwarded_headers(request.headers(), &target.host_header());
     let is_head = request.method() == Method::HEAD;
     if let Some(links) = &links {
@@ -220,11 +240,11 @@ async fn pass_on(
     *outgoing.uri_mut() =
         target.path_and_query.parse().map_err(|e| Status::bad_request(format!("bad path: {e}")))?;
     *outgoing.headers_mut() = headers;
-    let mut response = sender.send_request(outgoing).await.map_err(|e| unreachable(e.to_string()))?;
+    let mut response = exchange(proxy, &target, outgoing).await?;
 
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         let Some(client_side) = client_side else {
-            return Err(unreachable("switched protocols without having been asked to".to_owned()));
+            return Err(unreachable(&target, "switched protocols without having been asked to"));
         };
         let backend_side = hyper::upgrade::on(&mut response);
         let stop = proxy.tasks.stop_token();

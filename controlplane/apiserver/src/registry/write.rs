@@ -243,7 +243,14 @@ impl Registry {
         let validation = options.validation;
         let written = self
             .change(&mut ctx, endpoint, &options, move |ctx, current| {
-                let mut patched = patch.apply(current, resource.type_name)?;
+                // Upstream's types always have a status; patches by path rely on it.
+                let mut bare = None;
+                if endpoint == Endpoint::Status && !value::has(current, "status") {
+                    let mut v = current.clone();
+                    value::set(&mut v, "status", serde_json::json!({}));
+                    bare = Some(v);
+                }
+                let mut patched = patch.apply(bare.as_ref().unwrap_or(current), resource.type_name)?;
                 check_kind(&mut patched, &resource.api_version(), &resource.kind)?;
                 ctx.conform(&mut patched, &resource, Vec::new(), validation, Extent::Whole)?;
                 Ok(patched)
@@ -391,7 +398,8 @@ impl Registry {
         *new = attrs.object.take().unwrap_or_default();
         resource.strategy.defaults(new);
         if resource.generation
-            && endpoint != Endpoint::Status
+            // Binding a pod is the system's part of its start, no change that somebody asked for.
+            && !matches!(endpoint, Endpoint::Status | Endpoint::Other("binding"))
             && resource.strategy.generation_changes(new, old)
         {
             value::set(new, "metadata.generation", value::int(old, "metadata.generation").unwrap_or(0) + 1);

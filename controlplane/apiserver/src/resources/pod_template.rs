@@ -268,6 +268,23 @@ pub fn validate_spec(spec: &Value, path: &str, errors: &mut Errors) {
         errors.check(&format!("{path}.nodeSelector"), v, names::label_value(v));
     }
     validate_tolerations(spec, path, errors);
+    validate_sysctls(spec, path, errors);
+}
+
+fn validate_sysctls(spec: &Value, path: &str, errors: &mut Errors) {
+    let mut seen = Vec::new();
+    for (i, s) in value::list(spec, "securityContext.sysctls").iter().enumerate() {
+        let at = format!("{path}.securityContext.sysctls[{i}].name");
+        let name = value::text(s, "name");
+        if name.is_empty() {
+            errors.required(&at, "");
+        } else if seen.contains(&name) {
+            errors.duplicate(&at, &name.into());
+        } else {
+            errors.check(&at, name, names::sysctl(name));
+        }
+        seen.push(name);
+    }
 }
 
 fn validate_tolerations(spec: &Value, path: &str, errors: &mut Errors) {

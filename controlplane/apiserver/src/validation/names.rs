@@ -65,6 +65,21 @@ pub fn path_segment(s: &str) -> Vec<String> {
     ["/", "%"].iter().filter(|c| s.contains(**c)).map(|c| format!("may not contain '{c}'")).collect()
 }
 
+/// Names of kernel parameters, with dots or slashes between the parts.
+pub fn sysctl(s: &str) -> Vec<String> {
+    let inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let part = |p: &str| {
+        p.starts_with(inner) && p.ends_with(inner) && p.chars().all(|c| inner(c) || matches!(c, '-' | '_'))
+    };
+    if s.len() <= 253 && s.split(['.', '/']).all(part) {
+        return Vec::new();
+    }
+    vec![
+        "must have at most 253 characters and match regex ^([a-z0-9]([-_a-z0-9]*[a-z0-9])?[\\./])*[a-z0-9]([-_a-z0-9]*[a-z0-9])?$"
+            .into(),
+    ]
+}
+
 /// An IP address in its canonical form, the name of an IPAddress object.
 pub fn ip_address(s: &str) -> Vec<String> {
     match s.parse::<std::net::IpAddr>() {
@@ -203,6 +218,10 @@ mod tests {
         assert!(!config_key("a/b").is_empty());
         assert!(path_segment("system:node").is_empty());
         assert!(!path_segment("a/b").is_empty());
+        assert!(
+            ["kernel.shmmax", "net/ipv4/ip_forward", "safe-and-unsafe"].iter().all(|s| sysctl(s).is_empty())
+        );
+        assert!(["foo-", "bar..", "A.b", ""].iter().all(|s| !sysctl(s).is_empty()));
         assert!(ip_address("fe80::42:1dff:fe84:f9e2").is_empty() && ip_address("255.255.255.255").is_empty());
         assert!(!ip_address("fe80:0::1").is_empty() && !ip_address("010.0.0.1").is_empty());
     }
