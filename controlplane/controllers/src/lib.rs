@@ -12,6 +12,7 @@ pub mod node_ipam;
 pub mod node_lifecycle;
 pub mod pod_garbage_collector;
 pub mod replicaset;
+pub mod replication_controller;
 pub mod root_ca_certificate_publisher;
 mod runtime;
 pub mod serviceaccount;

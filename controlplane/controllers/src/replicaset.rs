@@ -1,6 +1,7 @@
-//! Keeps as many pods of a ReplicaSet as it asks for.
+//! Keeps as many pods of a ReplicaSet as it asks for. A ReplicationController works the same way, by the same code.
 
 use std::collections::BTreeMap;
+use std::marker::PhantomData;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -12,35 +13,96 @@ use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use orlop_api::meta::{Key, annotation, controller_of, is_terminating};
 use orlop_api::pod::{is_finished, is_ready};
 use orlop_api::selector::Selector;
+use orlop_client::informer::{Builder, Informer};
 use orlop_client::{Change, Outcome, Queue};
 
 use crate::runtime::{
-    BY_CONTROLLER, Builders, Context, Expectations, ReconcileError, Result, has_code, namespace_ends,
-    unless_gone,
+    BY_CONTROLLER, Builders, Context, Expectations, Informers, ReconcileError, Result, has_code,
+    namespace_ends, unless_gone,
 };
 
 /// Most pods created or deleted in one go (upstream's burstReplicas).
 const BURST: usize = 500;
 const DELETION_COST: &str = "controller.kubernetes.io/pod-deletion-cost";
 
-pub(crate) struct Controller {
+/// A kind that keeps a number of equal pods.
+pub(crate) trait Replicas:
+    kube::Resource<DynamicType = (), Scope = kube::core::NamespaceResourceScope>
+    + Clone
+    + std::fmt::Debug
+    + serde::Serialize
+    + serde::de::DeserializeOwned
+    + Send
+    + Sync
+    + 'static
+{
+    /// The queues' names.
+    const NAME: &'static str;
+    const ORPHANS: &'static str;
+    fn builder(b: &mut Builders) -> &mut Builder<Self>;
+    fn informer(i: &Informers) -> &Informer<Self>;
+    /// (replicas, seconds until a ready pod counts as available)
+    fn wish(&self) -> (i32, i32);
+    /// `None` when it selects nothing or cannot be read.
+    fn selector(&self) -> Option<Selector>;
+    fn template(&self) -> Option<&PodTemplateSpec>;
+    fn status(&self) -> Option<ReplicaSetStatus>;
+    fn set_status(&mut self, status: ReplicaSetStatus);
+}
+
+impl Replicas for ReplicaSet {
+    const NAME: &'static str = "replicaset";
+    const ORPHANS: &'static str = "replicaset orphans";
+
+    fn builder(b: &mut Builders) -> &mut Builder<Self> {
+        &mut b.replicasets
+    }
+
+    fn informer(i: &Informers) -> &Informer<Self> {
+        &i.replicasets
+    }
+
+    fn wish(&self) -> (i32, i32) {
+        let spec = self.spec.as_ref();
+        (spec.and_then(|s| s.replicas).unwrap_or(1), spec.and_then(|s| s.min_ready_seconds).unwrap_or(0))
+    }
+
+    fn selector(&self) -> Option<Selector> {
+        Selector::from_label_selector(&self.spec.as_ref()?.selector).ok().filter(|s| !s.is_empty())
+    }
+
+    fn template(&self) -> Option<&PodTemplateSpec> {
+        self.spec.as_ref()?.template.as_ref()
+    }
+
+    fn status(&self) -> Option<ReplicaSetStatus> {
+        self.status.clone()
+    }
+
+    fn set_status(&mut self, status: ReplicaSetStatus) {
+        self.status = Some(status);
+    }
+}
+
+pub(crate) struct Controller<T> {
     queue: Queue<Key>,
     orphans: Queue<Key>,
     expectations: Arc<Expectations>,
+    kind: PhantomData<T>,
 }
 
-fn owner_key(meta: &ObjectMeta) -> Option<Key> {
-    let o = controller_of(meta).filter(|o| o.kind == "ReplicaSet")?;
+fn owner_key<T: Replicas>(meta: &ObjectMeta) -> Option<Key> {
+    let o = controller_of(meta).filter(|o| o.kind == T::kind(&()) && o.api_version == T::api_version(&()))?;
     Some(Key::new(meta.namespace.clone().unwrap_or_default(), o.name.clone()))
 }
 
-impl Controller {
-    pub fn new(b: &mut Builders) -> Controller {
+impl<T: Replicas> Controller<T> {
+    pub fn new(b: &mut Builders) -> Controller<T> {
         let (queue, orphans) = (Queue::default(), Queue::default());
         let expectations = Arc::new(Expectations::default());
         let (q, ex) = (queue.clone(), expectations.clone());
-        b.replicasets.add_handler(move |c: &Change<ReplicaSet>| {
-            let key = Key::of(&c.object().metadata);
+        T::builder(b).add_handler(move |c: &Change<T>| {
+            let key = Key::of(c.object().meta());
             if matches!(c, Change::Deleted(_)) {
                 ex.forget(&key);
             }
@@ -50,7 +112,7 @@ impl Controller {
         b.pods.add_handler(move |c: &Change<Pod>| {
             let pod = c.object();
             let uid = pod.metadata.uid.as_deref().unwrap_or_default();
-            let Some(key) = owner_key(&pod.metadata) else {
+            let Some(key) = owner_key::<T>(&pod.metadata) else {
                 if controller_of(&pod.metadata).is_none() && !matches!(c, Change::Deleted(_)) {
                     lone.add(Key::of(&pod.metadata));
                 }
@@ -63,37 +125,32 @@ impl Controller {
                 Change::Updated { .. } => {}
             }
             if let Change::Updated { old, .. } = c
-                && let Some(former) = owner_key(&old.metadata).filter(|f| *f != key)
+                && let Some(former) = owner_key::<T>(&old.metadata).filter(|f| *f != key)
             {
                 q.add(former);
             }
             q.add(key);
         });
-        Controller { queue, orphans, expectations }
+        Controller { queue, orphans, expectations, kind: PhantomData }
     }
 
     pub fn start(self, context: &Context) {
         let (ctx, ex) = (context.clone(), self.expectations.clone());
-        self.queue.run(&context.tasks, "replicaset", 5, move |k| reconcile(ctx.clone(), ex.clone(), k));
-        // A pod without an owner may be one that a ReplicaSet should adopt.
+        self.queue.run(&context.tasks, T::NAME, 5, move |k| reconcile::<T>(ctx.clone(), ex.clone(), k));
+        // A pod without an owner may be one that should be adopted.
         let (informers, sets) = (context.informers.clone(), self.queue.clone());
-        self.orphans.run(&context.tasks, "replicaset orphans", 1, move |key: Key| {
+        self.orphans.run(&context.tasks, T::ORPHANS, 1, move |key: Key| {
             if let Some(pod) = informers.pods.get(&key) {
                 let labels = pod.metadata.labels.clone().unwrap_or_default();
-                for rs in informers.replicasets.list_namespace(&key.namespace) {
-                    if selector_of(&rs).is_some_and(|s| s.matches(&labels)) {
-                        sets.add(Key::of(&rs.metadata));
+                for rs in T::informer(&informers).list_namespace(&key.namespace) {
+                    if rs.selector().is_some_and(|s| s.matches(&labels)) {
+                        sets.add(Key::of(rs.meta()));
                     }
                 }
             }
             async { Ok::<_, ReconcileError>(Outcome::Done) }
         });
     }
-}
-
-/// An empty or unreadable selector selects nothing.
-fn selector_of(rs: &ReplicaSet) -> Option<Selector> {
-    Selector::from_label_selector(&rs.spec.as_ref()?.selector).ok().filter(|s| !s.is_empty())
 }
 
 /// The pod that a template makes.
@@ -115,12 +172,12 @@ pub(crate) fn pod_from_template(template: &PodTemplateSpec, owner: OwnerReferenc
     }
 }
 
-fn owner_reference(rs: &ReplicaSet) -> OwnerReference {
+fn owner_reference<T: Replicas>(rs: &T) -> OwnerReference {
     OwnerReference {
-        api_version: "apps/v1".into(),
-        kind: "ReplicaSet".into(),
-        name: rs.metadata.name.clone().unwrap_or_default(),
-        uid: rs.metadata.uid.clone().unwrap_or_default(),
+        api_version: T::api_version(&()).into_owned(),
+        kind: T::kind(&()).into_owned(),
+        name: rs.meta().name.clone().unwrap_or_default(),
+        uid: rs.meta().uid.clone().unwrap_or_default(),
         controller: Some(true),
         block_owner_deletion: Some(true),
     }
@@ -163,20 +220,19 @@ fn available_in(pod: &Pod, min_ready: i32, now: Timestamp) -> Option<i64> {
     Some((since.as_second() + min_ready as i64 - now.as_second()).max(0))
 }
 
-fn status(
-    rs: &ReplicaSet,
+fn status<T: Replicas>(
+    rs: &T,
     pods: &[Arc<Pod>],
     terminating: usize,
     failure: Option<&str>,
     now: Timestamp,
 ) -> ReplicaSetStatus {
-    let spec = rs.spec.clone().unwrap_or_default();
-    let template = spec.template.as_ref().and_then(|t| t.metadata.as_ref()).and_then(|m| m.labels.clone());
+    let template = rs.template().and_then(|t| t.metadata.as_ref()).and_then(|m| m.labels.clone());
     let full = Selector::from_map(&template.unwrap_or_default());
-    let min_ready = spec.min_ready_seconds.unwrap_or(0);
+    let (_, min_ready) = rs.wish();
     let empty = BTreeMap::new();
     let count = |f: &dyn Fn(&Pod) -> bool| pods.iter().filter(|p| f(p)).count() as i32;
-    let mut conditions = rs.status.as_ref().and_then(|s| s.conditions.clone()).unwrap_or_default();
+    let mut conditions = rs.status().and_then(|s| s.conditions).unwrap_or_default();
     match failure {
         None => conditions.retain(|c| c.type_ != "ReplicaFailure"),
         Some(message) => {
@@ -201,21 +257,21 @@ fn status(
         ready_replicas: Some(count(&is_ready)),
         available_replicas: Some(count(&|p| available_in(p, min_ready, now) == Some(0))),
         terminating_replicas: Some(terminating as i32),
-        observed_generation: rs.metadata.generation,
+        observed_generation: rs.meta().generation,
         conditions: (!conditions.is_empty()).then_some(conditions),
     }
 }
 
 /// The set's pods, after taking in those that match and have no owner and letting go of those that match no longer.
-async fn claim(ctx: &Context, rs: &ReplicaSet, selector: &Selector) -> Result<Vec<Arc<Pod>>> {
-    let namespace = rs.metadata.namespace.as_deref().unwrap_or_default();
-    let uid = rs.metadata.uid.as_deref().unwrap_or_default();
+async fn claim<T: Replicas>(ctx: &Context, rs: &T, selector: &Selector) -> Result<Vec<Arc<Pod>>> {
+    let namespace = rs.meta().namespace.as_deref().unwrap_or_default();
+    let uid = rs.meta().uid.as_deref().unwrap_or_default();
     let api: Api<Pod> = Api::namespaced(ctx.client.clone(), namespace);
     let empty = BTreeMap::new();
     let matches = |p: &Pod| selector.matches(p.metadata.labels.as_ref().unwrap_or(&empty));
     let mut own = Vec::new();
     for p in ctx.informers.pods.by_index(BY_CONTROLLER, uid) {
-        if matches(&p) || is_terminating(&rs.metadata) {
+        if matches(&p) || is_terminating(rs.meta()) {
             own.push(p);
         } else {
             let patch = serde_json::json!({"metadata": {"uid": p.metadata.uid,
@@ -224,7 +280,7 @@ async fn claim(ctx: &Context, rs: &ReplicaSet, selector: &Selector) -> Result<Ve
             unless_gone(api.patch(name, &PatchParams::default(), &Patch::Strategic(&patch)).await)?;
         }
     }
-    if is_terminating(&rs.metadata) {
+    if is_terminating(rs.meta()) {
         return Ok(own);
     }
     for p in ctx.informers.pods.list_namespace(namespace) {
@@ -245,14 +301,14 @@ async fn claim(ctx: &Context, rs: &ReplicaSet, selector: &Selector) -> Result<Ve
     Ok(own)
 }
 
-async fn create_pods(
+async fn create_pods<T: Replicas>(
     ctx: &Context,
     ex: &Expectations,
-    rs: &ReplicaSet,
+    rs: &T,
     count: usize,
 ) -> std::result::Result<(), String> {
-    let key = Key::of(&rs.metadata);
-    let Some(template) = rs.spec.as_ref().and_then(|s| s.template.as_ref()) else { return Ok(()) };
+    let key = Key::of(rs.meta());
+    let Some(template) = rs.template() else { return Ok(()) };
     let api: Api<Pod> = Api::namespaced(ctx.client.clone(), &key.namespace);
     ex.expect(&key, count as u32, []);
     // One, then two, then four …: a template that the API refuses costs one request, not five hundred.
@@ -300,13 +356,13 @@ async fn create_pods(
     Ok(())
 }
 
-async fn delete_pods(
+async fn delete_pods<T: Replicas>(
     ctx: &Context,
     ex: &Expectations,
-    rs: &ReplicaSet,
+    rs: &T,
     victims: Vec<Arc<Pod>>,
 ) -> Result<()> {
-    let key = Key::of(&rs.metadata);
+    let key = Key::of(rs.meta());
     let api: Api<Pod> = Api::namespaced(ctx.client.clone(), &key.namespace);
     ex.expect(&key, 0, victims.iter().filter_map(|p| p.metadata.uid.clone()));
     for p in victims {
@@ -330,30 +386,31 @@ async fn delete_pods(
     Ok(())
 }
 
-async fn reconcile(ctx: Context, ex: Arc<Expectations>, key: Key) -> Result {
-    let Some(rs) = ctx.informers.replicasets.get(&key) else { return Ok(Outcome::Done) };
-    let Some(selector) = selector_of(&rs) else { return Ok(Outcome::Done) };
+async fn reconcile<T: Replicas>(ctx: Context, ex: Arc<Expectations>, key: Key) -> Result {
+    let Some(rs) = T::informer(&ctx.informers).get(&key) else { return Ok(Outcome::Done) };
+    let Some(selector) = rs.selector() else { return Ok(Outcome::Done) };
     let in_step = ex.met(&key);
-    let all = claim(&ctx, &rs, &selector).await?;
+    let all = claim(&ctx, &*rs, &selector).await?;
     let terminating = all.iter().filter(|p| is_terminating(&p.metadata)).count();
     let pods: Vec<Arc<Pod>> =
         all.into_iter().filter(|p| !is_terminating(&p.metadata) && !is_finished(p)).collect();
-    let wanted = rs.spec.as_ref().and_then(|s| s.replicas).unwrap_or(1).max(0) as usize;
+    let (wanted, min_ready) = rs.wish();
+    let wanted = wanted.max(0) as usize;
     let mut failure = None;
-    if in_step && !is_terminating(&rs.metadata) {
+    if in_step && !is_terminating(rs.meta()) {
         if pods.len() < wanted {
-            failure = create_pods(&ctx, &ex, &rs, (wanted - pods.len()).min(BURST)).await.err();
+            failure = create_pods(&ctx, &ex, &*rs, (wanted - pods.len()).min(BURST)).await.err();
         } else if pods.len() > wanted {
             let victims = choose_victims(pods.clone(), (pods.len() - wanted).min(BURST));
-            delete_pods(&ctx, &ex, &rs, victims).await?;
+            delete_pods(&ctx, &ex, &*rs, victims).await?;
         }
     }
     let now = Timestamp::now();
-    let next = status(&rs, &pods, terminating, failure.as_deref(), now);
-    if rs.status.as_ref() != Some(&next) {
-        let api: Api<ReplicaSet> = Api::namespaced(ctx.client.clone(), &key.namespace);
-        let mut o = (*rs).clone();
-        o.status = Some(next);
+    let next = status(&*rs, &pods, terminating, failure.as_deref(), now);
+    let mut o = (*rs).clone();
+    o.set_status(next);
+    if o.status() != rs.status() {
+        let api: Api<T> = Api::namespaced(ctx.client.clone(), &key.namespace);
         match api.replace_status(&key.name, &PostParams::default(), &o).await {
             // A newer version is on its way to the local copy and asks again.
             Err(e) if has_code(&e, 409) || has_code(&e, 404) => {}
@@ -363,7 +420,6 @@ async fn reconcile(ctx: Context, ex: Arc<Expectations>, key: Key) -> Result {
     if let Some(text) = failure {
         return Err(ReconcileError::Invalid(text));
     }
-    let min_ready = rs.spec.as_ref().and_then(|s| s.min_ready_seconds).unwrap_or(0);
     let soonest = pods.iter().filter_map(|p| available_in(p, min_ready, now)).filter(|s| *s > 0).min();
     Ok(soonest.map_or(Outcome::Done, |s| Outcome::After(std::time::Duration::from_secs(s as u64))))
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::{
-    ConfigMap, Endpoints, Namespace, Node, Pod, Secret, Service, ServiceAccount,
+    ConfigMap, Endpoints, Namespace, Node, Pod, ReplicationController, Secret, Service, ServiceAccount,
 };
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::{Api, Client};
@@ -97,6 +97,7 @@ pub(crate) fn unless_gone<T>(r: std::result::Result<T, kube::Error>) -> Result<O
 pub(crate) struct Builders {
     pub pods: Builder<Pod>,
     pub replicasets: Builder<ReplicaSet>,
+    pub replicationcontrollers: Builder<ReplicationController>,
     pub deployments: Builder<Deployment>,
     pub services: Builder<Service>,
     pub endpoints: Builder<Endpoints>,
@@ -127,6 +128,7 @@ impl Builders {
                 .index(BY_CONTROLLER, |p| controller_uid(&p.metadata)),
             replicasets: Builder::new(Api::all(c()))
                 .index(BY_CONTROLLER, |r: &ReplicaSet| controller_uid(&r.metadata)),
+            replicationcontrollers: Builder::new(Api::all(c())),
             deployments: Builder::new(Api::all(c())),
             services: Builder::new(Api::all(c())),
             endpoints: Builder::new(Api::all(c())),
@@ -149,6 +151,7 @@ impl Builders {
         Informers {
             pods: self.pods.start(tasks),
             replicasets: self.replicasets.start(tasks),
+            replicationcontrollers: self.replicationcontrollers.start(tasks),
             deployments: self.deployments.start(tasks),
             services: self.services.start(tasks),
             endpoints: self.endpoints.start(tasks),
@@ -184,6 +187,7 @@ fn trim_pod(p: &mut Pod) {
 pub(crate) struct Informers {
     pub pods: Informer<Pod>,
     pub replicasets: Informer<ReplicaSet>,
+    pub replicationcontrollers: Informer<ReplicationController>,
     pub deployments: Informer<Deployment>,
     pub services: Informer<Service>,
     pub endpoints: Informer<Endpoints>,
@@ -199,6 +203,7 @@ impl Informers {
     async fn synced(&self) {
         self.pods.synced().await;
         self.replicasets.synced().await;
+        self.replicationcontrollers.synced().await;
         self.deployments.synced().await;
         self.services.synced().await;
         self.endpoints.synced().await;
@@ -231,7 +236,8 @@ async fn serve(config: Config, ready: Ready, stop: CancellationToken) -> std::re
     let tasks = TaskGroup::new(&stop);
     let client = config.client.clone();
     let mut b = Builders::new(&client);
-    let replicaset = replicaset::Controller::new(&mut b);
+    let replicaset = replicaset::Controller::<ReplicaSet>::new(&mut b);
+    let replication = replicaset::Controller::<ReplicationController>::new(&mut b);
     let deployment = deployment::Controller::new(&mut b);
     let endpoints = endpoints::Controller::new(&mut b);
     let endpointslice = endpointslice::Controller::new(&mut b);
@@ -251,6 +257,7 @@ async fn serve(config: Config, ready: Ready, stop: CancellationToken) -> std::re
         () = stop.cancelled() => {}
         () = informers.synced() => {
             replicaset.start(&context);
+            replication.start(&context);
             deployment.start(&context);
             endpoints.start(&context);
             endpointslice.start(&context);
