@@ -96,6 +96,8 @@ impl Admission for Chain {
             priority::admit(c, a).await?;
             default_toleration_seconds::admit(a);
             runtime_class::admit(c, a).await?;
+        } else if a.operation == Operation::Update && is(a, "", "pods") {
+            default_toleration_seconds::admit(a);
         } else if a.operation == Operation::Create && is(a, "", "nodes") {
             taint_nodes::admit(a);
         } else if a.operation == Operation::Create && is(a, "", "persistentvolumeclaims") {

@@ -131,6 +131,10 @@ impl Strategy for Event {
             "regarding.namespace",
             "regarding.name",
             "regarding.uid",
+            "regarding.apiVersion",
+            "regarding.resourceVersion",
+            "regarding.fieldPath",
+            "reportingController",
         ]
     }
 
@@ -141,7 +145,30 @@ impl Strategy for Event {
                 value::text(object, "reportingComponent").to_owned()
             }
             "source" => value::text(object, "source.component").to_owned(),
+            "reportingController" => value::text(object, "reportingComponent").to_owned(),
             path => value::text(object, path).to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_versions_select_by_their_own_field_names() {
+        let stored =
+            serde_json::json!({"involvedObject": {"name": "p", "fieldPath": "f"}, "reportingComponent": "c"});
+        for (path, wanted) in [
+            ("involvedObject.name", "p"),
+            ("regarding.name", "p"),
+            ("regarding.fieldPath", "f"),
+            ("reportingComponent", "c"),
+            ("reportingController", "c"),
+            ("source", "c"),
+        ] {
+            assert!(Event.selectable().contains(&path), "{path}");
+            assert_eq!(Event.select(&stored, path), wanted, "{path}");
         }
     }
 }

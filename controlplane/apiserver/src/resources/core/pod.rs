@@ -59,8 +59,14 @@ impl Strategy for Pod {
                  `spec.terminationGracePeriodSeconds` (allow it to be set to 1 if it was previously negative)",
             );
         }
+        let lasting = |t: &Value| {
+            let mut t = t.clone();
+            value::remove(&mut t, "tolerationSeconds");
+            t
+        };
+        let kept: Vec<Value> = value::list(new, "spec.tolerations").iter().map(lasting).collect();
         for t in value::list(old, "spec.tolerations") {
-            if !value::list(new, "spec.tolerations").contains(t) {
+            if !kept.contains(&lasting(t)) {
                 errors.forbidden(
                     "spec.tolerations",
                     "existing toleration can not be modified except its tolerationSeconds",
@@ -320,6 +326,22 @@ fn readiness_gates(pod: &Value) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tolerations_may_be_added_and_their_seconds_changed() {
+        let pod = |tolerations: Value| json!({"spec": {"containers": [{"name": "a", "image": "i"}], "tolerations": tolerations}});
+        let old =
+            pod(json!([{"key": "k", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300}]));
+        let accepted = |tolerations: Value| {
+            let mut errors = Errors::default();
+            Pod.validate_update(&pod(tolerations), &old, &mut errors);
+            !format!("{errors:?}").contains("existing toleration")
+        };
+        assert!(accepted(
+            json!([{"key": "k", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 1}, {"key": "x"}])
+        ));
+        assert!(!accepted(json!([{"key": "x", "operator": "Exists", "effect": "NoExecute"}])));
+    }
 
     #[test]
     fn the_status_column_tells_what_is_wrong() {
