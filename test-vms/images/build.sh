@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the images that upstream's conformance tests use, under the names and tags that the tests ask for, as OCI archives:
-#   conformance.sh OUT [ORLOP]
+#   build.sh OUT [ORLOP]
 # No image registry is needed: user land comes from Debian packages, upstream's own test program from its Go module. The archives
 # go into a store with `orlop image import`, so nothing is pulled during the tests (their pull policy is IfNotPresent).
 set -euo pipefail
@@ -60,8 +60,8 @@ build() { # rootfs, name:tag, options of orlop image build...
     echo "$tag"
 }
 
-# Upstream's test program, without cgo.
-if [ ! -x "$out/go/agnhost" ]; then
+# Upstream's test programs, without cgo.
+if [ ! -x "$out/go/agnhost" ] || [ ! -x "$out/go/nnp" ]; then
     (
         cd "$out/go"
         printf 'module orlop.invalid/images\ngo 1.26.0\nrequire k8s.io/kubernetes %s\n' "$kubernetes" >go.mod
@@ -72,6 +72,7 @@ if [ ! -x "$out/go/agnhost" ]; then
         printf '//go:build tools\npackage images\nimport _ "k8s.io/kubernetes/test/images/agnhost"\n' >images.go
         go mod tidy -e >log 2>&1 || true
         CGO_ENABLED=0 go build -ldflags "-s -w -X main.Version=2.63.0" -o agnhost k8s.io/kubernetes/test/images/agnhost
+        CGO_ENABLED=0 go build -ldflags "-s -w" -o nnp k8s.io/kubernetes/test/images/nonewprivs
     ) || die "agnhost did not build; see $out/go/log"
 fi
 source=$(cd "$out/go" && go list -m -f '{{.Dir}}' k8s.io/kubernetes)
@@ -96,7 +97,12 @@ install -m 0644 "$source"/test/images/agnhost/porter/localhost.{crt,key} "$agnho
 mkdir -p "$agnhost/uploads"
 build "$agnhost" "$registry/agnhost:2.63.0" --entrypoint /agnhost --cmd pause
 build "$agnhost" "$registry/agnhost:2.55" --entrypoint /agnhost --cmd pause
-build "$agnhost" "$registry/nonewprivs:1.4" --entrypoint /agnhost --cmd nonewprivs
+
+nnp=$work/nnp
+mkdir -p "$nnp/usr/local/bin" "$nnp/etc"
+accounts "$nnp"
+install -m 4755 "$out/go/nnp" "$nnp/usr/local/bin/nnp"
+build "$nnp" "$registry/nonewprivs:1.4" --cmd /usr/local/bin/nnp
 
 pause=$work/pause
 mkdir "$pause"
