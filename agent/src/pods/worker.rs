@@ -136,6 +136,7 @@ impl Worker {
             self.ctx.events.pod_warning(&self.pod(), &refusal.0, refusal.1.clone());
             self.memory.rejected = Some(refusal);
         }
+        let mut removals = 0;
         loop {
             let began = std::time::Instant::now();
             let mut retry = None;
@@ -161,7 +162,8 @@ impl Worker {
                 if self.clean_up().await {
                     return;
                 }
-                retry = Some(RUNTIME_RETRY);
+                retry = Some(RUNTIME_RETRY * (1 << removals.min(4)));
+                removals += 1;
             }
             let sleep = retry.unwrap_or_else(|| {
                 let left = wake.duration_since(Timestamp::now());
