@@ -1,5 +1,6 @@
 //! Which hosts serve a registry, from containerd's `certs.d/<host>/hosts.toml`.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -75,12 +76,45 @@ pub(crate) fn hosts_for(certs_dir: Option<&Path>, registry: &str) -> Result<Vec<
                 return parse(&text, registry, &dir.join(folder), folder == "_default")
                     .map_err(|why| Error::Config { path, why });
             }
-            Err(e)
-                if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {}
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                if let Some(host) = with_certificates(&dir.join(folder), registry)? {
+                    return Ok(vec![host]);
+                }
+            }
             Err(e) => return Err(Error::io("read", &path)(e)),
         }
     }
     Ok(vec![default_host(registry)])
+}
+
+/// The registry with the certificates of a folder in docker's style: `*.crt` are authorities, `name.cert` and `name.key` are
+/// the client's. `None` when there are none.
+fn with_certificates(dir: &Path, registry: &str) -> Result<Option<Host>> {
+    let listing = match std::fs::read_dir(dir) {
+        Ok(l) => l,
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
+        Err(e) => return Err(Error::io("list", dir)(e)),
+    };
+    let mut files = listing
+        .map(|item| item.map(|i| i.path()).map_err(Error::io("list", dir)))
+        .collect::<Result<Vec<_>>>()?;
+    files.sort();
+    let ends = |path: &PathBuf, with: &str| path.extension().is_some_and(|e| e == with);
+    let mut host = default_host(registry);
+    host.ca = files.iter().filter(|f| ends(f, "crt")).cloned().collect();
+    if let Some(cert) = files.iter().find(|f| ends(f, "cert")) {
+        let key = cert.with_extension("key");
+        if !files.contains(&key) {
+            return Err(Error::Config { path: cert.clone(), why: format!("{} is missing", key.display()) });
+        }
+        host.client = Some((cert.clone(), key));
+    }
+    if host.ca.is_empty() && host.client.is_none() {
+        return Ok(None);
+    }
+    // Certificates mean TLS, also on this machine.
+    host.base = host.base.replacen("http://", "https://", 1);
+    Ok(Some(host))
 }
 
 /// Whether `authority` (host and port) is this machine: plain HTTP is the habit there.
@@ -289,5 +323,24 @@ mod tests {
         assert_eq!(bases(&hosts), ["https://mirror.example/v2", "https://quay.io/v2"]);
         let hosts = hosts_for(Some(dir.path()), "localhost:5000").unwrap();
         assert_eq!(bases(&hosts), ["https://other.example/v2"]);
+
+        // Docker's style: certificates without hosts.toml.
+        let folder = dir.path().join("127.0.0.1:5001");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("notes"), "").unwrap();
+        assert_eq!(
+            bases(&hosts_for(Some(dir.path()), "127.0.0.1:5001").unwrap())[0],
+            "https://mirror.example/v2"
+        );
+        for name in ["b.crt", "a.crt", "c.cert"] {
+            std::fs::write(folder.join(name), "").unwrap();
+        }
+        let e = hosts_for(Some(dir.path()), "127.0.0.1:5001").unwrap_err();
+        assert!(e.to_string().contains("c.key is missing"), "{e}");
+        std::fs::write(folder.join("c.key"), "").unwrap();
+        let hosts = hosts_for(Some(dir.path()), "127.0.0.1:5001").unwrap();
+        assert_eq!(bases(&hosts), ["https://127.0.0.1:5001/v2"]);
+        assert_eq!(hosts[0].ca, [folder.join("a.crt"), folder.join("b.crt")]);
+        assert_eq!(hosts[0].client, Some((folder.join("c.cert"), folder.join("c.key"))));
     }
 }
