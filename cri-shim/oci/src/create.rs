@@ -34,7 +34,7 @@ use crate::identity::{Identity, become_root};
 use crate::ops::{Outcome, Stdio, check_id, filter_path, set_oom_score_adj};
 use crate::rlimits::Rlimits;
 use crate::seccomp::{self, Filter};
-use crate::{Error, Helper, Kind, cgroup, convert, helper, limits, sys};
+use crate::{Error, Helper, Kind, cgroup, convert, devices, helper, limits, sys};
 
 /// What `create` needs to know.
 #[derive(Debug)]
@@ -263,6 +263,9 @@ fn place(c: &CreateSpec<'_>, spec: &Spec, taken: &Taken, made: &mut Made) -> Res
     }
     if let Some(r) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
         limits::apply(&manager, r)?;
+        if let (true, Some(folder)) = (cgroup::is_unified(), made.cgroups.first()) {
+            devices::confine(folder, r.devices().as_deref().unwrap_or_default())?;
+        }
     }
     if by_systemd {
         return Ok(cgroup::Entry::Here);

@@ -10,6 +10,7 @@ pub mod cgroup;
 mod console;
 mod convert;
 mod create;
+mod devices;
 mod exec;
 mod executor;
 pub mod helper;

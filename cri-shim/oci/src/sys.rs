@@ -1,7 +1,7 @@
-//! System calls without a wrapper that fits: processes made like siblings, and the seccomp filter. `unsafe` lives here.
+//! System calls without a wrapper that fits: forks, the seccomp filter, the device program. `unsafe` lives here.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::unistd::Pid;
 
@@ -71,4 +71,78 @@ pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
     // SAFETY: changes a flag of descriptors, closes none.
     let done = unsafe { libc::close_range(first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as i32) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+const BPF_CGROUP_DEVICE: u32 = 6;
+const BPF_F_ALLOW_MULTI: u32 = 2;
+
+/// The first fields of the load variant of union bpf_attr, up to the last one used.
+#[repr(C)]
+struct LoadProgram {
+    program_type: u32,
+    instructions: u32,
+    code: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+    interface: u32,
+    attach_type: u32,
+}
+
+/// The attach variant of union bpf_attr.
+#[repr(C)]
+struct AttachProgram {
+    target: u32,
+    program: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<i32> {
+    // SAFETY: the attributes and what they point to outlive the call and are as long as is said.
+    let done = unsafe { libc::syscall(libc::SYS_bpf, command, attributes as *const T, size_of::<T>()) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(done as i32) }
+}
+
+/// Loads an eBPF program of the cgroup device type.
+pub(crate) fn load_device_program(code: &[u64]) -> io::Result<OwnedFd> {
+    let mut name = [0u8; 16];
+    name[..13].copy_from_slice(b"orlop_devices");
+    let fd = bpf(
+        BPF_PROG_LOAD,
+        &LoadProgram {
+            program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
+            instructions: code.len() as u32,
+            code: code.as_ptr() as u64,
+            license: c"Apache-2.0".as_ptr() as u64,
+            log_level: 0,
+            log_size: 0,
+            log: 0,
+            kernel_version: 0,
+            flags: 0,
+            name,
+            interface: 0,
+            attach_type: BPF_CGROUP_DEVICE,
+        },
+    )?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Attaches it to a cgroup; programs of the cgroups above go on to count.
+pub(crate) fn attach_device_program(cgroup: RawFd, program: RawFd) -> io::Result<()> {
+    let attributes = AttachProgram {
+        target: cgroup as u32,
+        program: program as u32,
+        attach_type: BPF_CGROUP_DEVICE,
+        flags: BPF_F_ALLOW_MULTI,
+    };
+    bpf(BPF_PROG_ATTACH, &attributes).map(|_| ())
 }
