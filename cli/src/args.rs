@@ -225,20 +225,23 @@ pub struct CriArgs {
     pub cni_bin_dir: PathBuf,
 }
 
-/// The service load balancer alone.
+/// The service load balancer alone, or a look at what is in the kernel.
 #[derive(Clone, Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct ProxyArgs {
+    #[command(subcommand)]
+    pub command: Option<ProxyCommand>,
+
     /// Credentials with the rights of system:node-proxier
-    #[arg(long)]
-    pub kubeconfig: PathBuf,
+    #[arg(long, required = true)]
+    pub kubeconfig: Option<PathBuf>,
 
     /// This node's name [default: the host name]
     #[arg(long)]
     pub node_name: Option<String>,
 
-    /// Pins of programs and maps
-    #[arg(long, default_value = "/sys/fs/bpf/orlop")]
-    pub bpf_dir: PathBuf,
+    #[command(flatten)]
+    pub pins: BpfDir,
 
     /// Where health checks are answered; "none" for nowhere
     #[arg(long, default_value = "0.0.0.0:10256")]
@@ -248,9 +251,53 @@ pub struct ProxyArgs {
     #[arg(long, default_value = "127.0.0.1:10249")]
     pub metrics_address: Address,
 
-    /// Remove all programs, maps and links and end
-    #[arg(long)]
-    pub cleanup: bool,
+    /// Addresses (CIDR) of this node where node ports answer [default: all] (repeatable)
+    #[arg(long = "nodeport-address", value_name = "CIDR")]
+    pub nodeport_addresses: Vec<IpNet>,
+
+    /// Interfaces that clients outside of the node come in by [default: found by their addresses] (repeatable)
+    #[arg(long = "uplink", value_name = "NAME")]
+    pub uplinks: Vec<String>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct BpfDir {
+    /// Pins of programs and maps
+    #[arg(long, default_value = "/sys/fs/bpf/orlop")]
+    pub bpf_dir: PathBuf,
+}
+
+/// What is read from the maps, whether or not a proxy runs.
+#[derive(Clone, Debug, Subcommand)]
+pub enum ProxyCommand {
+    /// Programs, interfaces, sizes and counters
+    Status(BpfDir),
+    /// Service addresses, with counters
+    Services(BpfDir),
+    /// Endpoints, and the Services that use them
+    Backends(BpfDir),
+    /// Connections and sockets that were given an endpoint
+    Flows {
+        /// Only of Services whose namespace/name:port contains this
+        #[arg(long)]
+        service: Option<String>,
+        #[command(flatten)]
+        pins: BpfDir,
+    },
+    /// What would happen to a new connection
+    Trace {
+        /// IP:PORT
+        to: SocketAddr,
+        #[arg(long)]
+        udp: bool,
+        /// As for a client outside of the node
+        #[arg(long)]
+        outside: bool,
+        #[command(flatten)]
+        pins: BpfDir,
+    },
+    /// Remove all programs, maps and links; the proxy must not run
+    Cleanup(BpfDir),
 }
 
 /// What `orlop image` does. All but `build` go to the CRI server, which owns the store.

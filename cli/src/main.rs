@@ -16,7 +16,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use args::{Cli, Command};
+use args::{Cli, Command, ProxyArgs};
 
 /// An error as the user sees it: one line that says what, where and what to do.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -87,6 +87,10 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Server(a) => daemon(Box::pin(server::run(a))),
         Command::Agent(a) => daemon(Box::pin(node::run(*a))),
         Command::Cri(a) => daemon(Box::pin(node::run_cri(a))),
+        Command::Proxy(ProxyArgs { command: Some(c), .. }) => {
+            orlop_base::telemetry::init("warn");
+            node::ask_proxy(c)
+        }
         Command::Proxy(a) => daemon(Box::pin(node::run_proxy(a))),
         Command::Image(c) => {
             orlop_base::telemetry::init("warn");

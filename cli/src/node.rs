@@ -11,9 +11,10 @@ use orlop_apiserver::pki::Pki;
 use orlop_base::durable::{self, Sync};
 use orlop_base::supervise::{Ready, TaskGroup};
 use orlop_cni_types::{OrlopNetwork, render_conflist};
+use orlop_proxy::Question;
 
 use crate::Failure;
-use crate::args::{Address, AgentArgs, CriArgs, NodeArgs, ProxyArgs};
+use crate::args::{Address, AgentArgs, CriArgs, NodeArgs, ProxyArgs, ProxyCommand};
 use crate::server::{default_address, wait};
 
 const DRAIN: Duration = Duration::from_secs(10);
@@ -308,13 +309,30 @@ pub async fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
         Some(n) => n.clone(),
         None => host_name()?,
     };
-    let config =
-        proxy_config(&args.kubeconfig, &name, &args.bpf_dir, args.health_address, args.metrics_address);
-    if args.cleanup {
-        return Ok(orlop_proxy::purge(&config)?);
-    }
+    let kubeconfig = args.kubeconfig.ok_or("--kubeconfig is missing")?;
+    let mut config =
+        proxy_config(&kubeconfig, &name, &args.pins.bpf_dir, args.health_address, args.metrics_address);
+    config.node_port_addresses = args.nodeport_addresses;
+    config.uplinks = args.uplinks;
     let stop = crate::shutdown::on_signal()?;
     Ok(orlop_proxy::run(config, Ready::default(), stop).await?)
+}
+
+/// `orlop proxy status` and the like.
+pub fn ask_proxy(command: ProxyCommand) -> Result<(), Failure> {
+    let (pins, question) = match command {
+        ProxyCommand::Status(p) => (p, Question::Status),
+        ProxyCommand::Services(p) => (p, Question::Services),
+        ProxyCommand::Backends(p) => (p, Question::Backends),
+        ProxyCommand::Flows { service, pins } => (pins, Question::Flows { service }),
+        ProxyCommand::Trace { to, udp, outside, pins } => (pins, Question::Trace { to, udp, outside }),
+        ProxyCommand::Cleanup(p) => {
+            let config = proxy_config(Path::new(""), "", &p.bpf_dir, Address(None), Address(None));
+            return Ok(orlop_proxy::purge(&config)?);
+        }
+    };
+    print!("{}", orlop_proxy::inspect(&pins.bpf_dir, &question)?);
+    Ok(())
 }
 
 #[cfg(test)]

@@ -251,8 +251,6 @@ pub mod counters {
     pub const ICMP_ERRORS: u32 = 7;
     /// Sources outside of loadBalancerSourceRanges.
     pub const NOT_ADMITTED: u32 = 8;
-    /// Packets too large for the way to their backend.
-    pub const TOO_BIG: u32 = 9;
     pub const COUNT: u32 = 16;
 }
 

@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::metrics::{Code, ProxyMetrics};
 use crate::model::Name;
 
 /// What health checks tell.
@@ -64,6 +65,7 @@ pub type Refresh = Arc<dyn Fn() + Send + Sync>;
 pub struct Pages {
     pub health: Arc<Health>,
     pub metrics: Arc<Metrics>,
+    pub proxy: ProxyMetrics,
     pub refresh: Arc<Mutex<Option<Refresh>>>,
 }
 
@@ -77,6 +79,8 @@ impl Pages {
                     "lastUpdated": timestamp(at), "currentTime": timestamp(now()), "nodeEligible": true,
                 });
                 let status = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+                let counter = if path == "/livez" { &self.proxy.livez } else { &self.proxy.healthz };
+                counter.get_or_create(&Code { code: status.as_u16() }).inc();
                 (status, "application/json", body.to_string())
             }
             "/metrics" => {

@@ -8,6 +8,7 @@ mod closer;
 mod convert;
 pub mod desired;
 mod health;
+mod inspect;
 mod metrics;
 pub mod model;
 mod proxy;
@@ -21,6 +22,7 @@ use orlop_base::supervise::Ready;
 use tokio_util::sync::CancellationToken;
 
 pub use desired::Selection;
+pub use inspect::{Question, inspect};
 pub use orlop_ebpf_loader::{Config as DatapathConfig, Finding, Level, Sizes, check};
 
 /// Everything that the proxy is told.
@@ -78,6 +80,8 @@ pub enum Error {
     Addresses { source: rtnetlink::Error },
     #[error("cannot read the BPF maps of an earlier run; `orlop proxy cleanup` removes them")]
     Adopt { source: orlop_ebpf_loader::MapFailure },
+    #[error("cannot read the BPF maps; are you root?")]
+    Inspect { source: orlop_ebpf_loader::MapFailure },
     #[error(transparent)]
     Task(#[from] orlop_base::supervise::Failure),
 }

@@ -3,9 +3,27 @@
 use std::time::{Duration, SystemTime};
 
 use orlop_base::telemetry::Metrics;
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ServicePort {
+    pub service: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Policy {
+    /// "internal" or "external".
+    pub traffic_policy: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Code {
+    pub code: u16,
+}
 
 /// The proxy's own measurements.
 #[derive(Clone)]
@@ -19,6 +37,14 @@ pub struct ProxyMetrics {
     pub failures: Counter,
     pub map_writes: Counter,
     pub closed_sockets: Counter,
+    pub services_pending: Gauge,
+    pub slices_pending: Gauge,
+    pub no_local_endpoints: Family<Policy, Gauge>,
+    pub healthz: Family<Code, Counter>,
+    pub livez: Family<Code, Counter>,
+    /// By service port.
+    pub service_connections: Family<ServicePort, Gauge>,
+    pub service_refusals: Family<ServicePort, Gauge>,
     pub frontends: Gauge,
     pub backends: Gauge,
     pub sock_translated: Gauge,
@@ -65,7 +91,35 @@ impl ProxyMetrics {
                 "EndpointSlice changes",
                 Counter::default(),
             ),
-            failures: metrics.add(k("sync_proxy_rules_failures"), "Syncs that failed", Counter::default()),
+            services_pending: metrics.add(
+                k("sync_proxy_rules_service_changes_pending"),
+                "Service changes that wait for a sync",
+                Gauge::default(),
+            ),
+            slices_pending: metrics.add(
+                k("sync_proxy_rules_endpoint_changes_pending"),
+                "EndpointSlice changes that wait for a sync",
+                Gauge::default(),
+            ),
+            // Upstream's name for a gauge.
+            no_local_endpoints: metrics.add(
+                k("sync_proxy_rules_no_local_endpoints_total"),
+                "Service addresses with a Local traffic policy, with endpoints, but none on this node",
+                Family::default(),
+            ),
+            healthz: metrics.add(k("proxy_healthz"), "Answers of /healthz by code", Family::default()),
+            livez: metrics.add(k("proxy_livez"), "Answers of /livez by code", Family::default()),
+            service_connections: metrics.add(
+                o("service_connections"),
+                "Connections and datagram flows that got an endpoint, by service port",
+                Family::default(),
+            ),
+            service_refusals: metrics.add(
+                o("service_refusals"),
+                "Connections without an endpoint, and from sources that are not admitted, by service port",
+                Family::default(),
+            ),
+            failures: metrics.add(o("sync_failures"), "Syncs that failed", Counter::default()),
             map_writes: metrics.add(o("map_writes"), "Changes of BPF maps", Counter::default()),
             closed_sockets: metrics.add(
                 o("closed_sockets"),

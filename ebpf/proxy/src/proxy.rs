@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::addresses::{self, Watch};
 use crate::desired::desired;
 use crate::health::{self, Health, NodePortChecks, Pages};
-use crate::metrics::ProxyMetrics;
+use crate::metrics::{Policy, ProxyMetrics, ServicePort};
 use crate::model::{Model, Name};
 use crate::tables::Tables;
 use crate::{Config, Error, closer, convert};
@@ -44,13 +44,17 @@ pub(crate) async fn run(
 ) -> Result<(), Error> {
     let tasks = TaskGroup::new(&stop);
     let metrics = Arc::new(Metrics::default());
-    let pages =
-        Pages { health: Arc::new(Health::default()), metrics: metrics.clone(), refresh: Arc::default() };
+    let proxy_metrics = ProxyMetrics::register(&metrics);
+    let pages = Pages {
+        health: Arc::new(Health::default()),
+        metrics: metrics.clone(),
+        proxy: proxy_metrics.clone(),
+        refresh: Arc::default(),
+    };
     for address in [config.health_address, config.metrics_address].into_iter().flatten() {
         let listener = health::bind(address).await?;
         tasks.spawn_essential("proxy-pages", health::serve(listener, pages.clone(), tasks.clone()));
     }
-    let proxy_metrics = ProxyMetrics::register(&metrics);
     let (netlink, connection) = Watch::open().map_err(|source| Error::Netlink { source })?;
     tasks.spawn(stoppable(tasks.stop_token(), connection));
 
@@ -105,6 +109,19 @@ fn counter_refresh(datapath: Arc<Mutex<Datapath>>, m: ProxyMetrics) -> health::R
             (&m.snat_exhausted, counters::SNAT_EXHAUSTED),
         ] {
             gauge.set(d.maps.counter(index) as i64);
+        }
+        // Service ports that are gone go from the page too.
+        m.service_connections.clear();
+        m.service_refusals.clear();
+        for (number, s) in d.maps.stats() {
+            let Some(service) = d.maps.service_name(number) else { continue };
+            let port = ServicePort { service };
+            m.service_connections.get_or_create(&port).set(s.connections as i64);
+            m.service_refusals.get_or_create(&port).set(s.refused as i64);
+        }
+        let hidden = d.maps.hidden().unwrap_or_default();
+        for (policy, count) in [("internal", hidden.0), ("external", hidden.1)] {
+            m.no_local_endpoints.get_or_create(&Policy { traffic_policy: policy }).set(count as i64);
         }
     })
 }
@@ -288,6 +305,7 @@ impl Proxy {
     fn service_event(&mut self, event: Watched<Service>, list: &mut Listing) {
         let gone = take_event(event, list, |o, present| {
             self.metrics.service_changes.inc();
+            self.metrics.services_pending.inc();
             self.metrics.queued();
             let name = convert::name(&o.metadata);
             self.model.set_service(&name, if present { convert::service(o) } else { None });
@@ -304,6 +322,7 @@ impl Proxy {
     fn slice_event(&mut self, event: Watched<EndpointSlice>, list: &mut Listing) {
         let gone = take_event(event, list, |o, present| {
             self.metrics.slice_changes.inc();
+            self.metrics.slices_pending.inc();
             self.metrics.queued();
             let name = convert::name(&o.metadata);
             let slice = if present { convert::slice(o, &self.config.node_name, &self.zone) } else { None };
@@ -356,6 +375,8 @@ impl Proxy {
         if clean {
             self.pause = RETRY;
             self.metrics.synced(start.elapsed(), &self.triggers);
+            self.metrics.services_pending.set(0);
+            self.metrics.slices_pending.set(0);
             self.triggers.clear();
         } else {
             self.try_later();

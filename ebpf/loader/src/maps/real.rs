@@ -8,7 +8,8 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashM
 use aya::{Ebpf, Pod};
 use orlop_ebpf_common::{
     Addr, AffinityKey, AffinityValue, Backend, Config, CtKey, CtValue, FrontendKey, FrontendValue,
-    MaglevTable, RangeKey, ServiceName, SlotKey, SockKey, SockReverse, Stats, Uplink, counters,
+    MaglevTable, RangeKey, SCOPE_EXTERNAL, ServiceName, SlotKey, SockKey, SockReverse, Stats, Uplink,
+    counters, frontend_flags,
 };
 
 use super::{Dump, MapFailure, Maps, Op, table};
@@ -145,6 +146,14 @@ impl RealMaps {
             })
         };
         self.stats.iter().filter_map(Result::ok).map(|(k, v)| (k, sum(&v))).collect()
+    }
+
+    /// How many service addresses have endpoints but none that policy Local allows: from inside and from outside.
+    pub fn hidden(&self) -> Result<(usize, usize), MapFailure> {
+        let all = all("FRONTENDS", &self.frontends)?;
+        let hidden = all.iter().filter(|(_, v)| v.flags & frontend_flags::DROP_WHEN_EMPTY != 0);
+        let outside = hidden.clone().filter(|(k, _)| k.scope == SCOPE_EXTERNAL).count();
+        Ok((hidden.count() - outside, outside))
     }
 
     /// The name of a service port.
