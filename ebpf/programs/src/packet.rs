@@ -172,7 +172,12 @@ fn incoming(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const Ct
     }
     let scope = if link.flags & uplink_flags::POD != 0 { SCOPE_INTERNAL } else { SCOPE_EXTERNAL };
     let p = &s.packet;
-    let front = select::frontend(&p.dst, p.dport, p.proto, scope, false, config).ok_or(NEXT)?;
+    let Some(front) = select::frontend(&p.dst, p.dport, p.proto, scope, false, config) else {
+        if p.proto == UDP || opens(p) {
+            forget(&mut s.key, p);
+        }
+        return Err(NEXT);
+    };
     set_key(&mut s.key, p, ct_dir::FORWARD);
     if let Some(v) = CONNECTIONS.get_ptr_mut(&s.key) {
         // SAFETY: a valid element.
@@ -191,6 +196,37 @@ fn incoming(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const Ct
         }
     }
     connect(ctx, front, config, link, s, now)
+}
+
+/// The client talks to the backend itself, by the port that it once used by way of a Service: the answers must not get
+/// the Service's name any more.
+#[inline(always)]
+fn forget(key: &mut CtKey, p: &Packet) {
+    (key.src, key.dst) = (p.dst, p.src);
+    (key.sport, key.dport) = (p.dport, p.sport);
+    (key.proto, key.dir, key.pad) = (p.proto, ct_dir::REPLY, 0);
+    if let Some(v) = CONNECTIONS.get_ptr(&*key) {
+        // SAFETY: a valid element.
+        if unsafe { (*v).flags } & ct_flags::REDIRECT == 0 {
+            // Gone already is as good.
+            let _ = CONNECTIONS.remove(&*key);
+        }
+    }
+}
+
+/// Whether the answers of this connection would meet those of another one, by which the same client reaches the same
+/// backend from the same port. A TCP connection that has ended makes room.
+#[inline(always)]
+fn clashes(s: &Scratch, now: u64) -> bool {
+    // SAFETY: elements are replaced as a whole.
+    match unsafe { CONNECTIONS.get(&s.rkey) } {
+        Some(old) => {
+            !(same(&old.src, &s.reply.src) && old.sport == s.reply.sport)
+                && old.flags & ct_flags::CLOSING == 0
+                && !idle(old, s.rkey.proto, now)
+        }
+        None => false,
+    }
 }
 
 /// A packet without a known connection: chooses a backend and notes the connection in both directions.
@@ -243,7 +279,13 @@ fn connect(
     (s.rkey.src, s.rkey.sport) = (s.forward.dst, s.forward.dport);
     (s.rkey.dst, s.rkey.dport) = (p.src, p.sport);
     (s.rkey.proto, s.rkey.dir, s.rkey.pad) = (p.proto, ct_dir::REPLY, 0);
-    if masquerade(ctx, flags, link, s) {
+    let mut own_source = masquerade(ctx, flags, link, s);
+    // Nothing can be sent to the node itself with a source of its own; there the newer connection wins.
+    if !own_source && !is_local(&s.forward.dst) && clashes(s, now) {
+        s.rkey.dst = own_address(link, s.packet.v4);
+        own_source = true;
+    }
+    if own_source {
         if is_unspecified(&s.rkey.dst) {
             return Err(dropped());
         }

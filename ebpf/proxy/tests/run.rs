@@ -14,6 +14,9 @@ use orlop_proxy::{Config, DatapathConfig, Sizes, purge, run};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+/// A process is in one cgroup, so the tests take turns.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 /// This process in a cgroup of its own, and the proxy's files; all removed on drop.
 struct Place {
     home: PathBuf,
@@ -133,6 +136,7 @@ async fn health(at: SocketAddr, path: &str) -> String {
 // 127.x.y.z as Service addresses: what is not translated is refused at once and leaves no packet on any network.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn services_follow_the_api_and_outlive_the_proxy() {
+    let _alone = ALONE.lock().await;
     let api = FakeApi::start().await;
     let place = Place::new(api.address);
     let (a, b) = (server("a"), server("b"));
@@ -211,4 +215,73 @@ async fn services_follow_the_api_and_outlive_the_proxy() {
     task.await.unwrap().unwrap();
     purge(&place.config).unwrap();
     assert!(ask("127.96.1.1:80").is_err());
+}
+
+/// The named number of Services with ten endpoints each.
+fn fill(api: &FakeApi, services: usize) {
+    for i in 0..services {
+        let (name, ip) =
+            (format!("s{i}"), format!("127.{}.{}.{}", 100 + i / 62_500, i / 250 % 250, i % 250 + 1));
+        let endpoints: Vec<_> = (0..10)
+            .map(|e| json!({"addresses": [format!("10.{e}.{}.{}", i / 250, i % 250 + 1)], "conditions": {"ready": true}}))
+            .collect();
+        let mut slice = slice(&name, 80);
+        slice["endpoints"] = json!(endpoints);
+        api.put("services", service(&name, &ip, json!({})));
+        api.put("endpointslices", slice);
+    }
+}
+
+/// From an empty kernel to all Services, then new ones beside them; returns the time of the first, and the median of the
+/// others, from the API server's event to the first answered connection.
+async fn at_scale(services: usize) -> (Duration, Duration) {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    fill(&api, services);
+    let mut place = Place::new(api.address);
+    let sizes =
+        Sizes { frontends: 65_536, slots: 262_144, backends: 131_072, connections: 256, sockets: 4096 };
+    place.config.datapath.sizes = sizes;
+    let begin = Instant::now();
+    let (stop, task) = start(&place.config).await;
+    let full = begin.elapsed();
+    let dump = {
+        use orlop_ebpf_loader::{Maps, RealMaps};
+        RealMaps::open(&place.config.datapath.pins).unwrap().dump().unwrap()
+    };
+    assert_eq!((dump.frontends.len(), dump.backends.len()), (services, services * 10));
+    assert!(dump.frontends.values().all(|v| v.count == 10));
+    let a = server("a");
+    let mut times = Vec::new();
+    for i in 0..20 {
+        let (name, ip) = (format!("t{i}"), format!("127.96.2.{}", i + 1));
+        api.put("endpointslices", slice(&name, a.port()));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        let begin = Instant::now();
+        api.put("services", service(&name, &ip, json!({})));
+        while ask(&format!("{ip}:80")).is_err() {
+            tokio::time::sleep(Duration::from_micros(100)).await;
+        }
+        times.push(begin.elapsed());
+    }
+    times.sort();
+    stop.cancel();
+    task.await.unwrap().unwrap();
+    (full, times[times.len() / 2])
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_services_are_complete() {
+    let (full, one) = at_scale(1000).await;
+    println!("1000 services: full sync {full:?}, one new {one:?}");
+}
+
+/// Measures; run it alone, with --release.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement: cargo test --release -p orlop-proxy --test run -- --ignored --nocapture"]
+async fn figures_at_scale() {
+    for services in [100, 5000, 10_000] {
+        let (full, one) = at_scale(services).await;
+        println!("{services} services: full sync {full:?}, one new p50 {one:?}");
+    }
 }

@@ -1,0 +1,240 @@
+//! Network namespaces that stand for a node with two pods, another node, and a client outside.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use orlop_base::testkit::unique_name;
+
+pub const BACKEND_PORT: u16 = 8080;
+/// For an answer that must come, and for one that must not.
+const PATIENCE: [Duration; 2] = [Duration::from_secs(5), Duration::from_millis(300)];
+
+pub struct Net(pub String);
+
+impl Net {
+    fn new(role: &str) -> Net {
+        let n = Net(unique_name(&format!("pxc{role}")));
+        ip(&format!("netns add {}", n.0));
+        // A fresh namespace: nobody answers for duplicate addresses, so nobody has to be waited for.
+        n.sysctl("net/ipv6/conf/default/accept_dad", "0");
+        n.ip("link set lo up");
+        n
+    }
+
+    pub fn ip(&self, args: &str) {
+        ip(&format!("-n {} {args}", self.0));
+    }
+
+    pub fn sysctl(&self, name: &str, value: &str) {
+        let (path, value) = (format!("/proc/sys/{name}"), value.to_owned());
+        // Not every kernel has each of them.
+        self.run(move || drop(std::fs::write(path, value))).join().unwrap();
+    }
+
+    /// Runs `f` on a thread of its own inside the namespace.
+    pub fn run<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> thread::JoinHandle<T> {
+        run_in(self.0.clone(), f)
+    }
+}
+
+pub fn run_in<T: Send + 'static>(
+    netns: String,
+    f: impl FnOnce() -> T + Send + 'static,
+) -> thread::JoinHandle<T> {
+    thread::spawn(move || {
+        let ns = File::open(format!("/run/netns/{netns}")).unwrap();
+        nix::sched::setns(ns, nix::sched::CloneFlags::CLONE_NEWNET).expect("run as root");
+        f()
+    })
+}
+
+impl Drop for Net {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+    }
+}
+
+fn ip(args: &str) {
+    let out = Command::new("ip")
+        .args(args.split_whitespace())
+        .output()
+        .expect("`ip` is missing: apt-get install iproute2");
+    assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// Addresses, IPv4 and IPv6.
+pub type Both = [&'static str; 2];
+pub const NODE: Both = ["10.71.1.1", "fd71:1::1"];
+pub const NODE_TO_OTHER: Both = ["10.71.2.1", "fd71:2::1"];
+pub const OUTSIDE: Both = ["10.71.1.2", "fd71:1::2"];
+pub const OTHER: Both = ["10.71.2.2", "fd71:2::2"];
+pub const POD: Both = ["10.71.128.2", "fd71:128::2"];
+pub const CLIENT_POD: Both = ["10.71.128.3", "fd71:128::3"];
+pub const REMOTE_POD: Both = ["10.71.129.2", "fd71:129::2"];
+
+pub struct World {
+    pub node: Net,
+    pub pod: Net,
+    pub client_pod: Net,
+    pub other: Net,
+    pub outside: Net,
+}
+
+impl World {
+    pub fn new() -> World {
+        let w = World {
+            node: Net::new("n"),
+            pod: Net::new("p"),
+            client_pod: Net::new("q"),
+            other: Net::new("m"),
+            outside: Net::new("o"),
+        };
+        for net in [&w.node, &w.other] {
+            net.sysctl("net/ipv4/ip_forward", "1");
+            net.sysctl("net/ipv6/conf/all/forwarding", "1");
+            // Refusals are counted, not rationed.
+            for name in ["net/ipv4/icmp_ratelimit", "net/ipv6/icmp/ratelimit"] {
+                net.sysctl(name, "0");
+            }
+            net.sysctl("net/ipv4/icmp_msgs_per_sec", "1000000");
+            net.sysctl("net/ipv4/icmp_msgs_burst", "100000");
+        }
+        for (name, far, own, theirs) in
+            [("up0", &w.outside, NODE, OUTSIDE), ("up1", &w.other, NODE_TO_OTHER, OTHER)]
+        {
+            w.node.ip(&format!("link add {name} type veth peer name eth0 netns {}", far.0));
+            for (addr, bits) in own.iter().zip([24, 64]) {
+                w.node.ip(&format!("addr add {addr}/{bits} dev {name}"));
+            }
+            w.node.ip(&format!("link set {name} up"));
+            far.ip("link set eth0 up");
+            for (addr, bits) in theirs.iter().zip([24, 64]) {
+                far.ip(&format!("addr add {addr}/{bits} dev eth0"));
+            }
+            for gateway in own {
+                far.ip(&format!("route add default via {gateway}"));
+            }
+        }
+        for (addr, bits) in REMOTE_POD.iter().zip([32, 128]) {
+            w.other.ip(&format!("addr add {addr}/{bits} dev lo"));
+        }
+        w.node.ip(&format!("route add 10.71.129.0/24 via {}", OTHER[0]));
+        w.node.ip(&format!("route add fd71:129::/64 via {}", OTHER[1]));
+        w.attach_pod("pod0", &w.pod, POD, 1);
+        w.attach_pod("pod1", &w.client_pod, CLIENT_POD, 2);
+        w
+    }
+
+    /// As our CNI plugin does: host routes and permanent neighbours.
+    fn attach_pod(&self, name: &str, pod: &Net, addresses: Both, number: u8) {
+        let (own, theirs) = (format!("02:71:00:00:00:{number:02x}"), format!("02:71:00:00:01:{number:02x}"));
+        self.node.ip(&format!(
+            "link add {name} address {own} type veth peer name eth0 address {theirs} netns {}",
+            pod.0
+        ));
+        self.node.ip(&format!("link set {name} up"));
+        pod.ip("link set eth0 up");
+        for (addr, (bits, gateway)) in addresses.iter().zip([(32, "169.254.1.1"), (128, "fe80::1")]) {
+            pod.ip(&format!("addr add {addr}/{bits} dev eth0"));
+            pod.ip(&format!("neigh replace {gateway} lladdr {own} dev eth0 nud permanent"));
+            if bits == 32 {
+                pod.ip(&format!("route add {gateway} dev eth0 scope link"));
+            }
+            pod.ip(&format!("route add default via {gateway} dev eth0"));
+            self.node.ip(&format!("neigh replace {addr} lladdr {theirs} dev {name} nud permanent"));
+            self.node.ip(&format!("route add {addr}/{bits} dev {name}"));
+        }
+    }
+}
+
+/// Says its name and the source that it sees, on both families and protocols.
+pub fn serve(net: &Net, name: &'static str, addresses: Both) {
+    let (tell, ready) = std::sync::mpsc::channel();
+    for addr in addresses {
+        let at = SocketAddr::new(addr.parse().unwrap(), BACKEND_PORT);
+        let told = tell.clone();
+        net.run(move || {
+            let l = TcpListener::bind(at).unwrap();
+            told.send(()).unwrap();
+            for mut s in l.incoming().flatten() {
+                let text = s.peer_addr().map(|p| format!("{name} {}", p.ip())).unwrap_or_default();
+                let _ = s.write_all(text.as_bytes());
+            }
+        });
+        let told = tell.clone();
+        net.run(move || {
+            let s = UdpSocket::bind(at).unwrap();
+            told.send(()).unwrap();
+            let mut buf = [0; 64];
+            while let Ok((_, from)) = s.recv_from(&mut buf) {
+                let _ = s.send_to(format!("{name} {}", from.ip()).as_bytes(), from);
+            }
+        });
+    }
+    for _ in 0..4 {
+        ready.recv().unwrap();
+    }
+}
+
+/// What a client saw: answers as `name source`, sorted, or `refused`, or `dropped`. `want`: how many different answers
+/// there are; 0 when none is to come.
+pub fn probe(udp: bool, to: SocketAddr, want: usize) -> String {
+    let patience = PATIENCE[usize::from(want == 0)];
+    let mut seen = std::collections::BTreeSet::new();
+    // A choice among two misses one of them 64 times in a row never.
+    for _ in 0..64 {
+        match if udp { ask_udp(to, patience) } else { ask_tcp(to, patience) } {
+            Ok(text) => drop(seen.insert(text)),
+            Err(e) => {
+                let code = e.raw_os_error();
+                seen.insert(match (e.kind(), code) {
+                    (std::io::ErrorKind::ConnectionRefused, _) => "refused".to_owned(),
+                    (std::io::ErrorKind::TimedOut | std::io::ErrorKind::WouldBlock, _)
+                    | (_, Some(libc_errno::EHOSTUNREACH)) => "dropped".to_owned(),
+                    _ => format!("error: {e}"),
+                });
+                break;
+            }
+        }
+        if seen.len() >= want {
+            break;
+        }
+    }
+    seen.into_iter().collect::<Vec<_>>().join(", ")
+}
+
+mod libc_errno {
+    pub const EHOSTUNREACH: i32 = 113;
+}
+
+fn ask_tcp(to: SocketAddr, patience: Duration) -> std::io::Result<String> {
+    let mut s = TcpStream::connect_timeout(&to, patience)?;
+    s.set_read_timeout(Some(patience))?;
+    let mut text = String::new();
+    s.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// A port that no other question has: nothing tells the end of a datagram flow, and one that meets another's tail gets
+/// another source. The helper's ports begin elsewhere, as it shares namespaces with us.
+fn next_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = if std::env::var_os(crate::HELPER).is_some() { 2_000 } else { 33_000 };
+    first + NEXT.fetch_add(1, Ordering::Relaxed) % 27_000
+}
+
+fn ask_udp(to: SocketAddr, patience: Duration) -> std::io::Result<String> {
+    let any: IpAddr = if to.is_ipv4() { "0.0.0.0".parse().unwrap() } else { "::".parse().unwrap() };
+    let s = UdpSocket::bind((any, next_port()))?;
+    s.set_read_timeout(Some(patience))?;
+    s.connect(to)?;
+    s.send(b"?")?;
+    let mut buf = [0; 64];
+    let n = s.recv(&mut buf)?;
+    Ok(String::from_utf8_lossy(&buf[..n]).into_owned())
+}
