@@ -153,6 +153,9 @@ pub struct NodeArgs {
     #[arg(long, default_value = "/opt/cni/bin")]
     pub cni_bin_dir: PathBuf,
 
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+
     /// The cgroup below which pods' cgroups are made
     #[arg(long, default_value = "/")]
     pub cgroup_root: String,
@@ -223,6 +226,30 @@ pub struct CriArgs {
     /// CNI plugins, besides those beside this program
     #[arg(long, default_value = "/opt/cni/bin")]
     pub cni_bin_dir: PathBuf,
+
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+}
+
+/// Who makes cgroups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CgroupDriver {
+    /// The runtime itself
+    Cgroupfs,
+    /// systemd, on the runtime's request
+    Systemd,
+}
+
+/// How the CRI server works, wherever it runs.
+#[derive(Clone, Debug, Args)]
+pub struct RuntimeArgs {
+    /// Who makes cgroups; a kubelet asks the CRI server and follows
+    #[arg(long, value_enum, default_value = "cgroupfs")]
+    pub cgroup_driver: CgroupDriver,
+
+    /// Mirrors and certificates of registries: <DIR>/<host>/hosts.toml, as containerd reads them
+    #[arg(long, value_name = "DIR", default_value = "/etc/containerd/certs.d")]
+    pub registry_config_dir: PathBuf,
 }
 
 /// The service load balancer alone, or a look at what is in the kernel.
@@ -300,7 +327,7 @@ pub enum ProxyCommand {
     Cleanup(BpfDir),
 }
 
-/// What `orlop image` does. All but `build` go to the CRI server, which owns the store.
+/// What `orlop image` does. All but `build` go to the CRI server, which owns the store, when it runs.
 #[derive(Clone, Debug, Subcommand)]
 pub enum ImageCommand {
     /// Pull an image from its registry
@@ -310,16 +337,26 @@ pub enum ImageCommand {
         #[command(flatten)]
         cri: CriSocket,
     },
-    /// Import an OCI layout or docker archive into the store of a stopped CRI server
+    /// Import an OCI layout or docker archive
     Import {
         /// A tar file, or the folder of an OCI layout
         archive: PathBuf,
         /// Name for an image that has none
         #[arg(long)]
         name: Option<String>,
-        /// The store's folder
-        #[arg(long, default_value = "/var/lib/orlop/images")]
-        images_dir: PathBuf,
+        #[command(flatten)]
+        store: StoreArgs,
+    },
+    /// Write images into an OCI layout archive
+    Export {
+        /// Names or ids
+        #[arg(required = true)]
+        references: Vec<String>,
+        /// The archive to write
+        #[arg(long, short)]
+        output: PathBuf,
+        #[command(flatten)]
+        store: StoreArgs,
     },
     /// List images
     Ls {
@@ -333,11 +370,10 @@ pub enum ImageCommand {
         #[command(flatten)]
         cri: CriSocket,
     },
-    /// Delete what no image and no container needs, in the store of a stopped CRI server
+    /// Delete what no image and no container needs
     Gc {
-        /// The store's folder
-        #[arg(long, default_value = "/var/lib/orlop/images")]
-        images_dir: PathBuf,
+        #[command(flatten)]
+        store: StoreArgs,
     },
     /// A root file system folder and a configuration -> an OCI archive
     Build {
@@ -365,6 +401,17 @@ pub enum ImageCommand {
         #[arg(long)]
         workdir: Option<String>,
     },
+}
+
+/// Which store: the CRI server's when it answers, else the folder itself.
+#[derive(Clone, Debug, Args)]
+pub struct StoreArgs {
+    #[command(flatten)]
+    pub cri: CriSocket,
+
+    /// The store's folder; given, a CRI server must be that one's [default: /var/lib/orlop/images]
+    #[arg(long, value_name = "DIR")]
+    pub images_dir: Option<PathBuf>,
 }
 
 /// Which CRI server.

@@ -1,29 +1,153 @@
-//! `orlop image`: what the CRI offers goes over its socket, the rest works on a store that nobody has open.
+//! `orlop image`: over the CRI server's socket when it answers; archives and garbage collection also on a store that nobody has open.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use futures::StreamExt;
 use orlop_images::{Build, GcReport, ImageStore, Options};
 use orlop_proto::cri;
 use orlop_proto::cri::image_service_client::ImageServiceClient;
+use orlop_proto::images;
+use orlop_proto::images::images_client::ImagesClient;
+use orlop_proto::images::import_request::Body;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::transport::Channel;
 
-use crate::args::{CriSocket, ImageCommand};
+use crate::args::{CriSocket, ImageCommand, StoreArgs};
 use crate::node::unix_path;
 use crate::{Failure, say};
 
-async fn connect(socket: &CriSocket) -> Result<ImageServiceClient<Channel>, Failure> {
+const DEFAULT_STORE: &str = "/var/lib/orlop/images";
+/// Bytes per message of an import.
+const CHUNK: usize = 1 << 20;
+
+async fn channel(socket: &CriSocket) -> Result<Channel, Failure> {
     let path = unix_path(&socket.endpoint);
-    let channel = tonic::transport::Endpoint::try_from(format!("unix://{}", path.display()))?
-        .connect()
-        .await
-        .map_err(|e| {
-            format!(
-                "no CRI server at {} ({}); start one or pass --endpoint",
-                path.display(),
-                orlop_base::telemetry::chain(&e)
-            )
-        })?;
-    Ok(ImageServiceClient::new(channel))
+    let endpoint = tonic::transport::Endpoint::try_from(format!("unix://{}", path.display()))?;
+    Ok(endpoint.connect().await.map_err(|e| {
+        format!(
+            "no CRI server at {} ({}); start one or pass --endpoint",
+            path.display(),
+            orlop_base::telemetry::chain(&e)
+        )
+    })?)
+}
+
+async fn connect(socket: &CriSocket) -> Result<ImageServiceClient<Channel>, Failure> {
+    Ok(ImageServiceClient::new(channel(socket).await?))
+}
+
+/// Where archives go.
+enum Store {
+    /// Nobody has it open.
+    Folder(ImageStore),
+    /// The CRI server has; the folder is the one that was asked for, if any.
+    Server(ImagesClient<Channel>, String),
+}
+
+impl Store {
+    /// With a folder given: that store, through the server only when it is open there. Without: the server's, else the usual folder.
+    async fn open(args: &StoreArgs) -> Result<Store, Failure> {
+        match &args.images_dir {
+            None => match channel(&args.cri).await {
+                Ok(c) => Ok(Store::Server(ImagesClient::new(c), String::new())),
+                Err(_) => Ok(Store::Folder(folder(Path::new(DEFAULT_STORE)).await?)),
+            },
+            Some(dir) => match folder(dir).await {
+                Ok(store) => Ok(Store::Folder(store)),
+                Err(e) if locked(&e) => match channel(&args.cri).await {
+                    Ok(c) => Ok(Store::Server(
+                        ImagesClient::new(c),
+                        std::path::absolute(dir)?.display().to_string(),
+                    )),
+                    // Somebody has it open, but not this socket's server.
+                    Err(_) => Err(e.into()),
+                },
+                Err(e) => Err(e.into()),
+            },
+        }
+    }
+}
+
+async fn folder(dir: &Path) -> Result<ImageStore, orlop_images::Error> {
+    ImageStore::open(dir, Options::default()).await
+}
+
+fn locked(e: &orlop_images::Error) -> bool {
+    matches!(e, orlop_images::Error::State(s) if matches!(**s, orlop_base::durable::Error::Locked { .. }))
+}
+
+async fn import(archive: PathBuf, name: Option<String>, args: &StoreArgs) -> Result<(), Failure> {
+    match Store::open(args).await? {
+        Store::Folder(store) => {
+            for image in store.import(&archive, name.as_deref()).await? {
+                say(format_args!("{} {}", image.id, image.repo_tags.join(" ")))?;
+            }
+        }
+        Store::Server(mut client, store) => {
+            if archive.is_dir() {
+                return Err(format!(
+                    "a running CRI server takes archives only: tar -C {} -cf FILE . and import that",
+                    archive.display()
+                )
+                .into());
+            }
+            let file = tokio::fs::File::open(&archive)
+                .await
+                .map_err(|e| format!("cannot open {}: {e}", archive.display()))?;
+            let start = images::ImportStart { name: name.unwrap_or_default(), store };
+            let head = futures::stream::iter([images::ImportRequest { body: Some(Body::Start(start)) }]);
+            // A read that fails ends the stream early; the server then finds the archive incomplete and keeps nothing of it.
+            let data = futures::stream::unfold(file, |mut file| async move {
+                let mut data = vec![0; CHUNK];
+                let n = file.read(&mut data).await.unwrap_or(0);
+                data.truncate(n);
+                (n > 0).then_some((images::ImportRequest { body: Some(Body::Data(data)) }, file))
+            });
+            let answer = client.import(head.chain(data)).await.map_err(status)?;
+            for image in answer.into_inner().images {
+                say(format_args!("{} {}", image.id, image.repo_tags.join(" ")))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn export(references: Vec<String>, output: &Path, args: &StoreArgs) -> Result<(), Failure> {
+    match Store::open(args).await? {
+        Store::Folder(store) => {
+            let names: Vec<&str> = references.iter().map(String::as_str).collect();
+            store.export(&names, output).await?;
+        }
+        Store::Server(mut client, _) => {
+            let request = images::ExportRequest { references };
+            let mut stream = client.export(request).await.map_err(status)?.into_inner();
+            let failed = |e: std::io::Error| format!("cannot write {}: {e}", output.display());
+            let mut file = tokio::fs::File::create(output).await.map_err(failed)?;
+            while let Some(part) = stream.message().await.map_err(status)? {
+                file.write_all(&part.data).await.map_err(failed)?;
+            }
+            file.flush().await.map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+async fn collect_garbage(args: &StoreArgs) -> Result<(), Failure> {
+    if let Some(dir) = args.images_dir.as_ref().filter(|d| !d.is_dir()) {
+        return Err(format!("{} is no image store; name it by --images-dir", dir.display()).into());
+    }
+    let (layers, blobs, bytes) = match Store::open(args).await? {
+        Store::Folder(store) => {
+            let GcReport { layers, blobs, bytes } = store.gc().await?;
+            (layers as u64, blobs as u64, bytes)
+        }
+        Store::Server(mut client, store) => {
+            let request = images::CollectGarbageRequest { store };
+            let r = client.collect_garbage(request).await.map_err(status)?.into_inner();
+            (r.layers, r.blobs, r.bytes)
+        }
+    };
+    say(format_args!("deleted {layers} layers and {blobs} blobs, {bytes} bytes"))
 }
 
 fn status(e: tonic::Status) -> Failure {
@@ -32,11 +156,6 @@ fn status(e: tonic::Status) -> Failure {
 
 fn spec(reference: String) -> Option<cri::ImageSpec> {
     Some(cri::ImageSpec { image: reference, ..Default::default() })
-}
-
-/// The store itself. A CRI server that runs holds its lock.
-async fn store(dir: &Path) -> Result<ImageStore, Failure> {
-    Ok(ImageStore::open(dir, Options::default()).await?)
 }
 
 pub async fn run(command: ImageCommand) -> Result<(), Failure> {
@@ -67,20 +186,9 @@ pub async fn run(command: ImageCommand) -> Result<(), Failure> {
             let request = cri::RemoveImageRequest { image: spec(reference) };
             client.remove_image(request).await.map_err(status)?;
         }
-        ImageCommand::Import { archive, name, images_dir } => {
-            for image in store(&images_dir).await?.import(&archive, name.as_deref()).await? {
-                say(format_args!("{} {}", image.id, image.repo_tags.join(" ")))?;
-            }
-        }
-        ImageCommand::Gc { images_dir } => {
-            if !images_dir.is_dir() {
-                return Err(
-                    format!("{} is no image store; name it by --images-dir", images_dir.display()).into()
-                );
-            }
-            let GcReport { layers, blobs, bytes } = store(&images_dir).await?.gc().await?;
-            say(format_args!("deleted {layers} layers and {blobs} blobs, {bytes} bytes"))?;
-        }
+        ImageCommand::Import { archive, name, store } => import(archive, name, &store).await?,
+        ImageCommand::Export { references, output, store } => export(references, &output, &store).await?,
+        ImageCommand::Gc { store } => collect_garbage(&store).await?,
         ImageCommand::Build { rootfs, output, tag, entrypoint, cmd, env, user, workdir } => {
             let mut config = oci_spec::image::Config::default();
             let some = |v: Vec<String>| (!v.is_empty()).then_some(v);

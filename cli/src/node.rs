@@ -14,7 +14,9 @@ use orlop_cni_types::{OrlopNetwork, render_conflist};
 use orlop_proxy::Question;
 
 use crate::Failure;
-use crate::args::{Address, AgentArgs, CriArgs, NodeArgs, ProxyArgs, ProxyCommand};
+use crate::args::{
+    Address, AgentArgs, CgroupDriver, CriArgs, NodeArgs, ProxyArgs, ProxyCommand, RuntimeArgs,
+};
 use crate::server::{default_address, wait};
 
 const DRAIN: Duration = Duration::from_secs(10);
@@ -89,7 +91,8 @@ impl Node {
 
     pub fn cri_config(&self) -> Result<orlop_cri::Config, Failure> {
         let a = &self.args;
-        cri_config(&a.run_dir.join("cri.sock"), &self.data_dir, &a.run_dir, &a.cni_conf_dir, &a.cni_bin_dir)
+        let socket = a.run_dir.join("cri.sock");
+        cri_config(&socket, &self.data_dir, &a.run_dir, &a.cni_conf_dir, &a.cni_bin_dir, &a.runtime)
     }
 
     /// The socket of the runtime that this node uses.
@@ -240,6 +243,7 @@ fn cri_config(
     run_dir: &Path,
     cni_conf_dir: &Path,
     cni_bin_dir: &Path,
+    runtime: &RuntimeArgs,
 ) -> Result<orlop_cri::Config, Failure> {
     let programs = program_dir()?;
     let monitor = programs.join("orlop-monitor");
@@ -259,6 +263,14 @@ fn cri_config(
         cni_conf_dir: cni_conf_dir.to_owned(),
         cni_bin_dirs: vec![cni_bin_dir.to_owned(), programs],
         cni_cache_dir: data_dir.join("cri/cni"),
+        images: orlop_images::Options {
+            certs_dir: Some(runtime.registry_config_dir.clone()),
+            ..Default::default()
+        },
+        cgroup_driver: match runtime.cgroup_driver {
+            CgroupDriver::Cgroupfs => orlop_cri::CgroupDriver::Cgroupfs,
+            CgroupDriver::Systemd => orlop_cri::CgroupDriver::Systemd,
+        },
         ..Default::default()
     })
 }
@@ -299,7 +311,14 @@ pub async fn run(args: AgentArgs) -> Result<(), Failure> {
 pub async fn run_cri(args: CriArgs) -> Result<(), Failure> {
     let stop = crate::shutdown::on_signal()?;
     let socket = unix_path(&args.listen);
-    let config = cri_config(&socket, &args.data_dir, &args.run_dir, &args.cni_conf_dir, &args.cni_bin_dir)?;
+    let config = cri_config(
+        &socket,
+        &args.data_dir,
+        &args.run_dir,
+        &args.cni_conf_dir,
+        &args.cni_bin_dir,
+        &args.runtime,
+    )?;
     Ok(orlop_cri::run(config, Ready::default(), stop).await?)
 }
 

@@ -1,4 +1,4 @@
-//! Wire contracts: CRI v1 and the monitor protocol. No logic.
+//! Wire contracts: CRI v1, the image store's service beside it, and the monitor protocol. No logic.
 
 /// CRI v1 at the level of Kubernetes 1.36: messages, clients and servers of both services.
 pub mod cri {
@@ -14,6 +14,12 @@ pub mod cri {
                 .finish_non_exhaustive()
         }
     }
+}
+
+/// What the CRI server offers of its image store beside CRI; see `images.proto`.
+pub mod images {
+    #![allow(clippy::all)]
+    tonic::include_proto!("orlop.images.v1");
 }
 
 /// The protocol between the CRI server and the per-pod monitor; see `monitor.proto`.

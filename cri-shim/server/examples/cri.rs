@@ -1,7 +1,8 @@
 //! Runs the CRI server alone: `cri --root DIR --monitor FILE [--cni-conf DIR] [--cni-bin DIR]...
-//! [--certs-dir DIR] [--cgroup-parent PATH] [--import ARCHIVE] [--purge]`. Everything is below the root folder; the socket is DIR/cri.sock.
+//! [--certs-dir DIR] [--cgroup-parent PATH] [--cni-timeout SECONDS] [--import ARCHIVE] [--purge]`. Everything is below the root folder; the socket is DIR/cri.sock.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use orlop_base::supervise::Ready;
 use orlop_cri::Config;
@@ -31,6 +32,10 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Asked, String> {
             "--monitor" => config.monitor = value.into(),
             "--cni-conf" => config.cni_conf_dir = value.into(),
             "--cni-bin" => cni_bin_dirs.push(value.into()),
+            "--cni-timeout" => {
+                let seconds = value.parse().map_err(|_| format!("{value} is no number of seconds"))?;
+                config.cni_timeout = Duration::from_secs(seconds);
+            }
             "--certs-dir" => config.images.certs_dir = Some(value.into()),
             "--cgroup-parent" => config.default_cgroup_parent = value,
             other => return Err(format!("unknown flag {other}")),

@@ -33,6 +33,8 @@ pub struct Config {
     pub cni_conf_dir: PathBuf,
     pub cni_bin_dirs: Vec<PathBuf>,
     pub cni_cache_dir: PathBuf,
+    /// How long one run of a plugin may take.
+    pub cni_timeout: Duration,
     /// Where exec, attach and port-forward connections arrive. Loopback unless the kubelet is elsewhere; port 0 takes a free one.
     pub streaming_listen: SocketAddr,
     /// A stream without traffic in either direction is ended after this long.
@@ -56,6 +58,7 @@ impl Default for Config {
             cni_conf_dir: "/etc/cni/net.d".into(),
             cni_bin_dirs: vec!["/opt/cni/bin".into()],
             cni_cache_dir: "/var/lib/orlop/cri/cni".into(),
+            cni_timeout: Duration::from_secs(60),
             streaming_listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             streaming_idle_timeout: Duration::from_secs(4 * 3600),
             cgroup_driver: CgroupDriver::Cgroupfs,
@@ -72,6 +75,11 @@ impl Config {
 
     pub(crate) fn container_state_dir(&self, id: &str) -> PathBuf {
         self.state_dir.join("containers").join(id)
+    }
+
+    /// Archives on their way into or out of the image store. Beside the records rather than in the run folder, which may lie in memory.
+    pub(crate) fn transfer_dir(&self) -> PathBuf {
+        self.state_dir.join("transfer")
     }
 
     /// The folder handed to the monitor.

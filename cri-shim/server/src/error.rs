@@ -1,5 +1,6 @@
 //! What can go wrong, and which gRPC status it becomes.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use orlop_base::telemetry::chain;
@@ -24,6 +25,10 @@ pub enum Error {
     Unimplemented(&'static str),
     #[error("{0}")]
     TooMany(String),
+    #[error(
+        "this server keeps its images in {}, not in {}; name its own folder or another socket", .here.display(), .meant.display()
+    )]
+    Store { meant: PathBuf, here: PathBuf },
     #[error("image {0:?} is not on this node; pull it first")]
     NoImage(String),
     #[error("cannot {what} {path}", path = path.display())]
@@ -59,14 +64,25 @@ impl Error {
     }
 }
 
+/// Whether the disk or a quota on it was full.
+fn is_full(e: &(dyn std::error::Error + 'static)) -> bool {
+    let io = |e: &(dyn std::error::Error + 'static)| {
+        e.downcast_ref::<std::io::Error>()
+            .is_some_and(|e| matches!(e.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+    };
+    std::iter::successors(Some(e), |e| e.source()).any(io)
+}
+
 impl From<Error> for Status {
     fn from(e: Error) -> Status {
         use monitor::Kind;
         let code = match &e {
+            // The caller can make room.
+            full if is_full(full) => Code::ResourceExhausted,
             Error::NotFound { .. } | Error::NoImage(_) => Code::NotFound,
             Error::Ambiguous { .. } | Error::Invalid(_) => Code::InvalidArgument,
             Error::NameTaken { .. } => Code::AlreadyExists,
-            Error::WrongState { .. } => Code::FailedPrecondition,
+            Error::WrongState { .. } | Error::Store { .. } => Code::FailedPrecondition,
             Error::Unimplemented(_) => Code::Unimplemented,
             Error::TooMany(_) => Code::ResourceExhausted,
             Error::ExecTimeout { .. } => Code::DeadlineExceeded,

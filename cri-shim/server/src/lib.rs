@@ -4,11 +4,13 @@
 
 mod config;
 mod container;
+mod deadline;
 mod error;
 mod events;
 mod facts;
 mod filter;
 mod image;
+mod image_store;
 mod monitor;
 mod mounts;
 mod network;

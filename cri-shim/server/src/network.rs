@@ -21,7 +21,12 @@ pub(crate) struct Network {
 impl Network {
     pub fn new(config: &Config) -> Network {
         Network {
-            cni: Cni::new(config.cni_conf_dir.clone(), config.cni_bin_dirs.clone(), &config.cni_cache_dir),
+            cni: Cni::with_limit(
+                config.cni_conf_dir.clone(),
+                config.cni_bin_dirs.clone(),
+                &config.cni_cache_dir,
+                config.cni_timeout,
+            ),
         }
     }
 

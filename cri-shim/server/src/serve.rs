@@ -12,11 +12,13 @@ use orlop_images::ImageStore;
 use orlop_proto::cri;
 use orlop_proto::cri::image_service_server::ImageServiceServer;
 use orlop_proto::cri::runtime_service_server::RuntimeServiceServer;
+use orlop_proto::images::images_server::ImagesServer;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::deadline::Deadline;
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::facts::Facts;
@@ -52,6 +54,8 @@ async fn open(
         tasks: TaskGroup::new(stop),
         config,
     });
+    // Archives that a killed server was receiving.
+    crate::mounts::remove_tree(&runtime.config.transfer_dir())?;
     runtime.recover().await?;
     Ok(runtime)
 }
@@ -94,16 +98,18 @@ pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Resul
     tasks.spawn_essential("streaming server", streaming::serve(runtime.clone(), streaming));
     let service = Service(runtime.clone());
     let server = tonic::transport::Server::builder()
+        .layer(tower::layer::layer_fn(Deadline::new))
         .add_service(
             RuntimeServiceServer::new(service.clone())
                 .max_decoding_message_size(MAX_MESSAGE)
                 .max_encoding_message_size(36 << 20),
         )
         .add_service(
-            ImageServiceServer::new(service)
+            ImageServiceServer::new(service.clone())
                 .max_decoding_message_size(MAX_MESSAGE)
                 .max_encoding_message_size(MAX_MESSAGE),
-        );
+        )
+        .add_service(ImagesServer::new(service));
     let token = tasks.stop_token();
     tasks.spawn_essential("CRI server", async move {
         let stopped = token.clone();

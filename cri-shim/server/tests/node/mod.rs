@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use orlop_base::testkit::unique_name;
 use orlop_proto::cri;
 use orlop_proto::cri::runtime_service_client::RuntimeServiceClient;
+use orlop_proto::images::images_client::ImagesClient;
 use tonic::transport::{Channel, Endpoint};
 
 pub const IMAGE: &str = "localhost/busybox:test";
@@ -82,8 +83,26 @@ pub async fn wait_for(what: &str, mut check: impl FnMut() -> bool) {
 
 impl Node {
     pub async fn start(name: &str, env: &[(&str, &str)]) -> Node {
+        let dir = Node::folder(name);
+        Node::start_in(dir, env).await
+    }
+
+    /// A server whose disk is a small one of its own.
+    pub async fn start_on_disk(name: &str, megabytes: u64) -> Node {
+        let dir = Node::folder(name);
+        fs::create_dir_all(&dir).unwrap();
+        let size = format!("size={megabytes}m");
+        nix::mount::mount(Some("tmpfs"), &dir, Some("tmpfs"), nix::mount::MsFlags::empty(), Some(size.as_str()))
+            .unwrap();
+        Node::start_in(dir, &[]).await
+    }
+
+    fn folder(name: &str) -> PathBuf {
+        PathBuf::from("/tmp").join(unique_name(&format!("cri-{name}-")))
+    }
+
+    async fn start_in(dir: PathBuf, env: &[(&str, &str)]) -> Node {
         assert!(nix::unistd::geteuid().is_root(), "run this test as root");
-        let dir = PathBuf::from("/tmp").join(unique_name(&format!("cri-{name}-")));
         fs::create_dir_all(dir.join("cni-conf")).unwrap();
         let cgroup = format!("/{}", dir.file_name().unwrap().to_string_lossy());
         let mut node = Node { dir, cgroup, child: None };
@@ -113,6 +132,7 @@ impl Node {
             .arg(self.dir.join("cni-bin"))
             .arg("--cgroup-parent")
             .arg(&self.cgroup)
+            .args(["--cni-timeout", "3"])
             .envs(env.iter().copied());
         command
     }
@@ -168,6 +188,10 @@ impl Node {
     }
 
     async fn try_client(&self) -> Result<RuntimeServiceClient<Channel>, tonic::transport::Error> {
+        self.channel().await.map(RuntimeServiceClient::new)
+    }
+
+    pub async fn channel(&self) -> Result<Channel, tonic::transport::Error> {
         let socket = self.dir.join("cri.sock");
         let connect = tower::service_fn(move |_| {
             let socket = socket.clone();
@@ -177,9 +201,11 @@ impl Node {
                 ))
             }
         });
-        Ok(RuntimeServiceClient::new(
-            Endpoint::from_static("http://cri").connect_with_connector(connect).await?,
-        ))
+        Endpoint::from_static("http://cri").connect_with_connector(connect).await
+    }
+
+    pub async fn images(&self) -> ImagesClient<Channel> {
+        ImagesClient::new(self.channel().await.unwrap())
     }
 
     pub async fn client(&self) -> RuntimeServiceClient<Channel> {
@@ -379,6 +405,8 @@ impl Drop for Node {
         for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
             let _ = fs::remove_dir(hierarchy.path().join(self.cgroup.trim_start_matches('/')));
         }
+        // Only a disk of its own is mounted there.
+        let _ = nix::mount::umount(&self.dir);
         let _ = fs::remove_dir_all(&self.dir);
     }
 }

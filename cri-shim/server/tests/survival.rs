@@ -1,0 +1,308 @@
+//! What the server keeps through kills at random moments, full disks, broken records and broken plugins.
+//! Needs root, `orlop-monitor` (`cargo build -p orlop-monitor`, or ORLOP_MONITOR) and busybox-static.
+
+mod node;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use node::{Node, container_config, exec, sandbox_config, wait_for};
+use orlop_proto::{cri, images};
+use rand::Rng;
+use tonic::Code;
+
+const RUNNING: i32 = cri::ContainerState::ContainerRunning as i32;
+const READY: i32 = cri::PodSandboxState::SandboxReady as i32;
+
+/// Installs a plugin that runs `add` on ADD and keeps a file per attached pod in `attached/`.
+fn plugin(node: &Node, add: &str) {
+    use std::os::unix::fs::PermissionsExt;
+    let attached = node.dir.join("attached");
+    fs::create_dir_all(&attached).unwrap();
+    let bin = node.dir.join("cni-bin");
+    fs::create_dir_all(&bin).unwrap();
+    let script = format!(
+        "#!/bin/sh\ncat > /dev/null\ncd {}\ncase $CNI_COMMAND in\nADD) {add};;\nDEL) rm -f $CNI_CONTAINERID;;\n\
+         VERSION) echo '{{\"cniVersion\":\"1.0.0\",\"supportedVersions\":[\"1.0.0\"]}}';;\nesac\n",
+        attached.display()
+    );
+    // Replaced as a whole: the old one may run just now.
+    let file = bin.join("keeping");
+    fs::write(bin.join("new"), script).unwrap();
+    fs::set_permissions(bin.join("new"), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::rename(bin.join("new"), file).unwrap();
+    let conf = r#"{"cniVersion":"1.0.0","name":"test","plugins":[{"type":"keeping"}]}"#;
+    fs::write(node.dir.join("cni-conf/10-test.conflist"), conf).unwrap();
+}
+
+const GOOD_ADD: &str = r#"touch $CNI_CONTAINERID; echo "{\"cniVersion\":\"1.0.0\",\"interfaces\":[{\"name\":\"eth0\",\"sandbox\":\"$CNI_NETNS\"}],\"ips\":[{\"address\":\"10.99.0.7/24\",\"interface\":0}]}""#;
+
+/// Names in `dir` that look like ids.
+fn ids_in(dir: &Path) -> BTreeSet<String> {
+    let names = fs::read_dir(dir).into_iter().flatten().flatten();
+    names
+        .filter_map(|e| e.file_name().into_string().ok())
+        .filter(|n| n.len() >= 64 && n.as_bytes()[..64].iter().all(u8::is_ascii_hexdigit))
+        .map(|n| n[..64].to_owned())
+        .collect()
+}
+
+/// Sandboxes whose monitor runs, by the kernel's account.
+fn monitors(node: &Node) -> BTreeSet<String> {
+    let run = node.dir.join("run/s").to_string_lossy().into_owned();
+    let lines = fs::read_dir("/proc").unwrap().flatten().filter_map(|e| fs::read(e.path().join("cmdline")).ok());
+    lines
+        .filter_map(|l| {
+            let line = String::from_utf8_lossy(&l).replace('\0', " ");
+            let at = line.find(&format!("--dir {run}/"))? + "--dir ".len() + run.len() + 1;
+            line.get(at..at + 64).map(str::to_owned)
+        })
+        .collect()
+}
+
+/// The server's view of things against the kernel's.
+async fn same_view(node: &Node, when: &str) {
+    let mut client = node.client().await;
+    let pods = node.pods().await;
+    let containers = node.list(None).await;
+    let ready: BTreeSet<String> = pods.iter().filter(|p| p.state == READY).map(|p| p.id.clone()).collect();
+    let all: BTreeSet<String> =
+        pods.iter().map(|p| p.id.clone()).chain(containers.iter().map(|c| c.id.clone())).collect();
+    assert_eq!(monitors(node), ready, "{when}: monitors");
+    assert_eq!(ids_in(&node.dir.join("attached")), ready, "{when}: network attachments");
+    assert_eq!(ids_in(&node.dir.join("run/s")), ready, "{when}: run folders");
+    let known: BTreeSet<String> = containers.iter().map(|c| c.id.clone()).collect();
+    assert_eq!(ids_in(&node.dir.join("images/rootfs")), known, "{when}: root file systems");
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let base = node.dir.join("run/s").to_string_lossy().into_owned();
+    for point in mounts.lines().filter_map(|l| l.split(' ').nth(4)).filter(|p| p.starts_with(&base)) {
+        let owner = point[base.len() + 1..].split('/').next().unwrap();
+        assert!(ready.contains(owner), "{when}: {point} belongs to nobody");
+    }
+    for hierarchy in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+        let group = hierarchy.path().join(node.cgroup.trim_start_matches('/'));
+        let left: Vec<String> = ids_in(&group).difference(&all).cloned().collect();
+        assert!(left.is_empty(), "{when}: cgroups left in {}: {left:?}", group.display());
+    }
+    for c in &containers {
+        let request = cri::ContainerStatusRequest { container_id: c.id.clone(), verbose: true };
+        let status = client.container_status(request).await.unwrap().into_inner();
+        let info: serde_json::Value = serde_json::from_str(&status.info["info"]).unwrap();
+        let pid = info["pid"].as_u64().unwrap_or(0);
+        let runs = status.status.unwrap().state == RUNNING;
+        assert_eq!(runs, pid > 0 && Path::new(&format!("/proc/{pid}")).exists(), "{when}: {} pid {pid}", c.id);
+    }
+}
+
+/// Makes, uses and removes pods until the server is gone.
+async fn busy(node: &Node, worker: usize) {
+    let Ok(channel) = node.channel().await else { return };
+    let mut client = cri::runtime_service_client::RuntimeServiceClient::new(channel);
+    loop {
+        let config = sandbox_config(node, &format!("busy{worker}"), false);
+        let run = cri::RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
+        let Ok(pod) = client.run_pod_sandbox(run).await else { return };
+        let pod = pod.into_inner().pod_sandbox_id;
+        let create = cri::CreateContainerRequest {
+            pod_sandbox_id: pod.clone(),
+            config: Some(container_config("main", &["sleep", "1000"])),
+            sandbox_config: Some(config),
+        };
+        let Ok(c) = client.create_container(create).await else { return };
+        let id = c.into_inner().container_id;
+        let start = cri::StartContainerRequest { container_id: id.clone() };
+        if client.start_container(start).await.is_err() || exec(&mut client, &id, &["true"], 5).await.is_err() {
+            return;
+        }
+        let stop = cri::StopPodSandboxRequest { pod_sandbox_id: pod.clone() };
+        let remove = cri::RemovePodSandboxRequest { pod_sandbox_id: pod };
+        if client.stop_pod_sandbox(stop).await.is_err() || client.remove_pod_sandbox(remove).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The counter that a container prints has no gap and no repeat.
+fn counted(log: &str) -> usize {
+    let text = fs::read_to_string(log).unwrap();
+    let numbers: Vec<usize> = text.lines().filter_map(|l| l.rsplit(' ').next()?.parse().ok()).collect();
+    for (i, n) in numbers.iter().enumerate() {
+        assert_eq!(i, *n, "a line is lost or repeated");
+    }
+    numbers.len()
+}
+
+#[tokio::test]
+async fn kills_at_random_moments_lose_nothing() {
+    let mut node = Node::start("random", &[]).await;
+    plugin(&node, GOOD_ADD);
+    let config = sandbox_config(&node, "steady", false);
+    let steady = node.run_pod(&config).await.unwrap();
+    let script = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.01; done";
+    let counter = node.run_container(&steady, container_config("counter", &["sh", "-c", script]), &config).await;
+    let (pid, log) = (node.pid_of(&counter).await, node.status(&counter).await.log_path);
+    let rounds: u32 = std::env::var("ORLOP_KILL_ROUNDS").ok().and_then(|r| r.parse().ok()).unwrap_or(25);
+    let start = Instant::now();
+    let mut done = 0;
+    while done < rounds && (start.elapsed() < Duration::from_secs(35) || rounds > 25) {
+        let moment = Duration::from_millis(rand::rng().random_range(1..600));
+        {
+            let work = async { tokio::join!(busy(&node, 0), busy(&node, 1), busy(&node, 2)) };
+            // Dropped in the middle, as a client whose server dies.
+            let _ = tokio::time::timeout(moment, work).await;
+        }
+        node.kill();
+        node.restart(&[]).await;
+        let when = format!("round {done}, killed after {moment:?}");
+        same_view(&node, &when).await;
+        assert_eq!(node.pid_of(&counter).await, pid, "{when}");
+        for pod in node.pods().await.into_iter().filter(|p| p.id != steady) {
+            let request = cri::RemovePodSandboxRequest { pod_sandbox_id: pod.id };
+            node.client().await.remove_pod_sandbox(request).await.unwrap();
+        }
+        done += 1;
+    }
+    same_view(&node, "at the end").await;
+    let before = counted(&log);
+    wait_for("more lines", || counted(&log) > before).await;
+    println!("{done} rounds");
+    node.purge_and_check();
+}
+
+#[tokio::test]
+async fn a_plugin_that_hangs_or_talks_nonsense_costs_one_pod() {
+    let mut node = Node::start("plugin", &[]).await;
+    let config = sandbox_config(&node, "plugin", false);
+    plugin(&node, "touch $CNI_CONTAINERID; sleep 1000");
+    // The server's own limit for a plugin is 3 s here.
+    let e = node.run_pod(&config).await.unwrap_err();
+    assert!(e.message().contains("network"), "{e}");
+    // A caller that does not wait that long, and a server that is killed meanwhile.
+    let mut request = tonic::Request::new(cri::RunPodSandboxRequest {
+        config: Some(config.clone()),
+        runtime_handler: String::new(),
+    });
+    request.set_timeout(Duration::from_millis(300));
+    let e = node.client().await.run_pod_sandbox(request).await.unwrap_err();
+    assert_eq!(e.code(), Code::DeadlineExceeded, "{e}");
+    node.kill();
+    plugin(&node, "touch $CNI_CONTAINERID; echo '{nonsense'");
+    node.restart(&[]).await;
+    let e = node.run_pod(&config).await.unwrap_err();
+    assert!(e.message().contains("network"), "{e}");
+    plugin(&node, GOOD_ADD);
+    same_view(&node, "after three failures").await;
+    node.run_pod(&config).await.unwrap();
+    same_view(&node, "after a success").await;
+    node.purge_and_check();
+}
+
+#[tokio::test]
+async fn broken_records_are_cleaned_up() {
+    let mut node = Node::start("broken", &[]).await;
+    plugin(&node, GOOD_ADD);
+    let mut pods = Vec::new();
+    for name in ["cut", "empty", "whole"] {
+        let config = sandbox_config(&node, name, false);
+        let pod = node.run_pod(&config).await.unwrap();
+        let id = node.run_container(&pod, container_config("main", &["sleep", "1000"]), &config).await;
+        pods.push((pod, id));
+    }
+    node.kill();
+    let record = |pod: &str| node.dir.join("state/sandboxes").join(pod).join("sandbox.json");
+    let text = fs::read(record(&pods[0].0)).unwrap();
+    fs::write(record(&pods[0].0), &text[..text.len() / 2]).unwrap();
+    fs::write(record(&pods[1].0), "").unwrap();
+    fs::write(node.dir.join("state/containers").join(&pods[2].1).join("container.json"), "{").unwrap();
+    node.restart(&[]).await;
+    same_view(&node, "after the restart").await;
+    let left: Vec<String> = node.pods().await.into_iter().map(|p| p.id).collect();
+    assert_eq!(left, [pods[2].0.as_str()]);
+    assert!(node.list(None).await.is_empty());
+    // All names are free again.
+    for name in ["cut", "empty"] {
+        node.run_pod(&sandbox_config(&node, name, false)).await.unwrap();
+    }
+    let config = sandbox_config(&node, "whole", false);
+    node.run_container(&pods[2].0, container_config("main", &["sleep", "1000"]), &config).await;
+    node.purge_and_check();
+}
+
+#[tokio::test]
+async fn a_full_disk_is_said_and_leaves_nothing() {
+    let node = Node::start_on_disk("full", 48).await;
+    plugin(&node, GOOD_ADD);
+    let config = sandbox_config(&node, "full", false);
+    let pod = node.run_pod(&config).await.unwrap();
+    let id = node.run_container(&pod, container_config("before", &["sleep", "1000"]), &config).await;
+    let filler = node.dir.join("filler");
+    let mut block = vec![0u8; 1 << 20];
+    let mut file = fs::File::create(&filler).unwrap();
+    while !block.is_empty() {
+        use std::io::Write;
+        if file.write_all(&block).is_err() {
+            block.truncate(block.len() / 2);
+        }
+    }
+    let other = sandbox_config(&node, "other", false);
+    for _ in 0..2 {
+        let e = node.run_pod(&other).await.unwrap_err();
+        assert_eq!(e.code(), Code::ResourceExhausted, "{e}");
+        let e = node.create(&pod, container_config("during", &["true"]), &config).await.unwrap_err();
+        assert_eq!(e.code(), Code::ResourceExhausted, "{e}");
+    }
+    // What runs is reachable.
+    let mut client = node.client().await;
+    assert_eq!(exec(&mut client, &id, &["true"], 5).await.unwrap().exit_code, 0);
+    fs::remove_file(&filler).unwrap();
+    same_view(&node, "with room again").await;
+    node.run_pod(&other).await.unwrap();
+    node.run_container(&pod, container_config("during", &["sleep", "1000"]), &config).await;
+    same_view(&node, "after it went on").await;
+    node.purge_and_check();
+}
+
+#[tokio::test]
+async fn archives_move_while_the_server_runs() {
+    let node = Node::start("archive", &[]).await;
+    let mut client = node.images().await;
+    let request = images::ExportRequest { references: vec![node::IMAGE.to_owned()] };
+    let mut stream = client.export(request).await.unwrap().into_inner();
+    let mut archive = Vec::new();
+    while let Some(part) = stream.message().await.unwrap() {
+        archive.extend(part.data);
+    }
+    let request = cri::RemoveImageRequest {
+        image: Some(cri::ImageSpec { image: node::IMAGE.to_owned(), ..Default::default() }),
+    };
+    let mut cri_images =
+        cri::image_service_client::ImageServiceClient::new(node.channel().await.unwrap());
+    cri_images.remove_image(request).await.unwrap();
+    client.collect_garbage(images::CollectGarbageRequest::default()).await.unwrap();
+    assert!(cri_images.list_images(cri::ListImagesRequest::default()).await.unwrap().into_inner().images.is_empty());
+
+    let import = |bytes: &[u8], store: &str| {
+        let start = images::ImportStart { name: String::new(), store: store.to_owned() };
+        let mut messages =
+            vec![images::ImportRequest { body: Some(images::import_request::Body::Start(start)) }];
+        messages.extend(bytes.chunks(100_000).map(|c| images::ImportRequest {
+            body: Some(images::import_request::Body::Data(c.to_vec())),
+        }));
+        let mut client = client.clone();
+        async move { client.import(futures::stream::iter(messages)).await }
+    };
+    assert_eq!(import(&archive, "/nowhere").await.unwrap_err().code(), Code::FailedPrecondition);
+    // Half an archive is none.
+    import(&archive[..archive.len() / 2], "").await.unwrap_err();
+    let store = node.dir.join("images").to_string_lossy().into_owned();
+    let done = import(&archive, &store).await.unwrap().into_inner();
+    assert_eq!(done.images[0].repo_tags, [node::IMAGE]);
+    let left = fs::read_dir(node.dir.join("state/transfer")).unwrap().count();
+    assert_eq!(left, 0, "archives left");
+    let config = sandbox_config(&node, "archive", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    node.run_container(&pod, container_config("main", &["sleep", "1000"]), &config).await;
+    node.purge_and_check();
+}
