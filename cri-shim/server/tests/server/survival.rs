@@ -1,14 +1,12 @@
 //! What the server keeps through kills at random moments, full disks, broken records and broken plugins.
 //! Needs root, `orlop-monitor` (`cargo build -p orlop-monitor`, or ORLOP_MONITOR) and busybox-static.
 
-mod node;
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use node::{Node, container_config, exec, sandbox_config, wait_for};
+use crate::node::{IMAGE, Node, container_config, exec, sandbox_config, wait_for};
 use orlop_proto::{cri, images};
 use rand::Rng;
 use tonic::Code;
@@ -52,7 +50,8 @@ fn ids_in(dir: &Path) -> BTreeSet<String> {
 /// Sandboxes whose monitor runs, by the kernel's account.
 fn monitors(node: &Node) -> BTreeSet<String> {
     let run = node.dir.join("run/s").to_string_lossy().into_owned();
-    let lines = fs::read_dir("/proc").unwrap().flatten().filter_map(|e| fs::read(e.path().join("cmdline")).ok());
+    let lines =
+        fs::read_dir("/proc").unwrap().flatten().filter_map(|e| fs::read(e.path().join("cmdline")).ok());
     lines
         .filter_map(|l| {
             let line = String::from_utf8_lossy(&l).replace('\0', " ");
@@ -92,7 +91,12 @@ async fn same_view(node: &Node, when: &str) {
         let info: serde_json::Value = serde_json::from_str(&status.info["info"]).unwrap();
         let pid = info["pid"].as_u64().unwrap_or(0);
         let runs = status.status.unwrap().state == RUNNING;
-        assert_eq!(runs, pid > 0 && Path::new(&format!("/proc/{pid}")).exists(), "{when}: {} pid {pid}", c.id);
+        assert_eq!(
+            runs,
+            pid > 0 && Path::new(&format!("/proc/{pid}")).exists(),
+            "{when}: {} pid {pid}",
+            c.id
+        );
     }
 }
 
@@ -113,7 +117,8 @@ async fn busy(node: &Node, worker: usize) {
         let Ok(c) = client.create_container(create).await else { return };
         let id = c.into_inner().container_id;
         let start = cri::StartContainerRequest { container_id: id.clone() };
-        if client.start_container(start).await.is_err() || exec(&mut client, &id, &["true"], 5).await.is_err() {
+        if client.start_container(start).await.is_err() || exec(&mut client, &id, &["true"], 5).await.is_err()
+        {
             return;
         }
         let stop = cri::StopPodSandboxRequest { pod_sandbox_id: pod.clone() };
@@ -141,7 +146,8 @@ async fn kills_at_random_moments_lose_nothing() {
     let config = sandbox_config(&node, "steady", false);
     let steady = node.run_pod(&config).await.unwrap();
     let script = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.01; done";
-    let counter = node.run_container(&steady, container_config("counter", &["sh", "-c", script]), &config).await;
+    let counter =
+        node.run_container(&steady, container_config("counter", &["sh", "-c", script]), &config).await;
     let (pid, log) = (node.pid_of(&counter).await, node.status(&counter).await.log_path);
     let rounds: u32 = std::env::var("ORLOP_KILL_ROUNDS").ok().and_then(|r| r.parse().ok()).unwrap_or(25);
     let start = Instant::now();
@@ -268,37 +274,45 @@ async fn a_full_disk_is_said_and_leaves_nothing() {
 async fn archives_move_while_the_server_runs() {
     let node = Node::start("archive", &[]).await;
     let mut client = node.images().await;
-    let request = images::ExportRequest { references: vec![node::IMAGE.to_owned()] };
+    let request = images::ExportRequest { references: vec![IMAGE.to_owned()] };
     let mut stream = client.export(request).await.unwrap().into_inner();
     let mut archive = Vec::new();
     while let Some(part) = stream.message().await.unwrap() {
         archive.extend(part.data);
     }
     let request = cri::RemoveImageRequest {
-        image: Some(cri::ImageSpec { image: node::IMAGE.to_owned(), ..Default::default() }),
+        image: Some(cri::ImageSpec { image: IMAGE.to_owned(), ..Default::default() }),
     };
-    let mut cri_images =
-        cri::image_service_client::ImageServiceClient::new(node.channel().await.unwrap());
+    let mut cri_images = cri::image_service_client::ImageServiceClient::new(node.channel().await.unwrap());
     cri_images.remove_image(request).await.unwrap();
     client.collect_garbage(images::CollectGarbageRequest::default()).await.unwrap();
-    assert!(cri_images.list_images(cri::ListImagesRequest::default()).await.unwrap().into_inner().images.is_empty());
+    assert!(
+        cri_images
+            .list_images(cri::ListImagesRequest::default())
+            .await
+            .unwrap()
+            .into_inner()
+            .images
+            .is_empty()
+    );
 
-    let import = |bytes: &[u8], store: &str| {
-        let start = images::ImportStart { name: String::new(), store: store.to_owned() };
-        let mut messages =
-            vec![images::ImportRequest { body: Some(images::import_request::Body::Start(start)) }];
-        messages.extend(bytes.chunks(100_000).map(|c| images::ImportRequest {
-            body: Some(images::import_request::Body::Data(c.to_vec())),
-        }));
-        let mut client = client.clone();
-        async move { client.import(futures::stream::iter(messages)).await }
-    };
+    let import =
+        |bytes: &[u8], store: &str| {
+            let start = images::ImportStart { name: String::new(), store: store.to_owned() };
+            let mut messages =
+                vec![images::ImportRequest { body: Some(images::import_request::Body::Start(start)) }];
+            messages.extend(bytes.chunks(100_000).map(|c| images::ImportRequest {
+                body: Some(images::import_request::Body::Data(c.to_vec())),
+            }));
+            let mut client = client.clone();
+            async move { client.import(futures::stream::iter(messages)).await }
+        };
     assert_eq!(import(&archive, "/nowhere").await.unwrap_err().code(), Code::FailedPrecondition);
     // Half an archive is none.
     import(&archive[..archive.len() / 2], "").await.unwrap_err();
     let store = node.dir.join("images").to_string_lossy().into_owned();
     let done = import(&archive, &store).await.unwrap().into_inner();
-    assert_eq!(done.images[0].repo_tags, [node::IMAGE]);
+    assert_eq!(done.images[0].repo_tags, [IMAGE]);
     let left = fs::read_dir(node.dir.join("state/transfer")).unwrap().count();
     assert_eq!(left, 0, "archives left");
     let config = sandbox_config(&node, "archive", true);

@@ -92,8 +92,14 @@ impl Node {
         let dir = Node::folder(name);
         fs::create_dir_all(&dir).unwrap();
         let size = format!("size={megabytes}m");
-        nix::mount::mount(Some("tmpfs"), &dir, Some("tmpfs"), nix::mount::MsFlags::empty(), Some(size.as_str()))
-            .unwrap();
+        nix::mount::mount(
+            Some("tmpfs"),
+            &dir,
+            Some("tmpfs"),
+            nix::mount::MsFlags::empty(),
+            Some(size.as_str()),
+        )
+        .unwrap();
         Node::start_in(dir, &[]).await
     }
 

@@ -1,12 +1,10 @@
 //! Pods on a real server with the real monitor: over gRPC and with crictl, through kills of the server and of a monitor.
 //! Needs root, `orlop-monitor` (`cargo build -p orlop-monitor`, or ORLOP_MONITOR), busybox-static and crictl (PATH or ORLOP_CRICTL).
 
-mod node;
-
 use std::fs;
 use std::time::Duration;
 
-use node::{Node, container_config, exec, sandbox_config, wait_for};
+use crate::node::{IMAGE, Node, container_config, exec, sandbox_config, wait_for};
 use orlop_proto::cri;
 
 const RUNNING: i32 = cri::ContainerState::ContainerRunning as i32;
@@ -326,7 +324,7 @@ async fn crictl_runs_a_pod() {
     fs::write(&pod, text.to_string()).unwrap();
     let script = "mkdir /www; echo page > /www/index.html; httpd -p 127.0.0.1:8099 -h /www; echo ready; cat; sleep 1000";
     let text = serde_json::json!({
-        "metadata": {"name": "main"}, "image": {"image": node::IMAGE}, "log_path": "main.log", "stdin": true,
+        "metadata": {"name": "main"}, "image": {"image": IMAGE}, "log_path": "main.log", "stdin": true,
         "command": ["sh", "-c", script], "linux": {},
     });
     fs::write(&main, text.to_string()).unwrap();
