@@ -256,6 +256,7 @@ fn cri_config(
         run_dir: run_dir.join("cri"),
         images_dir: data_dir.join("images"),
         images: orlop_images::Options {
+            certs_dir: Some(runtime.registry_config_dir.clone()),
             proxies: orlop_images::Proxies::from_env(),
             ..orlop_images::Options::default()
         },
@@ -263,10 +264,6 @@ fn cri_config(
         cni_conf_dir: cni_conf_dir.to_owned(),
         cni_bin_dirs: vec![cni_bin_dir.to_owned(), programs],
         cni_cache_dir: data_dir.join("cri/cni"),
-        images: orlop_images::Options {
-            certs_dir: Some(runtime.registry_config_dir.clone()),
-            ..Default::default()
-        },
         cgroup_driver: match runtime.cgroup_driver {
             CgroupDriver::Cgroupfs => orlop_cri::CgroupDriver::Cgroupfs,
             CgroupDriver::Systemd => orlop_cri::CgroupDriver::Systemd,

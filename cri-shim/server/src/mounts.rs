@@ -107,10 +107,11 @@ pub(crate) fn remove_tree(dir: &Path) -> Result<()> {
     }
 }
 
-/// The pod's own /dev/shm.
-pub(crate) fn mount_shm(at: &Path, bytes: u64) -> Result<()> {
+/// The pod's own /dev/shm, whose folder belongs to `root`, the pod's root as the host sees it.
+pub(crate) fn mount_shm(at: &Path, bytes: u64, root: u32) -> Result<()> {
     fs::create_dir_all(at).map_err(Error::io("create", at))?;
-    let options = std::ffi::CString::new(format!("mode=1777,size={bytes}")).unwrap_or_default();
+    let options =
+        std::ffi::CString::new(format!("mode=1777,size={bytes},uid={root},gid={root}")).unwrap_or_default();
     rustix::mount::mount(
         "shm",
         at,

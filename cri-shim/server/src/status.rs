@@ -55,7 +55,7 @@ impl Runtime {
             info.insert("config".to_owned(), text.to_string());
         }
         let features =
-            || Some(cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: false });
+            || Some(cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: true });
         let handler = |name: &str| cri::RuntimeHandler { name: name.to_owned(), features: features() };
         cri::StatusResponse {
             status: Some(cri::RuntimeStatus {

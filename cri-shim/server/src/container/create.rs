@@ -7,7 +7,7 @@ use std::sync::Arc;
 use oci_spec::image::ImageConfiguration;
 use orlop_base::durable::{self, Sync};
 use orlop_base::failpoint;
-use orlop_images::{Image, RootfsOptions};
+use orlop_images::{Image, RootfsOptions, UserNamespace};
 use orlop_proto::{cri, monitor as proto};
 
 use super::signal;
@@ -158,9 +158,11 @@ impl Runtime {
         fs::create_dir_all(&rootfs).map_err(Error::io("create", &rootfs))?;
         failpoint::pass("create-container-before-rootfs")?;
         // Always with a writable layer: mount points must be made in it; the spec makes it read-only afterwards.
-        self.images.prepare_rootfs(&container.id, image, &rootfs, &RootfsOptions::default()).await?;
+        let options =
+            RootfsOptions { user_namespace: sandbox.record().user_namespace(), ..RootfsOptions::default() };
+        self.images.prepare_rootfs(&container.id, image, &rootfs, &options).await?;
         let record = container.record();
-        let volumes = self.mount_image_volumes(container, &bundle).await?;
+        let volumes = self.mount_image_volumes(container, &bundle, options.user_namespace.as_ref()).await?;
         let spec = self.spec(sandbox, &record, image, &rootfs, &volumes)?;
         let path = bundle.join("config.json");
         let text =
@@ -203,6 +205,7 @@ impl Runtime {
         &self,
         container: &Container,
         bundle: &Path,
+        user_namespace: Option<&UserNamespace>,
     ) -> Result<Vec<Option<PathBuf>>> {
         let record = container.record();
         let mut out = Vec::with_capacity(record.config.mounts.len());
@@ -216,7 +219,7 @@ impl Runtime {
             let target = bundle.join(format!("volume{i}"));
             fs::create_dir_all(&target).map_err(Error::io("create", &target))?;
             container.update(|r| r.image_volumes.push(key.clone()))?;
-            self.images.mount_image(&key, &image, &target, None).await?;
+            self.images.mount_image(&key, &image, &target, user_namespace).await?;
             out.push(Some(inside(&target, &mount.image_sub_path)?));
         }
         Ok(out)

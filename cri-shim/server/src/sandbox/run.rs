@@ -59,12 +59,7 @@ fn check(config: &cri::PodSandboxConfig, handler: &str) -> Result<cri::PodSandbo
             )));
         }
     }
-    if ns.userns_options.as_ref().is_some_and(|u| u.mode() == cri::NamespaceMode::Pod) {
-        // Status says so too (RuntimeHandlerFeatures), so that a kubelet does not ask.
-        return Err(Error::Unimplemented(
-            "user namespaces need idmapped root file systems, which this runtime does not mount yet",
-        ));
-    }
+    check_user_namespace(&ns)?;
     let sysctls = config.linux.iter().flat_map(|l| l.sysctls.keys());
     for name in sysctls {
         let host_net = ns.network() == cri::NamespaceMode::Node && name.starts_with("net.");
@@ -80,6 +75,36 @@ fn check(config: &cri::PodSandboxConfig, handler: &str) -> Result<cri::PodSandbo
         }
     }
     Ok(meta)
+}
+
+/// One range that begins with root, as the kubelet hands out and upstream runtimes take (KEP-127).
+fn check_user_namespace(ns: &cri::NamespaceOption) -> Result<()> {
+    let Some(user) = &ns.userns_options else { return Ok(()) };
+    let refuse = |what: String| Err(Error::Invalid(format!("user namespace: {what}")));
+    match user.mode() {
+        cri::NamespaceMode::Node if user.uids.is_empty() && user.gids.is_empty() => return Ok(()),
+        cri::NamespaceMode::Node => return refuse("mode NODE takes no mappings".into()),
+        cri::NamespaceMode::Pod => {}
+        other => return refuse(format!("mode {other:?} makes no sense for a sandbox")),
+    }
+    if ns.network() == cri::NamespaceMode::Node {
+        return refuse("a pod on the host's network cannot have one".into());
+    }
+    for (what, maps) in [("uid", &user.uids), ("gid", &user.gids)] {
+        let [map] = maps.as_slice() else {
+            return refuse(format!("exactly one {what} mapping is supported, not {}", maps.len()));
+        };
+        if map.container_id != 0 || map.length == 0 || map.host_id.checked_add(map.length).is_none() {
+            return refuse(format!(
+                "the {what} mapping must map a range that begins with 0, not {} from {}",
+                map.length, map.container_id
+            ));
+        }
+    }
+    if user.uids != user.gids {
+        return refuse("uid and gid mappings must be the same".into());
+    }
+    Ok(())
 }
 
 impl Runtime {
@@ -168,7 +193,8 @@ impl Runtime {
         failpoint::pass("run-sandbox-before-namespaces")?;
         let created = sandbox.monitor.create_sandbox(self.sandbox_request(&record, &hostname)).await?;
         if ns.ipc() != cri::NamespaceMode::Node {
-            mounts::mount_shm(&run_dir.join("shm"), SHM_BYTES)?;
+            let root = record.user_namespace().map_or(0, |u| u.uids.first().map_or(0, |m| m.host));
+            mounts::mount_shm(&run_dir.join("shm"), SHM_BYTES, root)?;
         }
         let own_network = ns.network() != cri::NamespaceMode::Node;
         let mut ips = Vec::new();
@@ -306,6 +332,31 @@ mod tests {
             sysctl(c, "net.ipv4.ip_forward");
         });
         assert!(check(&shared, "").is_err());
+    }
+
+    #[test]
+    fn user_namespaces() {
+        use cri::NamespaceMode::{Container, Node, Pod, Target};
+        let one = |container_id, host_id, length| cri::IdMapping { container_id, host_id, length };
+        let ok = |mode: cri::NamespaceMode, maps: &[cri::IdMapping]| {
+            let user = cri::UserNamespace { mode: mode as i32, uids: maps.to_vec(), gids: maps.to_vec() };
+            check_user_namespace(&cri::NamespaceOption { userns_options: Some(user), ..Default::default() })
+                .is_ok()
+        };
+        let good = one(0, 1000, 65536);
+        assert!(ok(Pod, &[good]) && ok(Node, &[]));
+        for (mode, maps) in [
+            (Pod, vec![]),
+            (Pod, vec![good, one(0, 9000, 5)]),
+            (Pod, vec![one(1, 1000, 5)]),
+            (Pod, vec![one(0, 1000, 0)]),
+            (Pod, vec![one(0, u32::MAX, 2)]),
+            (Node, vec![good]),
+            (Container, vec![]),
+            (Target, vec![]),
+        ] {
+            assert!(!ok(mode, &maps), "{mode:?} {maps:?}");
+        }
     }
 
     #[test]

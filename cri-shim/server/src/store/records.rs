@@ -126,6 +126,23 @@ pub(crate) struct ContainerRecord {
     pub message: String,
 }
 
+impl SandboxRecord {
+    /// The pod's user namespace, when it has one of its own.
+    pub fn user_namespace(&self) -> Option<orlop_images::UserNamespace> {
+        let user = self.namespaces().userns_options.filter(|u| u.mode() == cri::NamespaceMode::Pod)?;
+        let maps = |list: &[cri::IdMapping]| {
+            list.iter()
+                .map(|m| orlop_images::IdMapping {
+                    container: m.container_id,
+                    host: m.host_id,
+                    length: m.length,
+                })
+                .collect()
+        };
+        Some(orlop_images::UserNamespace { uids: maps(&user.uids), gids: maps(&user.gids) })
+    }
+}
+
 impl ContainerRecord {
     pub fn metadata(&self) -> cri::ContainerMetadata {
         self.config.metadata.clone().unwrap_or_default()

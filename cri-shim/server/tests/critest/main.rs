@@ -237,5 +237,5 @@ fn every_spec_passes() {
         &["--ginkgo.focus=Streaming", "--websocket-exec", "--websocket-attach", "--websocket-portforward"],
     );
     check("critest over WebSocket", &streaming, 5);
-    check("critest", &all, 99);
+    check("critest", &all, 108);
 }

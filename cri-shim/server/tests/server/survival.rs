@@ -11,7 +11,7 @@ use orlop_proto::{cri, images};
 use rand::Rng;
 use tonic::Code;
 
-const RUNNING: i32 = cri::ContainerState::ContainerRunning as i32;
+const EXITED: i32 = cri::ContainerState::ContainerExited as i32;
 const READY: i32 = cri::PodSandboxState::SandboxReady as i32;
 
 /// Installs a plugin that runs `add` on ADD and keeps a file per attached pod in `attached/`.
@@ -72,8 +72,13 @@ async fn same_view(node: &Node, when: &str) {
     assert_eq!(monitors(node), ready, "{when}: monitors");
     assert_eq!(ids_in(&node.dir.join("attached")), ready, "{when}: network attachments");
     assert_eq!(ids_in(&node.dir.join("run/s")), ready, "{when}: run folders");
-    let known: BTreeSet<String> = containers.iter().map(|c| c.id.clone()).collect();
-    assert_eq!(ids_in(&node.dir.join("images/rootfs")), known, "{when}: root file systems");
+    // One whose removal was cut short may lack its root file system already, but nothing that runs does.
+    let known = |all: bool| -> BTreeSet<String> {
+        containers.iter().filter(|c| all || c.state != EXITED).map(|c| c.id.clone()).collect()
+    };
+    let roots = ids_in(&node.dir.join("images/rootfs"));
+    assert!(roots.is_subset(&known(true)), "{when}: root file systems of nobody: {roots:?}");
+    assert!(known(false).is_subset(&roots), "{when}: root file systems are missing: {roots:?}");
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let base = node.dir.join("run/s").to_string_lossy().into_owned();
     for point in mounts.lines().filter_map(|l| l.split(' ').nth(4)).filter(|p| p.starts_with(&base)) {
@@ -90,9 +95,9 @@ async fn same_view(node: &Node, when: &str) {
         let status = client.container_status(request).await.unwrap().into_inner();
         let info: serde_json::Value = serde_json::from_str(&status.info["info"]).unwrap();
         let pid = info["pid"].as_u64().unwrap_or(0);
-        let runs = status.status.unwrap().state == RUNNING;
+        let lives = status.status.unwrap().state != EXITED;
         assert_eq!(
-            runs,
+            lives,
             pid > 0 && Path::new(&format!("/proc/{pid}")).exists(),
             "{when}: {} pid {pid}",
             c.id
@@ -192,7 +197,8 @@ async fn a_plugin_that_hangs_or_talks_nonsense_costs_one_pod() {
     });
     request.set_timeout(Duration::from_millis(300));
     let e = node.client().await.run_pod_sandbox(request).await.unwrap_err();
-    assert_eq!(e.code(), Code::DeadlineExceeded, "{e}");
+    // Which of the two ends of the connection notices first decides.
+    assert!(matches!(e.code(), Code::DeadlineExceeded | Code::Cancelled), "{e}");
     node.kill();
     plugin(&node, "touch $CNI_CONTAINERID; echo '{nonsense'");
     node.restart(&[]).await;
@@ -262,6 +268,7 @@ async fn a_full_disk_is_said_and_leaves_nothing() {
     // What runs is reachable.
     let mut client = node.client().await;
     assert_eq!(exec(&mut client, &id, &["true"], 5).await.unwrap().exit_code, 0);
+    drop(file);
     fs::remove_file(&filler).unwrap();
     same_view(&node, "with room again").await;
     node.run_pod(&other).await.unwrap();
