@@ -4,4 +4,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ "$(id -u)" -eq 0 ] || { echo "bench: not root; run make as root" >&2; exit 1; }
 scripts/demo-image.sh target/demo/demo-web.tar
-exec cargo run --quiet --release -p xtask -- bench
+cargo run --quiet --release -p xtask -- bench
+if command -v containerd >/dev/null && command -v crictl >/dev/null; then
+  cargo bench --quiet -p orlop-images --bench pull
+else
+  echo "bench: pulls are compared only where containerd and crictl are installed" >&2
+fi
