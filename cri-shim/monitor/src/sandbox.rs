@@ -252,7 +252,7 @@ fn in_child(
         (stage, format!("{what}: {e}"), e.raw_os_error().unwrap_or(0))
     };
     // While the host's rights are there.
-    let entry = cgroup::Entry::open(cgroups)
+    let entry = cgroup::Entry::open(cgroups, !r.uid_map.is_empty())
         .map_err(|e| io("cgroup", format!("cannot join {}", r.cgroup_path), e))?;
     let has = |flag| names.iter().any(|(_, f)| *f == flag);
     if has(CloneFlags::CLONE_NEWUSER) {

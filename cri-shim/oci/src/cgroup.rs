@@ -259,8 +259,14 @@ pub enum Entry {
 }
 
 impl Entry {
-    pub fn open(folders: &[PathBuf]) -> io::Result<Entry> {
+    /// `by_caller`: on v2 the caller itself goes in, for its forks. The kernel lets a fork begin in a cgroup only with rights
+    /// over it, which are gone once the caller has joined a user namespace.
+    pub fn open(folders: &[PathBuf], by_caller: bool) -> io::Result<Entry> {
         use std::os::unix::fs::OpenOptionsExt;
+        if let (true, true, Some(folder)) = (by_caller, is_unified(), folders.first()) {
+            fs::write(folder.join("cgroup.procs"), "0")?;
+            return Ok(Entry::Here);
+        }
         if is_unified() {
             let Some(folder) = folders.first() else { return Ok(Entry::Here) };
             let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;

@@ -270,7 +270,9 @@ fn place(c: &CreateSpec<'_>, spec: &Spec, taken: &Taken, made: &mut Made) -> Res
     if by_systemd {
         return Ok(cgroup::Entry::Here);
     }
-    cgroup::Entry::open(&made.cgroups).map_err(|e| Error::io("cgroup", "cannot open the cgroup", &e))
+    let in_user_namespace = !taken.uid_map.is_empty();
+    cgroup::Entry::open(&made.cgroups, in_user_namespace)
+        .map_err(|e| Error::io("cgroup", "cannot open the cgroup", &e))
 }
 
 fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<LinuxNamespace> {

@@ -68,14 +68,15 @@ fn in_helper(e: &ExecSpec<'_>, init: BorrowedFd<'_>) -> Result<(i32, Option<Owne
         set_oom_score_adj(score);
     }
     nix::sys::prctl::set_dumpable(false).map_err(|err| Error::io("exec", "set undumpable", &err.into()))?;
-    let entry = open_cgroup(e.cgroups)?;
+    let userns = !e.context.uid_map.is_empty();
+    let entry = cgroup::Entry::open(e.cgroups, userns)
+        .map_err(|err| Error::io("cgroup", "cannot open the container's cgroup", &err))?;
     // A v2 cgroup that the container has divided takes no member itself: where its first process is, others may be.
-    let beside_init = cgroup::Entry::open(&cgroup::of_process(e.init, std::process::id() as i32)).ok();
+    let beside_init = cgroup::Entry::open(&cgroup::of_process(e.init, std::process::id() as i32), false).ok();
     let apparmor =
         process.apparmor_profile().as_deref().filter(|p| !p.is_empty()).map(AppArmor::open).transpose()?;
     let tty = Console::new(e.tty)?;
     let limits = Rlimits::new(&process);
-    let userns = !e.context.uid_map.is_empty();
     let mut flags = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWPID
         | CloneFlags::CLONE_NEWNET
@@ -134,10 +135,6 @@ fn read_filter(path: &Path) -> Result<Filter, Error> {
     let bytes = fs::read(path).map_err(|e| Error::io("seccomp", &what, &e))?;
     Filter::from_bytes(&bytes)
         .ok_or_else(|| Error::new(Kind::Runtime, "seccomp", format!("{what}: damaged"), 0))
-}
-
-fn open_cgroup(folders: &[PathBuf]) -> Result<cgroup::Entry, Error> {
-    cgroup::Entry::open(folders).map_err(|e| Error::io("cgroup", "cannot open the container's cgroup", &e))
 }
 
 /// The host's file for the profile of the next execve: after the change of the mount namespace, /proc is the container's
