@@ -285,3 +285,163 @@ async fn figures_at_scale() {
         println!("{services} services: full sync {full:?}, one new p50 {one:?}");
     }
 }
+
+const PROXY: &str = "ORLOP_TEST_PROXY";
+
+/// Not a test of its own: a proxy in a process that can be killed, when it is started as such.
+#[tokio::test]
+async fn is_a_proxy_for_the_other() {
+    let Ok(text) = std::env::var(PROXY) else { return };
+    let f: Vec<&str> = text.split(' ').collect();
+    let mut config = Config::new(f[0].into(), "me".into());
+    config.health_address = Some(f[1].parse().unwrap());
+    config.metrics_address = None;
+    config.uplinks = vec!["ebpf-none".into()];
+    config.pod_packets = false;
+    config.datapath.pins = f[2].into();
+    config.datapath.cgroup = Some(f[3].into());
+    run(config, Ready::default(), CancellationToken::new()).await.unwrap();
+}
+
+struct Killed(std::process::Child);
+
+impl Killed {
+    /// Starts a proxy and waits until it says that it is in step.
+    async fn start(place: &Place) -> Killed {
+        let c = &place.config;
+        let health = c.health_address.unwrap();
+        let text = format!(
+            "{} {health} {} {}",
+            c.kubeconfig.display(),
+            c.datapath.pins.display(),
+            place.cgroup.display()
+        );
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "is_a_proxy_for_the_other", "--nocapture"])
+            .env(PROXY, text)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let k = Killed(child);
+        wait_until("the proxy is in step", Duration::from_secs(20), || async {
+            TcpStream::connect(health).ok()?;
+            health_of(health).await.starts_with("HTTP/1.1 200").then_some(())
+        })
+        .await;
+        k
+    }
+}
+
+async fn health_of(at: SocketAddr) -> String {
+    health(at, "/healthz").await
+}
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // SIGKILL.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn echo(at: SocketAddr) -> SocketAddr {
+    let l = TcpListener::bind(at).unwrap();
+    let at = l.local_addr().unwrap();
+    let u = std::net::UdpSocket::bind(at).unwrap();
+    std::thread::spawn(move || {
+        for mut s in l.incoming().flatten() {
+            std::thread::spawn(move || {
+                let mut buf = [0; 64];
+                while let Ok(n @ 1..) = s.read(&mut buf) {
+                    let _ = s.write_all(&buf[..n]);
+                }
+            });
+        }
+    });
+    std::thread::spawn(move || {
+        let mut buf = [0; 64];
+        while let Ok((n, from)) = u.recv_from(&mut buf) {
+            let _ = u.send_to(&buf[..n], from);
+        }
+    });
+    at
+}
+
+/// A slice for both protocols with one endpoint in this state.
+fn echo_slice(at: SocketAddr, ready: bool, terminating: bool) -> serde_json::Value {
+    let mut s = slice("w", at.port());
+    s["ports"] = json!([{"port": at.port(), "protocol": "TCP", "name": "t"}, {"port": at.port(), "protocol": "UDP", "name": "u"}]);
+    s["endpoints"] = json!([{"addresses": [at.ip().to_string()], "nodeName": "me",
+        "conditions": {"ready": ready, "serving": true, "terminating": terminating}}]);
+    s
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_outlive_a_killed_proxy_and_end_with_their_backend() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let place = Place::new(api.address);
+    let a = echo("127.0.0.1:0".parse().unwrap());
+    let b = echo(SocketAddr::new("127.0.0.2".parse().unwrap(), a.port()));
+    let ports = json!({"ports": [{"port": 80, "protocol": "TCP", "name": "t"}, {"port": 80, "protocol": "UDP", "name": "u"}]});
+    api.put("services", service("w", "127.96.7.1", ports));
+    api.put("endpointslices", echo_slice(a, true, false));
+    let mut proxy = Killed::start(&place).await;
+    let vip: SocketAddr = "127.96.7.1:80".parse().unwrap();
+    let mut tcp = TcpStream::connect(vip).unwrap();
+    let udp = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+    udp.connect(vip).unwrap();
+    tcp.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    udp.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let mut works = |what: &str| {
+        let mut buf = [0; 4];
+        tcp.write_all(b"ping").unwrap_or_else(|e| panic!("{what}: {e}"));
+        tcp.read_exact(&mut buf).unwrap_or_else(|e| panic!("{what}: {e}"));
+    };
+    works("at first");
+
+    // Killed at any moment, with changes before, meanwhile and after.
+    for i in 0..4 {
+        let other = format!("x{i}");
+        api.put("services", service(&other, &format!("127.96.8.{}", i + 1), json!({})));
+        drop(proxy);
+        works("while no proxy runs");
+        api.put("endpointslices", slice(&other, a.port()));
+        ask_new(vip);
+        proxy = Killed::start(&place).await;
+        works("after a restart");
+        udp.send(b"ping").unwrap();
+        udp.recv(&mut [0; 8]).unwrap();
+        assert!(TcpStream::connect(("127.96.8.1", 80)).is_ok(), "what came meanwhile is there");
+    }
+
+    // A backend that is being shut down keeps its connections; when it is gone nobody waits for it.
+    api.put("endpointslices", echo_slice(a, false, true));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    works("while the backend terminates");
+    api.put("endpointslices", echo_slice(b, true, false));
+    wait_until("the connection is closed", Duration::from_secs(5), || async {
+        tcp_error(&tcp).then_some(())
+    })
+    .await;
+    let lost = wait_until("the datagram socket says so", Duration::from_secs(5), || async {
+        udp.send(b"ping").and_then(|_| udp.recv(&mut [0; 8])).err()
+    })
+    .await;
+    // ECONNABORTED, or EDESTADDRREQ as the kernel has disconnected it.
+    assert_ne!(lost.kind(), io::ErrorKind::WouldBlock, "nobody waits: {lost}");
+    ask_new(vip);
+    drop(proxy);
+}
+
+fn tcp_error(mut s: &TcpStream) -> bool {
+    s.set_nonblocking(true).unwrap();
+    !matches!(s.read(&mut [0; 1]), Err(e) if e.kind() == io::ErrorKind::WouldBlock)
+}
+
+/// A connection made now is answered.
+fn ask_new(at: SocketAddr) {
+    let mut s = TcpStream::connect_timeout(&at, Duration::from_secs(2)).unwrap();
+    s.write_all(b"ping").unwrap();
+    s.read_exact(&mut [0; 4]).unwrap();
+}
