@@ -5,10 +5,17 @@
 
 mod descriptions;
 
-use std::{collections::BTreeSet, sync::OnceLock};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::OnceLock,
+};
 
 use http::{HeaderMap, HeaderValue, Response, Uri, header};
-use serde_json::{Map, Value, json};
+use serde::Serialize;
+use serde_json::{
+    Map, Value, json,
+    value::{RawValue, to_raw_value},
+};
 use sha2::{Digest, Sha256};
 
 use self::descriptions::{Words, unescape};
@@ -24,6 +31,29 @@ use crate::{
 const V2_PROTOBUF: &str = "application/com.github.proto-openapi.spec.v2";
 const V2_PROTOBUF_FULL: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
 const META: &str = "io.k8s.apimachinery.pkg.apis.meta.v1";
+
+/// The parts of a document by name, each written out as soon as it is made: as values they would be many times as large.
+type Parts = BTreeMap<String, Box<RawValue>>;
+
+fn part(value: Value) -> Result<Box<RawValue>, Status> {
+    to_raw_value(&value).map_err(Status::internal)
+}
+
+#[derive(Serialize)]
+struct Version2 {
+    swagger: &'static str,
+    info: Value,
+    paths: Parts,
+    definitions: Parts,
+}
+
+#[derive(Serialize)]
+struct Version3 {
+    openapi: &'static str,
+    info: Value,
+    paths: Parts,
+    components: BTreeMap<&'static str, Parts>,
+}
 
 /// The two forms of documents.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -58,7 +88,7 @@ pub fn answer(
             if !accepted.is_empty() && accepted.iter().all(|r| r.media.starts_with(V2_PROTOBUF)) {
                 return answer_bytes(v2_without_definitions(), V2_PROTOBUF_FULL, headers, false).map(Some);
             }
-            respond(&v2(table), headers, false).map(Some)
+            respond(&v2(table)?, headers, false).map(Some)
         }
         "v3" => respond(&index(table), headers, false).map(Some),
         _ => {
@@ -73,13 +103,13 @@ pub fn answer(
                 return Err(Status::no_such_path());
             }
             let hashed = uri.query().is_some_and(|q| q.contains(&format!("hash={}", hash(&rows))));
-            respond(&v3(&rows, group_version), headers, hashed).map(Some)
+            respond(&v3(&rows, group_version)?, headers, hashed).map(Some)
         }
     }
 }
 
 /// `eternal`: the address holds the content's hash, so the answer never changes.
-fn respond(document: &Value, headers: &HeaderMap, eternal: bool) -> Result<Response<Body>, Status> {
+fn respond(document: &impl Serialize, headers: &HeaderMap, eternal: bool) -> Result<Response<Body>, Status> {
     let bytes = serde_json::to_vec(document).map_err(Status::internal)?;
     answer_bytes(bytes, "application/json", headers, eternal)
 }
@@ -171,31 +201,33 @@ fn info() -> Value {
     json!({"title": "Kubernetes", "version": LEVEL})
 }
 
-fn v3(rows: &[&Resource], group_version: &str) -> Value {
+fn v3(rows: &[&Resource], group_version: &str) -> Result<Version3, Status> {
     let root = format!("/{group_version}");
-    let mut paths = Map::new();
+    let mut paths = Parts::new();
     for r in rows {
-        resource_paths(r, &root, Form::V3, &mut paths);
+        resource_paths(r, &root, Form::V3, &mut paths)?;
     }
-    json!({"openapi": "3.0.0", "info": info(), "paths": paths, "components": {"schemas": definitions(rows, Form::V3)}})
+    let components = BTreeMap::from([("schemas", definitions(rows, Form::V3)?)]);
+    Ok(Version3 { openapi: "3.0.0", info: info(), paths, components })
 }
 
-fn v2(table: &ResourceTable) -> Value {
+fn v2(table: &ResourceTable) -> Result<Version2, Status> {
     let rows: Vec<&Resource> = table.rows().iter().map(|r| &**r).collect();
-    let mut paths = Map::new();
+    let mut paths = Parts::new();
     for r in &rows {
         let root = if r.group.is_empty() {
             format!("/api/{}", r.version)
         } else {
             format!("/apis/{}/{}", r.group, r.version)
         };
-        resource_paths(r, &root, Form::V2, &mut paths);
+        resource_paths(r, &root, Form::V2, &mut paths)?;
     }
-    json!({"swagger": "2.0", "info": info(), "paths": paths, "definitions": definitions(&rows, Form::V2)})
+    let definitions = definitions(&rows, Form::V2)?;
+    Ok(Version2 { swagger: "2.0", info: info(), paths, definitions })
 }
 
 /// All types that the kinds reach.
-fn definitions(rows: &[&Resource], form: Form) -> Map<String, Value> {
+fn definitions(rows: &[&Resource], form: Form) -> Result<Parts, Status> {
     let mut queue: Vec<&'static str> = rows.iter().filter_map(|r| r.type_name).collect();
     queue.extend(rows.iter().filter_map(|r| schema::type_of(&r.group, &r.version, &r.list_kind)));
     queue.extend([
@@ -212,7 +244,7 @@ fn definitions(rows: &[&Resource], form: Form) -> Map<String, Value> {
         }
     }
     let mut seen = BTreeSet::new();
-    let mut out = Map::new();
+    let mut out = Parts::new();
     let text = descriptions::unpack();
     let words = descriptions::index(&text);
     while let Some(name) = queue.pop() {
@@ -225,9 +257,9 @@ fn definitions(rows: &[&Resource], form: Form) -> Map<String, Value> {
                 queue.push(other);
             }
         }
-        out.insert(name.to_owned(), definition(&def, words.get(name), form));
+        out.insert(name.to_owned(), part(definition(&def, words.get(name), form))?);
     }
-    out
+    Ok(out)
 }
 
 fn reference(ty: &Type) -> Option<&'static str> {
@@ -320,12 +352,12 @@ fn type_schema(ty: &Type, form: Form) -> Value {
     }
 }
 
-fn resource_paths(r: &Resource, root: &str, form: Form, paths: &mut Map<String, Value>) {
+fn resource_paths(r: &Resource, root: &str, form: Form, paths: &mut Parts) -> Result<(), Status> {
     let all = format!("{root}/{}", r.plural);
     let scoped =
         if r.namespaced { format!("{root}/namespaces/{{namespace}}/{}", r.plural) } else { all.clone() };
     let gvk = json!({"group": r.group, "version": r.version, "kind": r.kind});
-    let mut add = |path: &str, verbs: &[(&str, &str, &str)], suffix: &str| {
+    let mut add = |path: &str, verbs: &[(&str, &str, &str)], suffix: &str| -> Result<(), Status> {
         let mut item = Map::new();
         for (verb, method, action) in verbs {
             if r.serves(verb) {
@@ -333,11 +365,12 @@ fn resource_paths(r: &Resource, root: &str, form: Form, paths: &mut Map<String, 
             }
         }
         if !item.is_empty() {
-            paths.insert(path.to_owned(), Value::Object(item));
+            paths.insert(path.to_owned(), part(Value::Object(item))?);
         }
+        Ok(())
     };
     if r.namespaced && r.serves("list") {
-        add(&all, &[("list", "get", "list")], "ForAllNamespaces");
+        add(&all, &[("list", "get", "list")], "ForAllNamespaces")?;
     }
     add(
         &scoped,
@@ -347,7 +380,7 @@ fn resource_paths(r: &Resource, root: &str, form: Form, paths: &mut Map<String, 
             ("deletecollection", "delete", "deletecollection"),
         ],
         "",
-    );
+    )?;
     let one = format!("{scoped}/{{name}}");
     let verbs = [
         ("get", "get", "get"),
@@ -355,10 +388,11 @@ fn resource_paths(r: &Resource, root: &str, form: Form, paths: &mut Map<String, 
         ("patch", "patch", "patch"),
         ("delete", "delete", "delete"),
     ];
-    add(&one, &verbs, "One");
+    add(&one, &verbs, "One")?;
     if r.status {
-        add(&format!("{one}/status"), &verbs[..3], "Status");
+        add(&format!("{one}/status"), &verbs[..3], "Status")?;
     }
+    Ok(())
 }
 
 fn operation(r: &Resource, gvk: &Value, verb: &str, action: &str, suffix: &str, form: Form) -> Value {
