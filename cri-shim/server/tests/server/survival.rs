@@ -186,7 +186,7 @@ async fn kills_at_random_moments_lose_nothing() {
 async fn a_plugin_that_hangs_or_talks_nonsense_costs_one_pod() {
     let mut node = Node::start("plugin", &[]).await;
     let config = sandbox_config(&node, "plugin", false);
-    plugin(&node, "touch $CNI_CONTAINERID; sleep 1000");
+    plugin(&node, "touch $CNI_CONTAINERID; exec sleep 20");
     // The server's own limit for a plugin is 3 s here.
     let e = node.run_pod(&config).await.unwrap_err();
     assert!(e.message().contains("network"), "{e}");
