@@ -1,7 +1,7 @@
 //! One pod's task: looks at what is wanted and what runs, plans, carries out, reports. Everything it does follows from
 //! the present state, so it may be ended at any moment and started again.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -24,6 +24,8 @@ use crate::status::generate;
 use crate::status::writer::{self, Wanted};
 use crate::volumes::PodVolumes;
 
+type Labels = Option<BTreeMap<String, String>>;
+
 /// Even when nothing happens a pod is looked at this often.
 const RESYNC: Duration = Duration::from_secs(60);
 /// How long to wait before asking a runtime that did not answer.
@@ -39,6 +41,8 @@ struct Worker {
     memory: Memory,
     observed: Arc<ObservedPod>,
     volumes: PodVolumes,
+    /// Labels and annotations that the volumes were made with: downward API volumes show them.
+    shown: Option<(Labels, Labels)>,
     jobs: JoinSet<Done>,
     keys: HashMap<Id, (OpKey, AbortHandle)>,
     probes: Probes,
@@ -112,6 +116,7 @@ impl Worker {
             first_seen: Timestamp::now(),
             observed: Arc::new(ObservedPod { uid: uid.clone(), ..Default::default() }),
             volumes: PodVolumes::default(),
+            shown: None,
             jobs: JoinSet::new(),
             keys: HashMap::new(),
             inherited: true,
@@ -269,7 +274,7 @@ impl Worker {
     }
 
     fn refresh_volumes(&mut self, now: Timestamp) {
-        let changed = self.signals.volumes.swap(false, Ordering::AcqRel);
+        let changed = self.signals.volumes.swap(false, Ordering::AcqRel) | self.metadata_changed();
         let due = self.volumes.refresh_at.is_some_and(|t| t <= now);
         if (changed || due) && !self.memory.is_ending() {
             self.volumes.refresh_at = None;
@@ -289,6 +294,16 @@ impl Worker {
                 };
             }
         }
+    }
+
+    /// Whether labels or annotations differ from those of the last look.
+    fn metadata_changed(&mut self) -> bool {
+        let pod = self.pod();
+        let m = &pod.metadata;
+        if self.shown.as_ref().is_some_and(|(l, a)| *l == m.labels && *a == m.annotations) {
+            return false;
+        }
+        self.shown.replace((m.labels.clone(), m.annotations.clone())).is_some()
     }
 
     fn job(&self, pod: Arc<Pod>) -> Job {

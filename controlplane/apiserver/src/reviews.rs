@@ -37,6 +37,12 @@ pub async fn create(server: &Server, request: &ApiRequest) -> Result<Response<Bo
         ("authorization.k8s.io", "selfsubjectrulesreviews") => "SelfSubjectRulesReview",
         _ => return Err(Status::no_such_path()),
     };
+    let (shape, _) = crate::codec::negotiate(&request.headers)?;
+    if shape != crate::codec::Shape::Objects {
+        return Err(Status::not_acceptable(
+            "only the following media types are accepted: application/json, application/yaml, application/vnd.kubernetes.protobuf",
+        ));
+    }
     let mut object = parse_object(request, &info.api_group, kind)?;
     let given = text(&object, "/kind");
     if !given.is_empty() && given != kind {
