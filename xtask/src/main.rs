@@ -1,9 +1,8 @@
-//! Chores of the developers: `edges` checks who depends on whom and that pure modules are pure; `bench` measures;
-//! `descriptions` takes over upstream's words for the fields of the API.
+//! Chores of the developers: `bench` measures; `descriptions` takes over upstream's words for the fields of the API.
+//! `tests/edges.rs` checks who depends on whom and that pure modules are pure.
 
 mod bench;
 mod descriptions;
-mod edges;
 
 use std::process::ExitCode;
 
@@ -17,8 +16,6 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Check the layering of the crates and the purity of decision modules
-    Edges,
     /// Collect the descriptions of API types from k8s-openapi's sources
     Descriptions {
         /// Only compare with what is checked in
@@ -35,7 +32,6 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Edges => edges::check(),
         Command::Descriptions { check } => descriptions::run(check),
         Command::Bench { pods } => bench::run(pods),
     };
