@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use orlop_apiserver::{Config, Error, run};
@@ -20,16 +21,25 @@ pub struct Cluster {
 }
 
 pub fn config(dir: &Path) -> Config {
-    // The port is free at this moment; a test that loses the race fails with the server's own message.
-    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    let port = listener.local_addr().expect("bound").port();
     let mut config = Config::new(dir.to_owned());
-    config.listen = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    config.listen = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
     config.advertise_address = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let tokens = dir.join("tokens.csv");
     std::fs::write(&tokens, "jane-token,jane,u1,\"dev\"\n").expect("token file");
     config.token_auth_file = Some(tokens);
     config
+}
+
+/// Below the range from which the kernel gives ports to connections: one of another test cannot take it before the server does.
+fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = 20_000 + (std::process::id() % 90) as u16 * 100;
+    loop {
+        let port = first + NEXT.fetch_add(1, Ordering::Relaxed) % 100;
+        if std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 impl Cluster {
