@@ -3,9 +3,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
+# The other scripts look for the programs here.
+export CARGO_TARGET_DIR=$PWD/target
 host=$(rustc -vV | sed -n 's/^host: //p')
 
+echo "build: orlop (the first time takes many minutes)"
 cargo build --release -p orlop
+echo "build: orlop-monitor and orlop-cni"
 RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" \
     cargo build --release --target "$host" -p orlop-monitor -p orlop-cni
 for program in orlop-monitor orlop-cni; do

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Builds the demo's image archive: one static program and the folders that its pod mounts into.
+# Builds the demo's image archive: one static program and the folders that its pod mounts into. ORLOP_PROGRAMS names another
+# folder of programs than target/release.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
+export CARGO_TARGET_DIR=$PWD/target
 out=$1
 host=$(rustc -vV | sed -n 's/^host: //p')
 RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" \
@@ -10,4 +13,4 @@ rootfs=$(mktemp -d)
 trap 'rm -rf "$rootfs"' EXIT
 mkdir -p "$rootfs/etc/demo" "$rootfs/tmp" "$(dirname "$out")"
 install -m 0755 "target/$host/release/orlop-demo-web" "$rootfs/web"
-target/release/orlop image build "$rootfs" --output "$out" --tag orlop.local/demo-web:latest --entrypoint /web >/dev/null
+"${ORLOP_PROGRAMS:-target/release}/orlop" image build "$rootfs" --output "$out" --tag orlop.local/demo-web:latest --entrypoint /web >/dev/null

@@ -10,27 +10,46 @@ bpf_linker_version=0.13.0
 die() { echo "deps: $*" >&2; exit 1; }
 
 [ "$(id -u)" -eq 0 ] || die "not root; run make as root"
+PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
 command -v cargo >/dev/null || die "cargo is not on PATH; install rustup's stable Rust first"
-command -v cc >/dev/null || die "no C compiler; apt-get install gcc"
+command -v cc >/dev/null || die "no C compiler; apt-get install gcc libc6-dev"
+# On a terminal the long steps show what they do; in a log they are quiet unless they fail.
+shown() { if [ -t 1 ]; then "$@"; else "$@" >/dev/null; fi; }
+quiet=(--quiet)
+[ ! -t 1 ] || quiet=()
 
+# Debian 12 had older compilers at first; its updates bring those that fit each other.
+fits() { # package, version
+    case $1 in
+        rust*-web*) dpkg --compare-versions "$2" ge 1.96 ;;
+        *) [ -n "$2" ] ;;
+    esac
+}
+installed() { # package
+    local said
+    said=$(dpkg-query -W -f='${db:Status-Abbrev} ${Version}' "$1" 2>/dev/null) && [ "${said%% *}" = ii ] && fits "$1" "${said##* }"
+}
 want=("${build_packages[@]}")
 [ "${1:-build}" = test ] && want+=("${test_packages[@]}")
 missing=()
 for p in "${want[@]}"; do
-    dpkg-query -W -f='${db:Status-Abbrev}' "$p" 2>/dev/null | grep -q '^ii' || missing+=("$p")
+    installed "$p" || missing+=("$p")
 done
 if [ "${#missing[@]}" -gt 0 ]; then
     echo "deps: installing Debian packages: ${missing[*]}"
-    apt-get update -qq >/dev/null || die "apt-get update failed; check the package sources"
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
+    shown apt-get update -q || die "apt-get update failed; check the package sources"
+    for p in "${missing[@]}"; do
+        fits "$p" "$(apt-cache policy "$p" | sed -n 's/^  Candidate: \([0-9].*\)/\1/p')" ||
+            die "$p is missing or too old in the package sources; add Debian's updates (bookworm-security, component main) to /etc/apt/sources.list"
+    done
+    DEBIAN_FRONTEND=noninteractive shown apt-get install -y -q --no-install-recommends "${missing[@]}" ||
         die "apt-get install failed for: ${missing[*]}"
 fi
 
-PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
 if ! bpf-linker --version 2>/dev/null | grep -q "$bpf_linker_version"; then
     echo "deps: building bpf-linker $bpf_linker_version (a few minutes, once)"
     LLVM_PREFIX=/usr/lib/llvm-22 cargo install bpf-linker --version "$bpf_linker_version" \
-        --no-default-features --features llvm-22 --locked --quiet || die "bpf-linker did not build"
+        --no-default-features --features llvm-22 --locked "${quiet[@]}" || die "bpf-linker did not build"
 fi
 
 [ "${1:-build}" = test ] || exit 0

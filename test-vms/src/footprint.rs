@@ -4,27 +4,32 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-/// Processes, mounts, links, namespaces, cgroups and BPF objects, each as text that names it.
+/// Processes, mounts, links, routes, cgroups, files (pinned namespaces and BPF objects too) and BPF objects, each as text
+/// that names it.
 #[derive(Debug, PartialEq)]
 pub struct Footprint {
     pub processes: BTreeSet<String>,
     pub mounts: BTreeSet<String>,
     pub links: BTreeSet<String>,
+    pub routes: BTreeSet<String>,
     pub cgroups: BTreeSet<String>,
     pub programs: BTreeSet<u32>,
     pub maps: BTreeSet<u32>,
     pub files: BTreeSet<String>,
 }
 
-/// Folders that an installation writes to.
-const FOLDERS: [&str; 8] = [
+/// Folders and files that an installation writes to.
+const FOLDERS: [&str; 11] = [
     "/etc/orlop",
     "/etc/cni",
     "/etc/kubernetes",
     "/opt/cni",
     "/run/orlop",
     "/run/netns",
+    "/sys/fs/bpf",
     "/var/lib/kubelet",
+    "/var/log/containers",
+    "/var/log/orlop.log",
     "/var/log/pods",
 ];
 
@@ -59,6 +64,19 @@ fn files_below(path: &Path, found: &mut BTreeSet<String>) {
     }
 }
 
+/// Interface, destination and prefix of each route, as the kernel writes them.
+fn routes() -> BTreeSet<String> {
+    let of = |path: &str, columns: &[usize]| -> Vec<String> {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        let route = |l: &str| {
+            let words: Vec<&str> = l.split_whitespace().collect();
+            columns.iter().filter_map(|c| words.get(*c).copied()).collect::<Vec<_>>().join(" ")
+        };
+        text.lines().map(route).collect()
+    };
+    of("/proc/net/route", &[0, 1, 7]).into_iter().chain(of("/proc/net/ipv6_route", &[9, 0, 1])).collect()
+}
+
 impl Footprint {
     pub fn take() -> Footprint {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -72,6 +90,7 @@ impl Footprint {
             processes: processes(),
             mounts,
             links: links.map(|e| e.file_name().to_string_lossy().into_owned()).collect(),
+            routes: routes(),
             cgroups,
             programs: aya::programs::loaded_programs().flatten().map(|p| p.id()).collect(),
             maps: aya::maps::loaded_maps().flatten().map(|m| m.id()).collect(),
@@ -88,6 +107,7 @@ impl Footprint {
         text("process", &self.processes, &after.processes);
         text("mount", &self.mounts, &after.mounts);
         text("link", &self.links, &after.links);
+        text("route", &self.routes, &after.routes);
         text("cgroup", &self.cgroups, &after.cgroups);
         text("file", &self.files, &after.files);
         left.extend(after.programs.difference(&self.programs).map(|x| format!("BPF program {x}")));
