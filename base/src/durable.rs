@@ -38,7 +38,7 @@ pub enum Sync {
 
 /// Replaces `path` by `bytes` in one step: a reader sees the old content or the new, never a part.
 pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32, sync: Sync) -> Result<(), Error> {
-    let dir = path.parent().unwrap_or(Path::new("."));
+    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     // The thread is part of the name because two tasks of one process may write the same path.
     let tmp = dir.join(format!(".{name}.{}.{:?}.tmp", std::process::id(), std::thread::current().id()));
@@ -146,6 +146,14 @@ mod tests {
         assert!(matches!(read_json::<Vec<u32>>(&p, 2), Err(Error::Version { found: 1, wanted: 2, .. })));
         fs::write(&p, b"{\"version\":1,\"da").unwrap();
         assert!(matches!(read_json::<Vec<u32>>(&p, 1), Err(Error::Json { .. })));
+    }
+
+    #[test]
+    fn a_bare_name_is_in_the_current_folder() {
+        let name = crate::testkit::unique_name("durable-");
+        write_atomic(Path::new(&name), b"x", 0o600, Sync::Disk).unwrap();
+        assert_eq!(fs::read(&name).unwrap(), b"x");
+        fs::remove_file(&name).unwrap();
     }
 
     #[test]

@@ -5,15 +5,24 @@ use std::sync::Mutex;
 use prometheus_client::registry::{Metric, Registry};
 use tracing_subscriber::EnvFilter;
 
-/// Sends logs to standard error, filtered by `ORLOP_LOG` (else `default`, such as "info").
+/// Sends logs to standard error, filtered by `ORLOP_LOG` (else `default`, such as "info"). A filter that does not parse is
+/// named in a warning, and `default` applies.
 pub fn init(default: &str) {
-    let filter = EnvFilter::try_from_env("ORLOP_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let asked = std::env::var("ORLOP_LOG").ok().map(EnvFilter::try_new);
+    let (filter, refused) = match asked {
+        Some(Ok(filter)) => (filter, None),
+        Some(Err(e)) => (EnvFilter::new(default), Some(e)),
+        None => (EnvFilter::new(default), None),
+    };
     // A second call (tests) keeps the first subscriber.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .try_init();
+    if let Some(e) = refused {
+        tracing::warn!("ORLOP_LOG is not a filter: {e}");
+    }
 }
 
 /// Metrics of one daemon. Each daemon owns one, so that several run in one process without sharing names.

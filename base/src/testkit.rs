@@ -1,5 +1,10 @@
 //! What tests of several crates need. Not used by daemons.
 
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// Polls `check` every 10 ms until it gives a value; panics with `what` after `limit`. Tests wait for states, never for times.
@@ -23,4 +28,97 @@ pub fn unique_name(prefix: &str) -> String {
     use std::sync::atomic::{AtomicU32, Ordering};
     static NEXT: AtomicU32 = AtomicU32::new(0);
     format!("{prefix}{:x}-{:x}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Ports for [`free_port`]: below those that the kernel gives to connections, beside the fixed ones of end-to-end tests.
+const PORTS: std::ops::Range<u16> = 20_000..30_000;
+
+/// A port on which nobody listens and which no other caller, in any process of this network namespace, gets until this
+/// process ends. A port that is merely free at the moment may be taken by a connection of another test before its server starts.
+pub fn free_port() -> u16 {
+    let count = u32::from(PORTS.end - PORTS.start);
+    let first = std::process::id().wrapping_mul(97) % count;
+    (0..count)
+        .map(|n| PORTS.start + ((first + n) % count) as u16)
+        .find(|&port| {
+            let name = SocketAddr::from_abstract_name(format!("orlop-test-port-{port}"));
+            let Ok(claim) = name.and_then(|n| UnixDatagram::bind_addr(&n)) else { return false };
+            // Also a port that a program outside of these tests uses stays claimed, so that it is not tried again.
+            std::mem::forget(claim);
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()
+        })
+        .unwrap_or_else(|| panic!("every port of {PORTS:?} is taken"))
+}
+
+/// A program that cargo built beside the calling test, or the one that the environment variable `variable` names; panics with
+/// `remedy` when there is none.
+pub fn built_program(name: &str, variable: &str, remedy: &str) -> PathBuf {
+    if let Some(path) = std::env::var_os(variable) {
+        return path.into();
+    }
+    let exe = std::env::current_exe().unwrap_or_default();
+    let path = exe.ancestors().nth(2).unwrap_or(Path::new("")).join(name);
+    assert!(path.exists(), "{} is missing: {remedy}", path.display());
+    path
+}
+
+/// Debian's docker-registry on a port of its own; ends when dropped.
+pub struct DockerRegistry {
+    /// `127.0.0.1:port`; speaks plain HTTP.
+    pub address: String,
+    child: Child,
+}
+
+impl DockerRegistry {
+    /// Starts it with its configuration and blobs in `dir`; returns when it accepts connections.
+    pub fn start(dir: &Path) -> DockerRegistry {
+        let address = format!("127.0.0.1:{}", free_port());
+        let config = dir.join("registry.yml");
+        let text = format!(
+            "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {address}\n",
+            dir.join("registry").display()
+        );
+        std::fs::write(&config, text).unwrap_or_else(|e| panic!("cannot write {}: {e}", config.display()));
+        let child = Command::new("docker-registry")
+            .arg("serve")
+            .arg(&config)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|e| panic!("cannot run docker-registry: {e}; apt-get install docker-registry"));
+        let mut registry = DockerRegistry { address, child };
+        let start = Instant::now();
+        while TcpStream::connect(&registry.address).is_err() {
+            let ended = registry.child.try_wait().ok().flatten();
+            assert!(ended.is_none(), "docker-registry ended: {ended:?}");
+            assert!(start.elapsed() < Duration::from_secs(60), "docker-registry does not answer");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        registry
+    }
+}
+
+impl Drop for DockerRegistry {
+    fn drop(&mut self) {
+        // Fails only when it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_are_given_once_and_can_be_bound() {
+        let ports: Vec<u16> = (0..20).map(|_| free_port()).collect();
+        let listeners: Vec<_> =
+            ports.iter().map(|p| TcpListener::bind((Ipv4Addr::LOCALHOST, *p)).unwrap()).collect();
+        assert!(ports.iter().all(|p| PORTS.contains(p)), "{ports:?}");
+        assert_eq!(listeners.len(), 20);
+        // Whether or not somebody listens there now.
+        drop(listeners);
+        assert!(!ports.contains(&free_port()));
+    }
 }

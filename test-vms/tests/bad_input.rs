@@ -7,6 +7,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
+use orlop_base::testkit::free_port;
 use orlop_test_vms::{Cluster, wait_for};
 
 const SOON: Duration = Duration::from_secs(30);
@@ -118,8 +119,7 @@ fn waiting(c: &Cluster, name: &str) -> String {
 }
 
 fn unreachable_registry(c: &Cluster) {
-    // Bound and dropped: nobody listens there.
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port();
     c.apply(&pod("unreachable", &format!("127.0.0.1:{port}/x:1")));
     let says = format!("cannot reach registry 127.0.0.1:{port}");
     let message = event(c, "unreachable", "Failed", &says);

@@ -218,7 +218,8 @@ impl<T: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<T> {
         }
     }
 
-    /// Runs `workers` tasks in `tasks` that reconcile keys until the group stops. An error puts the key back with back-off.
+    /// Runs `workers` tasks in `tasks` that reconcile keys until the group stops. An error puts the key back with back-off; a
+    /// panic stops the group, because the key and the worker would be lost without a word.
     pub fn run<F, Fut, E>(&self, tasks: &TaskGroup, name: &'static str, workers: usize, reconcile: F)
     where
         F: Fn(T) -> Fut + Clone + Send + Sync + 'static,
@@ -227,7 +228,7 @@ impl<T: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<T> {
     {
         for _ in 0..workers {
             let (queue, reconcile, stop) = (self.clone(), reconcile.clone(), tasks.stop_token());
-            tasks.spawn(async move {
+            tasks.spawn_essential(name, async move {
                 while let Some(key) = queue.next(&stop).await {
                     let result = reconcile(key.clone()).await;
                     queue.done(&key);
@@ -248,6 +249,7 @@ impl<T: Clone + Eq + Hash + Debug + Send + Sync + 'static> Queue<T> {
                         }
                     }
                 }
+                Ok::<_, std::convert::Infallible>(())
             });
         }
     }
@@ -286,6 +288,16 @@ mod tests {
         assert_eq!(runs.load(Ordering::SeqCst), 3);
         root.cancel();
         tasks.run_until_stopped(Duration::from_secs(1)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_panic_stops_the_group() {
+        let tasks = TaskGroup::new(&CancellationToken::new());
+        let q: Queue<&'static str> = Queue::default();
+        q.add("a");
+        q.run(&tasks, "test", 2, |key| async move { if key == "a" { panic!("bug") } else { Err("other") } });
+        let e = tasks.run_until_stopped(Duration::from_secs(30)).await.unwrap_err();
+        assert!(e.to_string().contains("test: panicked"), "{e}");
     }
 
     #[test]

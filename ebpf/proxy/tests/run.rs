@@ -3,13 +3,13 @@
 mod api;
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use api::FakeApi;
 use orlop_base::supervise::Ready;
-use orlop_base::testkit::{unique_name, wait_until};
+use orlop_base::testkit::{free_port, unique_name, wait_until};
 use orlop_proxy::{Config, DatapathConfig, Sizes, purge, run};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -44,7 +44,7 @@ impl Place {
         });
         std::fs::write(&kubeconfig, content.to_string()).unwrap();
         let mut config = Config::new(kubeconfig, "me".into());
-        config.health_address = Some(free_port());
+        config.health_address = Some(free_address());
         config.metrics_address = None;
         // No interface of this machine: packets are the loader's tests.
         config.uplinks = vec!["ebpf-none".into()];
@@ -68,8 +68,8 @@ impl Drop for Place {
     }
 }
 
-fn free_port() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+fn free_address() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, free_port()).into()
 }
 
 fn server(name: &'static str) -> SocketAddr {
@@ -170,7 +170,7 @@ async fn services_follow_the_api_and_outlive_the_proxy() {
     wait_until("gone is gone", Duration::from_secs(2), || async { ask("127.96.1.3:80").err() }).await;
 
     // A load balancer asks whether this node has an endpoint.
-    let check = free_port();
+    let check = free_address();
     let local = json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": check.port()});
     api.put("services", service("lb", "127.96.1.4", local));
     wait_until("the check is served", Duration::from_secs(2), || async { TcpStream::connect(check).ok() })

@@ -2,9 +2,6 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};
@@ -12,7 +9,7 @@ use http_body_util::Full;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use orlop_base::testkit::wait_until;
+use orlop_base::testkit::{DockerRegistry, free_port};
 use orlop_images::{Digest, ImageStore, Options};
 use serde_json::{Value, json};
 
@@ -20,50 +17,21 @@ use serde_json::{Value, json};
 pub struct Registry {
     pub address: String,
     pub dir: tempfile::TempDir,
-    child: Child,
+    _server: DockerRegistry,
     client: Client<HttpConnector, Full<Bytes>>,
 }
 
-impl Drop for Registry {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// A loopback address that no other test of any process uses, with a port outside of the range that the kernel gives
-/// to clients: a port that is only free at the moment may be taken before a server has started.
+/// An address where nobody listens until the caller does.
 pub fn own_address() -> String {
-    static NEXT: AtomicU32 = AtomicU32::new(1);
-    let (process, n) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-    assert!(n < 255, "a test process has 254 addresses");
-    format!("127.{}.{}.{n}:5000", 64 + (process >> 8) % 64, process & 0xff)
+    format!("127.0.0.1:{}", free_port())
 }
 
 impl Registry {
     pub async fn start() -> Registry {
         let dir = tempfile::Builder::new().prefix("images-registry-").tempdir().unwrap();
-        let address = own_address();
-        let config = dir.path().join("config.yml");
-        let text = format!(
-            "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {address}\n",
-            dir.path().join("data").display()
-        );
-        std::fs::write(&config, text).unwrap();
-        let child = Command::new("docker-registry")
-            .args(["serve", config.to_str().unwrap()])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("docker-registry must be installed: apt-get install docker-registry");
+        let server = DockerRegistry::start(dir.path());
         let client = Client::builder(TokioExecutor::new()).build_http();
-        let registry = Registry { address, dir, child, client };
-        wait_until("the registry answers", Duration::from_secs(20), async || {
-            let (status, _) = registry.try_send(Method::GET, "/v2/", "", Bytes::new()).await?;
-            (status == StatusCode::OK).then_some(())
-        })
-        .await;
-        registry
+        Registry { address: server.address.clone(), dir, _server: server, client }
     }
 
     async fn try_send(
@@ -123,7 +91,7 @@ impl Registry {
     /// Where the registry keeps a blob.
     pub fn blob_file(&self, digest: &Digest) -> PathBuf {
         let hex = digest.hex();
-        self.dir.path().join(format!("data/docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2]))
+        self.dir.path().join(format!("registry/docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2]))
     }
 }
 

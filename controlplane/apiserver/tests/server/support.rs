@@ -3,11 +3,11 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use orlop_apiserver::{Config, Error, run};
 use orlop_base::supervise::Ready;
+use orlop_base::testkit::free_port;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -28,18 +28,6 @@ pub fn config(dir: &Path) -> Config {
     std::fs::write(&tokens, "jane-token,jane,u1,\"dev\"\n").expect("token file");
     config.token_auth_file = Some(tokens);
     config
-}
-
-/// Below the range from which the kernel gives ports to connections: one of another test cannot take it before the server does.
-fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let first = 20_000 + (std::process::id() % 90) as u16 * 100;
-    loop {
-        let port = first + NEXT.fetch_add(1, Ordering::Relaxed) % 100;
-        if std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
-            return port;
-        }
-    }
 }
 
 impl Cluster {

@@ -1,11 +1,11 @@
 //! The images that critest pulls, made from Debian's busybox and one small C program, in a registry on loopback.
 
 use std::fs;
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+
+use orlop_base::testkit::DockerRegistry;
 
 /// The hosts that the suite pulls from; all are answered by the one registry.
 const HOSTS: [&str; 3] = ["registry.k8s.io", "k8s.gcr.io", "gcr.io"];
@@ -19,42 +19,12 @@ pub fn run(command: &mut Command) -> String {
     String::from_utf8_lossy(&out.stdout).into_owned()
 }
 
-/// Debian's docker-registry; ends when dropped.
-pub struct Registry {
-    address: String,
-    child: Child,
-}
-
-impl Drop for Registry {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+/// The registry that stands for all of [`HOSTS`].
+pub struct Registry(DockerRegistry);
 
 impl Registry {
     pub fn start(dir: &Path) -> Registry {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let address = format!("127.0.0.1:{port}");
-        let config = dir.join("registry.yml");
-        let text = format!(
-            "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {address}\n",
-            dir.join("registry").display()
-        );
-        fs::write(&config, text).unwrap();
-        let child = Command::new("docker-registry")
-            .arg("serve")
-            .arg(&config)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("docker-registry must be installed: apt-get install docker-registry");
-        let start = Instant::now();
-        while std::net::TcpStream::connect(&address).is_err() {
-            assert!(start.elapsed() < Duration::from_secs(20), "the registry does not answer");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Registry { address, child }
+        Registry(DockerRegistry::start(dir))
     }
 
     /// containerd's registry configuration that sends all of [`HOSTS`] here.
@@ -64,7 +34,7 @@ impl Registry {
             fs::create_dir_all(&at).unwrap();
             let text = format!(
                 "server = \"https://{host}\"\n[host.\"http://{}\"]\n  capabilities = [\"pull\", \"resolve\"]\n",
-                self.address
+                self.0.address
             );
             fs::write(at.join("hosts.toml"), text).unwrap();
         }
@@ -78,7 +48,7 @@ impl Registry {
             .arg("--digestfile")
             .arg(&digest)
             .arg(format!("oci-archive:{}", archive.display()))
-            .arg(format!("docker://{}/{name}", self.address)));
+            .arg(format!("docker://{}/{name}", self.0.address)));
         fs::read_to_string(digest).unwrap().trim().to_owned()
     }
 }

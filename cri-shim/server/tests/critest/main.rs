@@ -12,6 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use images::Registry;
+use orlop_base::testkit::{built_program, unique_name};
 use serde_json::{Value, json};
 
 /// The digest that is compiled into critest; the image behind it cannot be had here, ours takes its place.
@@ -24,17 +25,6 @@ fn tool(name: &str) -> PathBuf {
     dirs.push("/var/cache/orlop-tools".into());
     let found = dirs.iter().map(|d| d.join(name)).find(|p| p.exists());
     found.unwrap_or_else(|| panic!("{name} is not on PATH: run scripts/deps.sh test"))
-}
-
-/// A program built by cargo beside this test, or the one that `env` names.
-fn built(name: &str, env: &str, remedy: &str) -> PathBuf {
-    if let Some(path) = std::env::var_os(env) {
-        return path.into();
-    }
-    let exe = std::env::current_exe().unwrap();
-    let path = exe.parent().unwrap().parent().unwrap().join(name);
-    assert!(path.exists(), "{} is missing: {remedy}", path.display());
-    path
 }
 
 /// The table that portmap makes and never removes.
@@ -55,7 +45,7 @@ struct Setup {
 impl Setup {
     fn start() -> Setup {
         assert!(nix::unistd::geteuid().is_root(), "run this test as root");
-        let dir = PathBuf::from("/tmp").join(orlop_base::testkit::unique_name("critest-"));
+        let dir = PathBuf::from("/tmp").join(unique_name("critest-"));
         for d in ["cni-conf", "cni-bin", "certs.d"] {
             fs::create_dir_all(dir.join(d)).unwrap();
         }
@@ -89,7 +79,8 @@ impl Setup {
 
     /// Our plugin, and upstream's portmap behind it for host ports.
     fn network(&self) {
-        let plugin = built("orlop-cni", "ORLOP_CNI", "run `cargo build -p orlop-cni` or set ORLOP_CNI");
+        let plugin =
+            built_program("orlop-cni", "ORLOP_CNI", "run `cargo build -p orlop-cni` or set ORLOP_CNI");
         let bin = self.dir.join("cni-bin");
         fs::copy(plugin, bin.join("orlop-cni")).unwrap();
         std::os::unix::fs::symlink(tool("portmap"), bin.join("portmap")).unwrap();
@@ -108,12 +99,13 @@ impl Setup {
     }
 
     fn command(&self) -> Command {
-        let monitor = built(
+        let monitor = built_program(
             "orlop-monitor",
             "ORLOP_MONITOR",
             "run `cargo build -p orlop-monitor` or set ORLOP_MONITOR",
         );
-        let server = built("examples/cri", "ORLOP_CRI_EXAMPLE", "run `cargo build -p orlop-cri --examples`");
+        let server =
+            built_program("examples/cri", "ORLOP_CRI_EXAMPLE", "run `cargo build -p orlop-cri --examples`");
         let mut command = Command::new(server);
         for (flag, value) in [
             ("--root", self.dir.join("node")),

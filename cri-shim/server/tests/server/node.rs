@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use orlop_base::testkit::unique_name;
+use orlop_base::testkit::{built_program, free_port, unique_name};
 use orlop_proto::cri;
 use orlop_proto::cri::runtime_service_client::RuntimeServiceClient;
 use orlop_proto::images::images_client::ImagesClient;
@@ -21,17 +21,6 @@ pub struct Node {
     pub dir: PathBuf,
     pub cgroup: String,
     child: Option<Child>,
-}
-
-/// A program built by cargo beside this test.
-fn built(name: &str, env: &str, remedy: &str) -> PathBuf {
-    if let Some(path) = std::env::var_os(env) {
-        return path.into();
-    }
-    let exe = std::env::current_exe().unwrap();
-    let path = exe.parent().unwrap().parent().unwrap().join(name);
-    assert!(path.exists(), "{} is missing: {remedy}", path.display());
-    path
 }
 
 fn crictl_program() -> PathBuf {
@@ -120,12 +109,13 @@ impl Node {
     }
 
     fn server(&self, env: &[(&str, &str)]) -> Command {
-        let monitor = built(
+        let monitor = built_program(
             "orlop-monitor",
             "ORLOP_MONITOR",
             "run `cargo build -p orlop-monitor` or set ORLOP_MONITOR",
         );
-        let server = built("examples/cri", "ORLOP_CRI_EXAMPLE", "run `cargo build -p orlop-cri --examples`");
+        let server =
+            built_program("examples/cri", "ORLOP_CRI_EXAMPLE", "run `cargo build -p orlop-cri --examples`");
         let mut command = Command::new(server);
         command
             .arg("--root")
@@ -331,7 +321,7 @@ impl Node {
     /// Fetches `/` of the pod's port through a port-forward.
     pub async fn forward(&self, pod: &str, transport: &str, port: u16) -> String {
         use std::io::Read;
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let free = free_port();
         let mut child = self
             .crictl_command(&["port-forward", "--transport", transport, pod, &format!("{free}:{port}")])
             .stdout(Stdio::null())
