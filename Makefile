@@ -25,7 +25,7 @@ purge: down ## also delete the data folder
 test: ## the whole gate
 	@scripts/test.sh
 
-bench: build ## latency and memory, beside runc and crun where installed
+bench: build ## latency and memory, beside what Orlop replaces where that is installed
 	@scripts/bench.sh
 
 fmt: ## format the sources

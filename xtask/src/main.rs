@@ -6,6 +6,7 @@ mod descriptions;
 
 use std::process::ExitCode;
 
+use clap::builder::PossibleValuesParser;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -22,18 +23,20 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
-    /// Measure latency and memory of a cluster of its own
+    /// Measure latency and memory, beside what Orlop replaces where that is installed
     Bench {
-        /// Pods that are started one after another
-        #[arg(long, default_value_t = 20)]
-        pods: usize,
+        /// Only these sections
+        #[arg(long, value_delimiter = ',', value_name = "SECTION", value_parser = PossibleValuesParser::new(bench::names()))]
+        only: Vec<String>,
+        #[command(flatten)]
+        options: bench::Options,
     },
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Descriptions { check } => descriptions::run(check),
-        Command::Bench { pods } => bench::run(pods),
+        Command::Bench { only, options } => bench::run(&only, &options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
