@@ -63,7 +63,63 @@ pub enum Error {
     Cancelled,
 }
 
+/// What a failure means for the caller, whatever the details.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The call itself is wrong: a reference or name that no store could take.
+    Invalid,
+    /// There is no such image, root file system, tag or platform, here or in the registry.
+    NotFound,
+    /// The name is in use for something else.
+    AlreadyExists,
+    /// The registry wants other credentials.
+    Unauthorized,
+    /// The registry does not answer, or fails.
+    Unavailable,
+    /// The registry wants fewer requests.
+    Limited,
+    /// What came is not what was promised: a wrong digest, a layer or manifest that cannot be read.
+    Corrupt,
+    /// This machine's configuration does not allow it: `hosts.toml`, certificates, a store that somebody else has open.
+    Misconfigured,
+    /// No space, inodes or quota left.
+    Full,
+    /// The program is ending.
+    Cancelled,
+    /// This machine failed.
+    Internal,
+}
+
 impl Error {
+    /// For callers that act by what happened, such as a server that chooses a status code.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Error::Reference { .. } | Error::Key { .. } => Kind::Invalid,
+            Error::NotFound { .. } | Error::NoPlatform { .. } | Error::NoImage(_) | Error::NoRootfs(_) => {
+                Kind::NotFound
+            }
+            Error::RootfsExists { .. } => Kind::AlreadyExists,
+            Error::Unauthorized { .. } => Kind::Unauthorized,
+            Error::Unreachable { .. } | Error::Registry { .. } => Kind::Unavailable,
+            Error::TooManyRequests { .. } => Kind::Limited,
+            // The stream is at fault unless writing failed.
+            Error::Unpack { source, .. } => match &**source {
+                crate::unpack::Error::Io { source, .. } if is_full(source) => Kind::Full,
+                crate::unpack::Error::Io { .. } => Kind::Internal,
+                _ => Kind::Corrupt,
+            },
+            Error::DigestMismatch { .. } | Error::Malformed { .. } | Error::Archive { .. } => Kind::Corrupt,
+            Error::Config { .. } => Kind::Misconfigured,
+            Error::State(e) if matches!(**e, orlop_base::durable::Error::Locked { .. }) => {
+                Kind::Misconfigured
+            }
+            Error::Io { source, .. } if is_full(source) => Kind::Full,
+            Error::Full { .. } => Kind::Full,
+            Error::Cancelled => Kind::Cancelled,
+            Error::Mount { .. } | Error::Io { .. } | Error::State(_) => Kind::Internal,
+        }
+    }
+
     /// Whether the same call may succeed later without anything being changed.
     pub fn is_transient(&self) -> bool {
         matches!(
@@ -79,12 +135,10 @@ impl Error {
 
     /// Says so when the disk that holds `root` was full, wherever it showed.
     pub(crate) fn name_full_disk(self, root: &Path) -> Error {
-        let full =
-            |e: &io::Error| matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
         let mut next: Option<&(dyn std::error::Error + 'static)> = Some(&self);
         while let Some(e) = next {
-            let found = e.downcast_ref::<io::Error>().is_some_and(full)
-                || e.downcast_ref::<Arc<io::Error>>().is_some_and(|e| full(e));
+            let found = e.downcast_ref::<io::Error>().is_some_and(is_full)
+                || e.downcast_ref::<Arc<io::Error>>().is_some_and(|e| is_full(e));
             if found {
                 return Error::Full { root: root.to_owned(), detail: orlop_base::telemetry::chain(&self) };
             }
@@ -106,8 +160,37 @@ impl Error {
     }
 }
 
+/// Whether space, inodes or a quota ran out.
+fn is_full(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 impl From<orlop_base::durable::Error> for Error {
     fn from(e: orlop_base::durable::Error) -> Self {
         Error::State(Arc::new(e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_tell_a_bad_stream_from_a_bad_disk() {
+        let io = |kind| io::Error::from(kind);
+        let unpack =
+            |source| Error::Unpack { reference: "r".into(), layer: "l".into(), source: Arc::new(source) };
+        let writing = |kind| crate::unpack::Error::Io { what: "write", path: "p".into(), source: io(kind) };
+        for (error, kind) in [
+            (unpack(crate::unpack::Error::Tar { offset: 0, why: "x" }), Kind::Corrupt),
+            (unpack(crate::unpack::Error::Read(io(io::ErrorKind::InvalidData))), Kind::Corrupt),
+            (unpack(writing(io::ErrorKind::StorageFull)), Kind::Full),
+            (unpack(writing(io::ErrorKind::PermissionDenied)), Kind::Internal),
+            (Error::io("write", Path::new("p"))(io(io::ErrorKind::QuotaExceeded)), Kind::Full),
+            (Error::io("write", Path::new("p"))(io(io::ErrorKind::NotFound)), Kind::Internal),
+            (Error::NoImage("x".into()), Kind::NotFound),
+        ] {
+            assert_eq!(error.kind(), kind, "{error}");
+        }
     }
 }

@@ -31,7 +31,7 @@ mod unshare;
 mod user_namespace;
 
 pub use build::{Build, build};
-pub use error::{Error, Result};
+pub use error::{Error, Kind, Result};
 pub use image::{GcReport, Image, Usage};
 pub use options::{Auth, IdMapping, Options, Proxies, RootfsOptions, UserNamespace};
 pub use reference::{Digest, Reference};
