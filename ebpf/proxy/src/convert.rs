@@ -2,18 +2,15 @@
 
 use std::net::IpAddr;
 
-use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::api::discovery::v1 as discovery;
+use ipnet::IpNet;
 use orlop_ebpf_common::{TCP, UDP};
 
-use ipnet::IpNet;
-
 use crate::model::{Endpoint, Hint, Hints, Port, Service, Slice, SlicePort};
+use crate::objects::{self, keys};
 
 /// Services and slices with one of these labels are somebody else's; used as a selector at the server too.
 pub const SELECTOR: &str = "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless";
-const FOREIGN: [&str; 2] = ["service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"];
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
+const FOREIGN: [&str; 2] = [keys::PROXY_NAME, keys::HEADLESS];
 /// The API's default of sessionAffinityConfig.clientIP.timeoutSeconds.
 const AFFINITY_SECONDS: u32 = 10_800;
 
@@ -40,7 +37,7 @@ fn addresses(list: Option<&Vec<String>>) -> Vec<IpAddr> {
 }
 
 /// `None`: headless, an external name, or handled by another proxy.
-pub fn service(s: &core::Service) -> Option<Service> {
+pub fn service(s: &objects::Service) -> Option<Service> {
     let spec = s.spec.as_ref()?;
     let labels = s.metadata.labels.as_ref();
     if FOREIGN.iter().any(|l| labels.is_some_and(|m| m.contains_key(*l)))
@@ -70,7 +67,7 @@ pub fn service(s: &core::Service) -> Option<Service> {
     }
     // Who may come by the one way may not be kept off by the other.
     load_balancer_ips.retain(|ip| !external_ips.contains(ip));
-    let ports = spec
+    let mut ports: Vec<Port> = spec
         .ports
         .iter()
         .flatten()
@@ -83,6 +80,9 @@ pub fn service(s: &core::Service) -> Option<Service> {
             })
         })
         .collect();
+    // There are thousands of each; none grows later.
+    ports.shrink_to_fit();
+    cluster_ips.shrink_to_fit();
     let affinity_seconds = if spec.session_affinity.as_deref() == Some("ClientIP") {
         spec.session_affinity_config
             .as_ref()
@@ -106,14 +106,14 @@ pub fn service(s: &core::Service) -> Option<Service> {
 }
 
 /// Blanks around a range are allowed, as the API allows them.
-fn source_ranges(spec: &core::ServiceSpec) -> Vec<IpNet> {
+fn source_ranges(spec: &objects::ServiceSpec) -> Vec<IpNet> {
     let ranges = spec.load_balancer_source_ranges.iter().flatten();
     ranges.filter_map(|r| r.trim().parse().ok()).collect()
 }
 
 /// `None`: of no Service, of names in place of addresses, or handled by another proxy. `node` and `zone` are
 /// this node's (an empty zone is none).
-pub fn slice(s: &discovery::EndpointSlice, node: &str, zone: &str) -> Option<Slice> {
+pub fn slice(s: &objects::EndpointSlice, node: &str, zone: &str) -> Option<Slice> {
     let labels = s.metadata.labels.as_ref()?;
     if FOREIGN.iter().any(|l| labels.contains_key(*l)) {
         return None;
@@ -123,8 +123,8 @@ pub fn slice(s: &discovery::EndpointSlice, node: &str, zone: &str) -> Option<Sli
         "IPv6" => false,
         _ => return None,
     };
-    let service = format!("{}/{}", s.metadata.namespace.as_deref()?, labels.get(SERVICE_NAME)?);
-    let ports = s
+    let service = format!("{}/{}", s.metadata.namespace.as_deref()?, labels.get(keys::SERVICE_NAME)?);
+    let mut ports: Vec<SlicePort> = s
         .ports
         .iter()
         .flatten()
@@ -136,7 +136,7 @@ pub fn slice(s: &discovery::EndpointSlice, node: &str, zone: &str) -> Option<Sli
             })
         })
         .collect();
-    let endpoints = s
+    let mut endpoints: Vec<Endpoint> = s
         .endpoints
         .iter()
         .flatten()
@@ -145,7 +145,7 @@ pub fn slice(s: &discovery::EndpointSlice, node: &str, zone: &str) -> Option<Sli
             // An unknown condition counts as the API says: ready, and serving as ready is.
             let ready = c.and_then(|c| c.ready).unwrap_or(true);
             Some(Endpoint {
-                ip: e.addresses.first()?.parse().ok().filter(|a: &IpAddr| a.is_ipv4() == v4)?,
+                ip: e.address.filter(|a| a.is_ipv4() == v4)?,
                 ready,
                 serving: c.and_then(|c| c.serving).unwrap_or(ready),
                 terminating: c.and_then(|c| c.terminating).unwrap_or(false),
@@ -154,10 +154,12 @@ pub fn slice(s: &discovery::EndpointSlice, node: &str, zone: &str) -> Option<Sli
             })
         })
         .collect();
+    ports.shrink_to_fit();
+    endpoints.shrink_to_fit();
     Some(Slice { service: service.into(), v4, ports, endpoints })
 }
 
-fn hints(h: Option<&discovery::EndpointHints>, node: &str, zone: &str) -> Hints {
+fn hints(h: Option<&objects::Hints>, node: &str, zone: &str) -> Hints {
     fn hint<'a>(names: impl Iterator<Item = &'a str>, ours: &str) -> Hint {
         names.fold(Hint::None, |h, n| if n == ours || h == Hint::Ours { Hint::Ours } else { Hint::Others })
     }
@@ -169,8 +171,8 @@ fn hints(h: Option<&discovery::EndpointHints>, node: &str, zone: &str) -> Hints 
 }
 
 /// When the endpoints changed, as their controller noted it: start of network_programming_duration.
-pub fn trigger_time(s: &discovery::EndpointSlice) -> Option<std::time::SystemTime> {
-    let text = s.metadata.annotations.as_ref()?.get("endpoints.kubernetes.io/last-change-trigger-time")?;
+pub fn trigger_time(s: &objects::EndpointSlice) -> Option<std::time::SystemTime> {
+    let text = s.metadata.annotations.as_ref()?.get(keys::TRIGGER_TIME)?;
     let t: k8s_openapi::jiff::Timestamp = text.parse().ok()?;
     Some(t.into())
 }
@@ -210,7 +212,7 @@ mod tests {
 
     #[test]
     fn slices() {
-        let s: discovery::EndpointSlice = serde_json::from_value(json!({
+        let s: objects::EndpointSlice = serde_json::from_value(json!({
             "metadata": {"name": "s-1", "namespace": "n", "labels": {"kubernetes.io/service-name": "s"}},
             "addressType": "IPv4", "ports": [{"port": 8080}],
             "endpoints": [

@@ -11,6 +11,7 @@ mod health;
 mod inspect;
 mod metrics;
 pub mod model;
+mod objects;
 mod proxy;
 pub mod tables;
 

@@ -100,17 +100,25 @@ pub struct Model {
 impl Model {
     /// Notes a Service's present state; `None` when it is gone or none of our business.
     pub fn set_service(&mut self, name: &str, service: Option<Service>) {
-        let changed = match service {
-            Some(s) if self.services.get(name) == Some(&s) => false,
+        match service {
+            Some(s) if self.services.get(name) == Some(&s) => {}
             Some(s) => {
-                self.services.insert(name.into(), s);
-                true
+                let name = self.shared_name(name);
+                self.dirty.insert(name.clone());
+                self.services.insert(name, s);
             }
-            None => self.services.remove(name).is_some(),
-        };
-        if changed {
-            self.dirty.insert(name.into());
+            None => self.dirty.extend(self.services.remove_entry(name).map(|(name, _)| name)),
         }
+    }
+
+    /// The name as it is kept already, so that there is one copy of each.
+    fn shared_name(&self, name: &str) -> Name {
+        let of_service = || self.of_service.get_key_value(name).map(|(n, _)| n.clone());
+        self.services
+            .get_key_value(name)
+            .map(|(n, _)| n.clone())
+            .or_else(of_service)
+            .unwrap_or_else(|| name.into())
     }
 
     /// Notes an EndpointSlice's present state under its `namespace/name`.
@@ -127,7 +135,8 @@ impl Model {
             }
             self.dirty.insert(old.service);
         }
-        if let Some(slice) = slice {
+        if let Some(mut slice) = slice {
+            slice.service = self.shared_name(&slice.service);
             let key: Name = name.into();
             self.of_service.entry(slice.service.clone()).or_default().push(key.clone());
             self.dirty.insert(slice.service.clone());

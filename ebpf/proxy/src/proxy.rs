@@ -5,8 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::{Node, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::Api;
 use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt, watcher as watch};
@@ -22,6 +20,7 @@ use crate::desired::desired;
 use crate::health::{self, Health, NodePortChecks, Pages};
 use crate::metrics::{Policy, ProxyMetrics, ServicePort};
 use crate::model::{Model, Name};
+use crate::objects::{EndpointSlice, Node, Service, keys};
 use crate::tables::Tables;
 use crate::{Config, Error, closer, convert};
 
@@ -30,7 +29,6 @@ const RETRY: Duration = Duration::from_millis(500);
 const MAX_RETRY: Duration = Duration::from_secs(30);
 /// How long to wait for the node's zone before endpoints are chosen without it.
 const NODE_PATIENCE: Duration = Duration::from_secs(2);
-const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// Changes of endpoints come in groups; sockets are looked through once for each.
 const CLOSE_AFTER: Duration = Duration::from_millis(50);
 /// How long connections to the health pages may take to end.
@@ -264,7 +262,7 @@ impl Proxy {
         if node.metadata.name.as_deref() != Some(&self.config.node_name) {
             return false;
         }
-        let zone = node.metadata.labels.unwrap_or_default().remove(ZONE_LABEL).unwrap_or_default();
+        let zone = node.metadata.labels.unwrap_or_default().remove(keys::ZONE).unwrap_or_default();
         let changed = zone != self.zone;
         self.zone = zone;
         changed

@@ -36,6 +36,20 @@ struct Programmed {
     numbers: Vec<((u16, u8), u32)>,
 }
 
+impl Programmed {
+    /// Gives back what lists reserved to grow: there are thousands of them.
+    fn shrink(&mut self) {
+        self.sets.shrink_to_fit();
+        for (_, s) in &mut self.sets {
+            s.slots.shrink_to_fit();
+            s.held.shrink_to_fit();
+            s.members.shrink_to_fit();
+        }
+        self.frontends.shrink_to_fit();
+        self.numbers.shrink_to_fit();
+    }
+}
+
 #[derive(Debug)]
 struct Front {
     value: FrontendValue,
@@ -178,6 +192,7 @@ impl Tables {
     ) -> Result<Outcome, MapFailure> {
         let mut p = self.services.remove(name).unwrap_or_default();
         let result = self.sync_service(maps, name, desired, &mut p);
+        p.shrink();
         if !(p.sets.is_empty() && p.frontends.is_empty() && p.numbers.is_empty()) {
             self.services.insert(name.clone(), p);
         }

@@ -1,6 +1,8 @@
 //! The whole proxy against an API server that says what the test tells it to: from watch event to answered connection.
 
 mod api;
+mod scale;
+mod sequence;
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -72,8 +74,9 @@ fn free_address() -> SocketAddr {
     (Ipv4Addr::LOCALHOST, free_port()).into()
 }
 
-fn server(name: &'static str) -> SocketAddr {
-    let l = TcpListener::bind("127.0.0.1:0").unwrap();
+/// Says its name.
+fn server(name: &'static str, at: SocketAddr) -> SocketAddr {
+    let l = TcpListener::bind(at).unwrap();
     let at = l.local_addr().unwrap();
     std::thread::spawn(move || {
         for mut s in l.incoming().flatten() {
@@ -139,7 +142,8 @@ async fn services_follow_the_api_and_outlive_the_proxy() {
     let _alone = ALONE.lock().await;
     let api = FakeApi::start().await;
     let place = Place::new(api.address);
-    let (a, b) = (server("a"), server("b"));
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    let (a, b) = (server("a", any), server("b", any));
     api.put(
         "services",
         service("web", "127.96.1.1", json!({"type": "NodePort", "ports": [{"port": 80, "nodePort": 31873}]})),
@@ -215,75 +219,6 @@ async fn services_follow_the_api_and_outlive_the_proxy() {
     task.await.unwrap().unwrap();
     purge(&place.config).unwrap();
     assert!(ask("127.96.1.1:80").is_err());
-}
-
-/// The named number of Services with ten endpoints each.
-fn fill(api: &FakeApi, services: usize) {
-    for i in 0..services {
-        let (name, ip) =
-            (format!("s{i}"), format!("127.{}.{}.{}", 100 + i / 62_500, i / 250 % 250, i % 250 + 1));
-        let endpoints: Vec<_> = (0..10)
-            .map(|e| json!({"addresses": [format!("10.{e}.{}.{}", i / 250, i % 250 + 1)], "conditions": {"ready": true}}))
-            .collect();
-        let mut slice = slice(&name, 80);
-        slice["endpoints"] = json!(endpoints);
-        api.put("services", service(&name, &ip, json!({})));
-        api.put("endpointslices", slice);
-    }
-}
-
-/// From an empty kernel to all Services, then new ones beside them; returns the time of the first, and the median of the
-/// others, from the API server's event to the first answered connection.
-async fn at_scale(services: usize) -> (Duration, Duration) {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    fill(&api, services);
-    let mut place = Place::new(api.address);
-    let sizes =
-        Sizes { frontends: 65_536, slots: 262_144, backends: 131_072, connections: 256, sockets: 4096 };
-    place.config.datapath.sizes = sizes;
-    let begin = Instant::now();
-    let (stop, task) = start(&place.config).await;
-    let full = begin.elapsed();
-    let dump = {
-        use orlop_ebpf_loader::{Maps, RealMaps};
-        RealMaps::open(&place.config.datapath.pins).unwrap().dump().unwrap()
-    };
-    assert_eq!((dump.frontends.len(), dump.backends.len()), (services, services * 10));
-    assert!(dump.frontends.values().all(|v| v.count == 10));
-    let a = server("a");
-    let mut times = Vec::new();
-    for i in 0..20 {
-        let (name, ip) = (format!("t{i}"), format!("127.96.2.{}", i + 1));
-        api.put("endpointslices", slice(&name, a.port()));
-        tokio::time::sleep(Duration::from_millis(5)).await;
-        let begin = Instant::now();
-        api.put("services", service(&name, &ip, json!({})));
-        while ask(&format!("{ip}:80")).is_err() {
-            tokio::time::sleep(Duration::from_micros(100)).await;
-        }
-        times.push(begin.elapsed());
-    }
-    times.sort();
-    stop.cancel();
-    task.await.unwrap().unwrap();
-    (full, times[times.len() / 2])
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_thousand_services_are_complete() {
-    let (full, one) = at_scale(1000).await;
-    println!("1000 services: full sync {full:?}, one new {one:?}");
-}
-
-/// Measures; run it alone, with --release.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "a measurement: cargo test --release -p orlop-proxy --test run -- --ignored --nocapture"]
-async fn figures_at_scale() {
-    for services in [100, 5000, 10_000] {
-        let (full, one) = at_scale(services).await;
-        println!("{services} services: full sync {full:?}, one new p50 {one:?}");
-    }
 }
 
 const PROXY: &str = "ORLOP_TEST_PROXY";

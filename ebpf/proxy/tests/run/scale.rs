@@ -1,0 +1,293 @@
+//! Many Services that change all the time, with questions asked all along.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use orlop_ebpf_common::{SlotKey, addr_to};
+use orlop_ebpf_loader::{Dump, Maps, RealMaps};
+use parking_lot::Mutex;
+
+use super::*;
+
+/// Endpoints of each Service.
+const ENDPOINTS: u8 = 10;
+/// Services that are asked, and servers that answer for them.
+const ASKED: usize = 16;
+const SERVERS: u8 = 4;
+/// How late a change may be seen. Generous: what is looked for is wrong answers, not slow ones.
+const LAG: Duration = Duration::from_secs(5);
+
+/// A small generator whose numbers a seed repeats.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn new() -> Random {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        println!("seed {}", now.as_nanos() as u64);
+        Random(now.as_nanos() as u64 | 1)
+    }
+
+    /// Below `n`.
+    pub fn below(&mut self, n: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % n
+    }
+}
+
+/// The address of one of the many.
+fn address(i: usize) -> String {
+    format!("127.{}.{}.{}", 100 + i / 62_500, i / 250 % 250, i % 250 + 1)
+}
+
+fn many_slice(i: usize, generation: u8, count: u8) -> (serde_json::Value, BTreeSet<IpAddr>) {
+    let ips: BTreeSet<IpAddr> = (0..count)
+        .map(|e| IpAddr::from([10, e.wrapping_add(generation) % 40, (i / 250) as u8, (i % 250 + 1) as u8]))
+        .collect();
+    let endpoints: Vec<_> = ips
+        .iter()
+        .map(|ip| {
+            json!({
+                "addresses": [ip.to_string()], "conditions": {"ready": true, "serving": true, "terminating": false},
+                "nodeName": "elsewhere", "targetRef": {"kind": "Pod", "namespace": "n", "name": format!("s{i}-{ip}"),
+                "uid": "2c6a9dc2-5a4e-4d5c-9e71-0c8b3d3f7a01"},
+            })
+        })
+        .collect();
+    let mut slice = slice(&format!("s{i}"), 80);
+    slice["endpoints"] = json!(endpoints);
+    (slice, ips)
+}
+
+/// What the maps must say: endpoints by Service address.
+type Truth = HashMap<IpAddr, BTreeSet<IpAddr>>;
+
+fn fill(api: &FakeApi, services: usize) -> Truth {
+    let mut truth = Truth::new();
+    for i in 0..services {
+        let (slice, ips) = many_slice(i, 0, ENDPOINTS);
+        api.put("services", service(&format!("s{i}"), &address(i), json!({})));
+        api.put("endpointslices", slice);
+        truth.insert(address(i).parse().unwrap(), ips);
+    }
+    truth
+}
+
+fn read(place: &Place) -> Dump {
+    RealMaps::open(&place.config.datapath.pins).unwrap().dump().unwrap()
+}
+
+fn said(dump: &Dump) -> Option<Truth> {
+    let backends = |set, count| -> Option<BTreeSet<IpAddr>> {
+        (0..count)
+            .map(|slot| Some(addr_to(&dump.backends.get(dump.slots.get(&SlotKey { set, slot })?)?.addr)))
+            .collect()
+    };
+    dump.frontends.iter().map(|(k, v)| Some((addr_to(&k.addr), backends(v.set, v.count)?))).collect()
+}
+
+fn roomy(api: &FakeApi) -> Place {
+    let mut place = Place::new(api.address);
+    place.config.datapath.sizes =
+        Sizes { frontends: 65_536, slots: 262_144, backends: 262_144, connections: 256, sockets: 4096 };
+    place
+}
+
+/// Changes of endpoints, of Services' settings, Services that come and go.
+fn change(api: &FakeApi, i: usize, random: &mut Random, truth: &mut Truth) {
+    let (name, at): (_, IpAddr) = (format!("s{i}"), address(i).parse().unwrap());
+    match random.below(8) {
+        0 if truth.remove(&at).is_some() => {
+            api.delete("services", &name);
+            api.delete("endpointslices", &format!("{name}-1"));
+        }
+        1 if truth.contains_key(&at) => {
+            let affinity = ["None", "ClientIP"][random.below(2)];
+            api.put("services", service(&name, &address(i), json!({"sessionAffinity": affinity})));
+        }
+        _ => {
+            let (slice, ips) =
+                many_slice(i, random.below(40) as u8, random.below(usize::from(ENDPOINTS) + 1) as u8);
+            if truth.insert(at, ips).is_none() {
+                api.put("services", service(&name, &address(i), json!({})));
+            }
+            api.put("endpointslices", slice);
+        }
+    }
+}
+
+/// Services whose endpoints are servers of this test: which of them were ready, and since when.
+struct Asked {
+    servers: Vec<SocketAddr>,
+    since: Vec<Mutex<Vec<(Instant, u8)>>>,
+}
+
+impl Asked {
+    fn address(i: usize) -> String {
+        format!("127.97.0.{}", i + 1)
+    }
+
+    fn slice(&self, i: usize, mask: u8) -> serde_json::Value {
+        let mut s = slice(&format!("p{i}"), self.servers[0].port());
+        // Who is not ready any more ends its connections first, as pods do.
+        let endpoints = self.servers.iter().enumerate().map(|(n, at)| {
+            let ready = mask & (1 << n) != 0;
+            json!({"addresses": [at.ip().to_string()], "conditions": {"ready": ready, "serving": true, "terminating": !ready}})
+        });
+        s["endpoints"] = json!(endpoints.collect::<Vec<_>>());
+        s
+    }
+
+    fn set(&self, api: &FakeApi, i: usize, mask: u8) {
+        let mut since = self.since[i].lock();
+        since.push((Instant::now(), mask));
+        api.put("endpointslices", self.slice(i, mask));
+    }
+
+    fn ready(&self, i: usize) -> BTreeSet<IpAddr> {
+        let mask = self.since[i].lock().last().unwrap().1;
+        let ready = self.servers.iter().enumerate().filter(|(n, _)| mask & (1 << n) != 0);
+        ready.map(|(_, at)| at.ip()).collect()
+    }
+
+    /// Asks once; the answer must be of a server that was ready at some time from a little before to now.
+    fn ask(&self, i: usize) {
+        let begin = Instant::now();
+        let answer = ask(&format!("{}:80", Asked::address(i))).unwrap_or_else(|e| panic!("p{i}: {e}"));
+        let server: u8 = answer.parse().unwrap();
+        let since = self.since[i].lock();
+        let until = since.iter().skip(1).map(|(t, _)| *t).chain([Instant::now()]);
+        let allowed = since.iter().zip(until).any(|((_, m), u)| m & (1 << server) != 0 && u + LAG >= begin);
+        assert!(allowed, "p{i} answered by {server}: {since:?}");
+    }
+}
+
+/// Servers with one port, each at an address of its own, that say their number.
+fn numbered_servers() -> Vec<SocketAddr> {
+    let port = server("0", SocketAddr::from(([127, 0, 0, 1], 0))).port();
+    let others = ["1", "2", "3"].into_iter().zip(2..);
+    let others = others.map(|(name, last)| server(name, SocketAddr::from(([127, 0, 0, last], port))));
+    [SocketAddr::from(([127, 0, 0, 1], port))].into_iter().chain(others).collect()
+}
+
+/// A thousand changes each second among `services`, for `time`.
+async fn churn(services: usize, time: Duration) {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let mut truth = fill(&api, services);
+    let since = (0..ASKED).map(|_| Mutex::new(vec![(Instant::now(), 1)])).collect();
+    let asked = Arc::new(Asked { servers: numbered_servers(), since });
+    for i in 0..ASKED {
+        api.put("services", service(&format!("p{i}"), &Asked::address(i), json!({})));
+        api.put("endpointslices", asked.slice(i, 1));
+    }
+    let place = roomy(&api);
+    let (stop, task) = start(&place.config).await;
+
+    let (over, questions) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let askers: Vec<_> = (0..2)
+        .map(|n| {
+            let (asked, over, questions) = (asked.clone(), over.clone(), questions.clone());
+            std::thread::spawn(move || {
+                let mut i = n;
+                while !over.load(Ordering::Relaxed) {
+                    asked.ask(i % ASKED);
+                    questions.fetch_add(1, Ordering::Relaxed);
+                    i += 1;
+                }
+            })
+        })
+        .collect();
+    let mut random = Random::new();
+    let mut tick = tokio::time::interval(Duration::from_millis(1));
+    let (begin, mut changes) = (Instant::now(), 0);
+    while begin.elapsed() < time && !askers.iter().any(|a| a.is_finished()) {
+        tick.tick().await;
+        changes += 1;
+        if random.below(4) == 0 {
+            let mask = 1 + random.below((1 << SERVERS) - 1);
+            asked.set(&api, random.below(ASKED), mask as u8);
+        } else {
+            change(&api, random.below(services), &mut random, &mut truth);
+        }
+    }
+    let took = begin.elapsed();
+    over.store(true, Ordering::Relaxed);
+    askers.into_iter().for_each(|a| a.join().unwrap());
+    for i in 0..ASKED {
+        truth.insert(Asked::address(i).parse().unwrap(), asked.ready(i));
+    }
+    wait_until("the maps say what the API says", Duration::from_secs(20), || async {
+        (said(&read(&place))? == truth).then_some(())
+    })
+    .await;
+    println!(
+        "{services} services: {changes} changes in {took:?}, {} questions, in step {:?} later",
+        questions.load(Ordering::Relaxed),
+        begin.elapsed() - took
+    );
+    assert!(questions.load(Ordering::Relaxed) > ASKED, "every Service was asked");
+    stop.cancel();
+    task.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_are_right_while_everything_changes() {
+    churn(1000, Duration::from_secs(5)).await;
+}
+
+/// Measures; run it alone, with --release.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes minutes: cargo test --release -p orlop-proxy --test run -- --ignored --nocapture"]
+async fn answers_are_right_for_a_minute_at_full_size() {
+    churn(10_000, Duration::from_secs(60)).await;
+}
+
+/// From an empty kernel to all Services, then new ones beside them; returns the time of the first, and the median of the
+/// others, from the API server's event to the first answered connection.
+async fn at_scale(services: usize) -> (Duration, Duration) {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let truth = fill(&api, services);
+    let place = roomy(&api);
+    let begin = Instant::now();
+    let (stop, task) = start(&place.config).await;
+    let full = begin.elapsed();
+    assert!(said(&read(&place)).unwrap() == truth, "the maps do not say what the API says");
+    let a = server("a", SocketAddr::from(([127, 0, 0, 1], 0)));
+    let mut times = Vec::new();
+    for i in 0..20 {
+        let (name, ip) = (format!("t{i}"), format!("127.96.2.{}", i + 1));
+        api.put("endpointslices", slice(&name, a.port()));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        let begin = Instant::now();
+        api.put("services", service(&name, &ip, json!({})));
+        while ask(&format!("{ip}:80")).is_err() {
+            tokio::time::sleep(Duration::from_micros(100)).await;
+        }
+        times.push(begin.elapsed());
+    }
+    times.sort();
+    stop.cancel();
+    task.await.unwrap().unwrap();
+    (full, times[times.len() / 2])
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_services_are_complete() {
+    let (full, one) = at_scale(1000).await;
+    println!("1000 services: full sync {full:?}, one new {one:?}");
+}
+
+/// Measures; run it alone, with --release.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement: cargo test --release -p orlop-proxy --test run -- --ignored --nocapture"]
+async fn figures_at_scale() {
+    for services in [100, 5000, 10_000] {
+        let (full, one) = at_scale(services).await;
+        println!("{services} services: full sync {full:?}, one new p50 {one:?}");
+    }
+}

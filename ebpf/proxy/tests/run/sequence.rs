@@ -1,0 +1,359 @@
+//! Any sequence of changes, with the proxy killed and started again inside it: the maps end up saying what the objects
+//! say, and no connection to a living backend breaks.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, UdpSocket};
+
+use orlop_ebpf_common::{FrontendKey, SlotKey, TCP, UDP, addr_to};
+use orlop_ebpf_loader::{Maps, RealMaps};
+use orlop_proxy::desired::{Selection, desired};
+use orlop_proxy::model::{Endpoint, Hints, Model, Port, Service, Slice, SlicePort};
+
+use super::scale::Random;
+use super::*;
+
+const STEPS: usize = 60;
+const SERVICES: usize = 4;
+const SERVERS: usize = 4;
+/// Services that come and go in one burst, so that a kill meets a half-written one.
+const BURST: usize = 40;
+
+/// A server of both protocols that begins with its number, and repeats what it hears.
+fn numbered_echo(number: u8, at: SocketAddr) -> SocketAddr {
+    let l = TcpListener::bind(at).unwrap();
+    let at = l.local_addr().unwrap();
+    let u = UdpSocket::bind(at).unwrap();
+    std::thread::spawn(move || {
+        for mut s in l.incoming().flatten() {
+            std::thread::spawn(move || {
+                let _ = s.write_all(&[number]);
+                let mut buf = [0; 64];
+                while let Ok(n @ 1..) = s.read(&mut buf) {
+                    let _ = s.write_all(&buf[..n]);
+                }
+            });
+        }
+    });
+    std::thread::spawn(move || {
+        let mut buf = [0; 64];
+        while let Ok((_, from)) = u.recv_from(&mut buf) {
+            let _ = u.send_to(&[number], from);
+        }
+    });
+    at
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum State {
+    Ready,
+    Draining,
+    Gone,
+}
+
+/// What the API server holds, as the test knows it.
+struct Truth {
+    servers: Vec<SocketAddr>,
+    services: [bool; SERVICES],
+    affinity: [bool; SERVICES],
+    /// By service and server.
+    states: [[State; SERVERS]; SERVICES],
+}
+
+impl Truth {
+    fn vip(i: usize) -> IpAddr {
+        IpAddr::from([127, 98, 0, i as u8 + 1])
+    }
+
+    fn put_service(&self, api: &FakeApi, i: usize) {
+        let ports = json!([{"port": 80, "protocol": "TCP", "name": "t"}, {"port": 80, "protocol": "UDP", "name": "u"}]);
+        let affinity = if self.affinity[i] { "ClientIP" } else { "None" };
+        let extra = json!({"ports": ports, "sessionAffinity": affinity});
+        api.put("services", service(&format!("q{i}"), &Truth::vip(i).to_string(), extra));
+    }
+
+    /// The lower and the upper half of the servers have a slice each.
+    fn put_slice(&self, api: &FakeApi, i: usize, half: usize) {
+        let mut s = slice(&format!("q{i}"), 0);
+        s["metadata"]["name"] = json!(format!("q{i}-{half}"));
+        let port = self.servers[0].port();
+        s["ports"] = json!([{"port": port, "protocol": "TCP", "name": "t"}, {"port": port, "protocol": "UDP", "name": "u"}]);
+        let of_half = (half * SERVERS / 2)..((half + 1) * SERVERS / 2);
+        let listed = of_half.filter(|n| self.states[i][*n] != State::Gone);
+        let endpoints = listed.map(|n| {
+            let ready = self.states[i][n] == State::Ready;
+            json!({"addresses": [self.servers[n].ip().to_string()], "nodeName": "me",
+                "conditions": {"ready": ready, "serving": true, "terminating": !ready}})
+        });
+        s["endpoints"] = json!(endpoints.collect::<Vec<_>>());
+        api.put("endpointslices", s);
+    }
+
+    /// Servers that new connections go to.
+    fn usable(&self, i: usize) -> Vec<usize> {
+        let of = |state| (0..SERVERS).filter(|n| self.states[i][*n] == state).collect::<Vec<_>>();
+        let ready = of(State::Ready);
+        if ready.is_empty() { of(State::Draining) } else { ready }
+    }
+
+    /// What the maps must hold, by the proxy's own rules.
+    fn expected(&self) -> BTreeMap<String, BTreeSet<IpAddr>> {
+        let mut model = Model::default();
+        let ports =
+            |number| ["t", "u"].into_iter().zip([TCP, UDP]).map(move |(name, proto)| (name, proto, number));
+        for i in (0..SERVICES).filter(|i| self.services[*i]) {
+            let name = format!("n/q{i}");
+            let service_ports =
+                ports(80).map(|(n, proto, port)| Port { name: n.into(), proto, port, node_port: 0 });
+            let service = Service {
+                cluster_ips: vec![Truth::vip(i)],
+                ports: service_ports.collect(),
+                affinity_seconds: if self.affinity[i] { 10_800 } else { 0 },
+                ..Service::default()
+            };
+            model.set_service(&name, Some(service));
+            let listed = (0..SERVERS).filter(|n| self.states[i][*n] != State::Gone);
+            let endpoints = listed.map(|n| Endpoint {
+                ip: self.servers[n].ip(),
+                ready: self.states[i][n] == State::Ready,
+                serving: true,
+                terminating: self.states[i][n] == State::Draining,
+                local: true,
+                hints: Hints::default(),
+            });
+            let slice_ports = ports(self.servers[0].port()).map(|(n, proto, port)| SlicePort {
+                name: n.into(),
+                proto,
+                port,
+            });
+            let slice = Slice {
+                service: name.as_str().into(),
+                v4: true,
+                ports: slice_ports.collect(),
+                endpoints: endpoints.collect(),
+            };
+            model.set_slice(&name, Some(slice));
+        }
+        let names: Vec<_> = model.services().map(|(n, _)| n.clone()).collect();
+        let all = names.iter().map(|n| desired(&model, n, Selection::Maglev));
+        all.flat_map(|d| {
+            let front = |f: &orlop_proxy::desired::Frontend| {
+                (show(&f.key), d.sets[f.set].backends.iter().map(|b| addr_to(&b.addr)).collect())
+            };
+            d.frontends.iter().map(front).collect::<Vec<_>>()
+        })
+        .collect()
+    }
+}
+
+fn show(k: &FrontendKey) -> String {
+    format!("{}:{}/{}/{}", addr_to(&k.addr), k.port, k.proto, k.scope)
+}
+
+/// The maps, read as the programs read them; fails when anything in them leads nowhere, or nothing leads to it.
+fn programmed(place: &Place) -> BTreeMap<String, BTreeSet<IpAddr>> {
+    let dump = RealMaps::open(&place.config.datapath.pins).unwrap().dump().unwrap();
+    let mut used = BTreeSet::new();
+    let mut resolve = |set, count| -> BTreeSet<IpAddr> {
+        let slots = (0..count).filter_map(|slot| dump.slots.get(&SlotKey { set, slot }));
+        let found = slots.filter_map(|id| {
+            used.insert(*id);
+            dump.backends.get(id).map(|b| addr_to(&b.addr))
+        });
+        found.collect()
+    };
+    let all = dump.frontends.iter().map(|(k, v)| (show(k), resolve(v.set, v.count))).collect();
+    // A stray backend shows as a frontend that nobody wants.
+    let stray = dump.backends.keys().find(|id| !used.contains(id)).map(|id| format!("stray backend {id}"));
+    let counts: usize = dump.frontends.values().map(|v| v.count as usize).sum();
+    let slots = (counts < dump.slots.len()).then(|| format!("{counts} of {} slots", dump.slots.len()));
+    let mut all: BTreeMap<_, _> = all;
+    all.extend(stray.into_iter().chain(slots).map(|s| (s, BTreeSet::new())));
+    all
+}
+
+/// A conversation with a server, by way of a Service.
+struct Flow {
+    service: usize,
+    server: usize,
+    tcp: Option<TcpStream>,
+    udp: Option<UdpSocket>,
+}
+
+impl Flow {
+    fn open(service: usize, udp: bool) -> Flow {
+        let vip = SocketAddr::new(Truth::vip(service), 80);
+        let patience = Some(Duration::from_secs(5));
+        let mut number = [0];
+        if udp {
+            let s = UdpSocket::bind("0.0.0.0:0").unwrap();
+            s.connect(vip).unwrap();
+            s.set_read_timeout(patience).unwrap();
+            s.send(b"?").unwrap();
+            s.recv(&mut number).unwrap();
+            return Flow { service, server: usize::from(number[0]), tcp: None, udp: Some(s) };
+        }
+        let mut s = TcpStream::connect_timeout(&vip, Duration::from_secs(5)).unwrap();
+        s.set_read_timeout(patience).unwrap();
+        s.read_exact(&mut number).unwrap();
+        Flow { service, server: usize::from(number[0]), tcp: Some(s), udp: None }
+    }
+
+    /// Nothing has been said that could end it: a connection goes on with a server that drains, and without its Service;
+    /// datagrams go where new ones go.
+    fn may_live(&self, truth: &Truth) -> bool {
+        if self.tcp.is_some() {
+            return truth.states[self.service][self.server] != State::Gone;
+        }
+        truth.services[self.service] && truth.usable(self.service).contains(&self.server)
+    }
+
+    fn works(&mut self) -> io::Result<bool> {
+        let mut buf = [0; 1];
+        if let Some(s) = &mut self.tcp {
+            s.write_all(b"!")?;
+            s.read_exact(&mut buf)?;
+            return Ok(buf == *b"!");
+        }
+        let Some(s) = &self.udp else { return Ok(true) };
+        s.send(b"?")?;
+        s.recv(&mut buf)?;
+        Ok(usize::from(buf[0]) == self.server)
+    }
+}
+
+struct Sequence {
+    api: FakeApi,
+    place: Place,
+    truth: Truth,
+    proxy: Option<Killed>,
+    flows: Vec<Flow>,
+    said: Vec<String>,
+}
+
+impl Sequence {
+    fn step(&mut self, random: &mut Random) {
+        let i = random.below(SERVICES);
+        match random.below(10) {
+            0..5 => {
+                let n = random.below(SERVERS);
+                let state = [State::Ready, State::Ready, State::Draining, State::Gone][random.below(4)];
+                self.truth.states[i][n] = state;
+                self.truth.put_slice(&self.api, i, n / (SERVERS / 2));
+                self.said.push(format!("server {n} of q{i} {state:?}"));
+            }
+            5 if self.truth.services[i] => {
+                self.truth.services[i] = false;
+                self.api.delete("services", &format!("q{i}"));
+                self.said.push(format!("q{i} deleted"));
+            }
+            5 | 6 => {
+                self.truth.services[i] = true;
+                self.truth.affinity[i] = random.below(2) == 0;
+                self.truth.put_service(&self.api, i);
+                self.said.push(format!("q{i} put"));
+            }
+            _ => {
+                for b in 0..BURST {
+                    let name = format!("b{b}");
+                    self.api.put("services", service(&name, &format!("127.99.0.{}", b + 1), json!({})));
+                    self.api.put("endpointslices", slice(&name, 80));
+                }
+                std::thread::sleep(Duration::from_micros(random.below(20_000) as u64));
+                if self.proxy.take().is_some() {
+                    self.said.push("killed".into());
+                }
+                for b in 0..BURST {
+                    self.api.delete("services", &format!("b{b}"));
+                    self.api.delete("endpointslices", &format!("b{b}-1"));
+                }
+            }
+        }
+        self.flows.retain(|f| f.may_live(&self.truth));
+    }
+
+    /// With a proxy: the maps say what the objects say, and all conversations go on.
+    async fn settle(&mut self) {
+        if self.proxy.is_none() {
+            self.said.push("started".into());
+            self.proxy = Some(Killed::start(&self.place).await);
+        }
+        let want = self.truth.expected();
+        let begin = Instant::now();
+        loop {
+            let have = programmed(&self.place);
+            if have == want {
+                break;
+            }
+            assert!(
+                begin.elapsed() < Duration::from_secs(20),
+                "{have:?}\nnot\n{want:?}\nafter {:#?}",
+                self.said
+            );
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        self.check_flows("settled");
+        for i in (0..SERVICES).filter(|i| self.truth.services[*i] && !self.truth.usable(*i).is_empty()) {
+            if self.flows.iter().filter(|f| f.service == i).count() < 4 {
+                self.flows.extend([Flow::open(i, false), Flow::open(i, true)]);
+            }
+        }
+        assert!(
+            self.flows
+                .iter()
+                .all(|f| self.truth.usable(f.service).contains(&f.server) || f.may_live(&self.truth))
+        );
+    }
+
+    fn check_flows(&mut self, when: &str) {
+        for f in &mut self.flows {
+            let works = f.works();
+            let kind = if f.tcp.is_some() { "TCP" } else { "UDP" };
+            assert!(
+                matches!(works, Ok(true)),
+                "{when}: {kind} of q{} to server {}: {works:?} after {:#?}",
+                f.service,
+                f.server,
+                self.said
+            );
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn maps_and_connections_survive_any_changes_and_kills() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let place = Place::new(api.address);
+    let port = numbered_echo(0, SocketAddr::from(([127, 0, 0, 1], 0))).port();
+    let mut servers = vec![SocketAddr::from(([127, 0, 0, 1], port))];
+    for n in 1..SERVERS as u8 {
+        servers.push(numbered_echo(n, SocketAddr::from(([127, 0, 0, n + 1], port))));
+    }
+    let truth = Truth {
+        servers,
+        services: [true; SERVICES],
+        affinity: [false; SERVICES],
+        states: [[State::Ready; SERVERS]; SERVICES],
+    };
+    for i in 0..SERVICES {
+        truth.put_service(&api, i);
+        truth.put_slice(&api, i, 0);
+        truth.put_slice(&api, i, 1);
+    }
+    let mut s = Sequence { api, place, truth, proxy: None, flows: Vec::new(), said: Vec::new() };
+    s.settle().await;
+    let mut random = Random::new();
+    let mut kills = 0;
+    for _ in 0..STEPS {
+        let ran = s.proxy.is_some();
+        s.step(&mut random);
+        kills += usize::from(ran && s.proxy.is_none());
+        match random.below(3) {
+            0 => s.settle().await,
+            // Nobody has told the kernel to end any of these.
+            _ => s.check_flows("in between"),
+        }
+    }
+    s.settle().await;
+    println!("{STEPS} steps, {kills} kills, {} conversations held at the end", s.flows.len());
+}
