@@ -3,8 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ "$(id -u)" -eq 0 ] || { echo "bench: not root; run make as root" >&2; exit 1; }
-# crictl, where the tests have put it.
-export PATH="$PATH:${ORLOP_TOOLS:-/var/cache/orlop-tools}"
 sections=()
 while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do
     sections+=(--only "$1")
@@ -12,6 +10,3 @@ while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do
 done
 scripts/demo-image.sh target/demo/demo-web.tar
 cargo run --quiet --release -p xtask -- bench "${sections[@]}" "$@"
-if [ "${#sections[@]}" -eq 0 ] && command -v containerd >/dev/null && command -v crictl >/dev/null; then
-  cargo bench --quiet -p orlop-images --bench pull
-fi

@@ -9,7 +9,7 @@ use orlop_proto::cri;
 use orlop_test_vms::root;
 use serde_json::json;
 
-use super::node::{Node, run as command};
+use super::node::{Network, Node, run as command};
 use super::table::{Goal, Table, Times};
 use super::{Options, Result, block_on, text};
 
@@ -30,20 +30,25 @@ pub fn run(options: &Options) -> Result<Vec<Table>> {
 
 async fn over_cri(count: usize) -> Result<Times> {
     let archive = root().join("target/demo/demo-web.tar");
-    let mut node = Node::orlop(&[&archive]).await?;
-    let pod = node.pod("bench");
+    let node = Node::orlop(&[&archive]).await?;
+    let times = cycles(&node, count).await;
+    node.end().await?;
+    times
+}
+
+async fn cycles(node: &Node, count: usize) -> Result<Times> {
+    let pod = node.pod("bench", Network::Host);
     let request = cri::RunPodSandboxRequest { config: Some(pod.clone()), runtime_handler: String::new() };
-    let id = node.runtime.run_pod_sandbox(request).await.map_err(text)?.into_inner().pod_sandbox_id;
+    let id = node.runtime().run_pod_sandbox(request).await.map_err(text)?.into_inner().pod_sandbox_id;
     let mut times = Times::default();
     for i in 0..count {
-        times.add(one_container(&mut node, &id, &pod, i as u32).await?);
+        times.add(one_container(node, &id, &pod, i as u32).await?);
     }
-    node.end().await?;
     Ok(times)
 }
 
 async fn one_container(
-    node: &mut Node,
+    node: &Node,
     sandbox_id: &str,
     sandbox: &cri::PodSandboxConfig,
     attempt: u32,
@@ -55,7 +60,7 @@ async fn one_container(
         args: vec!["256.0.0.1:1".into()],
         ..Default::default()
     };
-    let client = &mut node.runtime;
+    let mut client = node.runtime();
     let start = Instant::now();
     let created = client
         .create_container(cri::CreateContainerRequest {

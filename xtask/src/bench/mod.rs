@@ -2,6 +2,8 @@
 //! Absolute figures move with the machine; the ratios are what counts.
 
 mod containers;
+mod cri;
+mod images;
 mod memory;
 mod node;
 mod pods;
@@ -16,12 +18,28 @@ type Result<T = ()> = std::result::Result<T, String>;
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
     /// Pods that are started one after another
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 30)]
     pub pods: usize,
+
+    /// Pods that are there while memory is weighed
+    #[arg(long, default_value_t = 50)]
+    pub held: usize,
+
+    /// Pods that are started at once
+    #[arg(long, default_value_t = 100)]
+    pub burst: usize,
 
     /// Containers that are made to measure one
     #[arg(long, default_value_t = 30)]
     pub containers: usize,
+
+    /// Pulls that are measured
+    #[arg(long, default_value_t = 5)]
+    pub rounds: usize,
+
+    /// Files in each of the pulled image's ten layers
+    #[arg(long, default_value_t = 500)]
+    pub files: usize,
 }
 
 /// One part of the bench: sets up what it needs, measures, takes it back.
@@ -35,6 +53,8 @@ const SECTIONS: &[Section] = &[
     Section { name: "pods", run: pods::run },
     Section { name: "memory", run: memory::run },
     Section { name: "containers", run: containers::run },
+    Section { name: "cri", run: cri::run },
+    Section { name: "images", run: images::run },
 ];
 
 /// What `--only` accepts.

@@ -1,6 +1,7 @@
 //! What the kernel says about processes.
 
 use std::path::Path;
+use std::time::Duration;
 
 /// Proportional set size in MiB; 0 of a process that is gone.
 pub fn pss(pid: u32) -> f64 {
@@ -31,4 +32,30 @@ pub fn find(program: &str, folder: &Path) -> Vec<u32> {
 pub fn mean_pss(pids: &[u32]) -> (f64, usize) {
     let sum: f64 = pids.iter().map(|p| pss(*p)).sum();
     (if pids.is_empty() { 0.0 } else { sum / pids.len() as f64 }, pids.len())
+}
+
+fn status(pid: u32, key: &str) -> f64 {
+    kib(&std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default(), key) / 1024.0
+}
+
+/// Forgets the highest resident set size so far; gives the present one in MiB.
+pub fn reset_peak(pid: u32) -> f64 {
+    // A kernel without it leaves the peak since the start, which makes the figure worse, not better.
+    let _ = std::fs::write(format!("/proc/{pid}/clear_refs"), "5");
+    status(pid, "VmRSS:")
+}
+
+/// The highest resident set size in MiB since [`reset_peak`].
+pub fn peak(pid: u32) -> f64 {
+    status(pid, "VmHWM:")
+}
+
+/// User and system time so far.
+pub fn cpu(pid: u32) -> Duration {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let after_name = text.rsplit(')').next().unwrap_or_default();
+    // The 14th and 15th field of the line, in hundredths of a second.
+    let ticks =
+        |i: usize| after_name.split_whitespace().nth(i).and_then(|f| f.parse::<u64>().ok()).unwrap_or(0);
+    Duration::from_millis((ticks(11) + ticks(12)) * 10)
 }

@@ -28,6 +28,8 @@ pub enum Unit {
     MiB,
     /// Events per second; more is better.
     PerSecond,
+    /// How many, of what should not be there.
+    Count,
 }
 
 /// What the project promises.
@@ -46,6 +48,7 @@ impl Unit {
 
     fn show(self, value: f64) -> String {
         let digits = match (self, value.abs()) {
+            (Unit::Count, _) => 0,
             (_, v) if v >= 100.0 => 0,
             (_, v) if v >= 10.0 => 1,
             _ => 2,
@@ -54,6 +57,7 @@ impl Unit {
             Unit::Ms => " ms",
             Unit::MiB => " MiB",
             Unit::PerSecond => " /s",
+            Unit::Count => "",
         };
         format!("{value:.digits$}{unit}")
     }
@@ -149,6 +153,10 @@ pub struct Times(Vec<Duration>);
 impl Times {
     pub fn add(&mut self, time: Duration) {
         self.0.push(time);
+    }
+
+    pub fn extend(&mut self, other: Times) {
+        self.0.extend(other.0);
     }
 
     /// Milliseconds at a quantile, by nearest rank; 0 when nothing was measured.
