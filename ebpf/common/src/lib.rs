@@ -226,6 +226,8 @@ pub mod local_flags {
 pub mod ct_dir {
     pub const FORWARD: u8 = 0;
     pub const REPLY: u8 = 1;
+    /// As a reply, for ICMP errors alone: those of the node's stack about packets that were too big to be sent on.
+    pub const ERROR: u8 = 2;
 }
 
 pub mod ct_flags {
@@ -251,6 +253,8 @@ pub mod counters {
     pub const ICMP_ERRORS: u32 = 7;
     /// Sources outside of loadBalancerSourceRanges.
     pub const NOT_ADMITTED: u32 = 8;
+    /// Packets that were larger than the way to another node allows.
+    pub const TOO_BIG: u32 = 9;
     pub const COUNT: u32 = 16;
 }
 

@@ -22,10 +22,18 @@ pub fn find(ctx: &TcContext, s: &mut Scratch, ingress: bool) -> Option<*const Ct
         return Some(v);
     }
     s.key.dir = ct_dir::REPLY;
-    let v = CONNECTIONS.get_ptr(&s.key)?;
-    // SAFETY: a valid element.
-    let redirects = unsafe { (*v).flags } & ct_flags::REDIRECT != 0;
-    if redirects == ingress { Some(v) } else { None }
+    if let Some(v) = CONNECTIONS.get_ptr(&s.key) {
+        // SAFETY: a valid element.
+        let redirects = unsafe { (*v).flags } & ct_flags::REDIRECT != 0;
+        if redirects == ingress {
+            return Some(v);
+        }
+    }
+    if ingress {
+        return None;
+    }
+    s.key.dir = ct_dir::ERROR;
+    CONNECTIONS.get_ptr(&s.key)
 }
 
 /// What a packet the other way would get as source is what the quoted one was sent to, and the other way round.

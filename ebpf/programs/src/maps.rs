@@ -89,6 +89,8 @@ pub struct Packet {
     pub v4: bool,
     /// A fragment other than the first: there is no transport header.
     pub headless: bool,
+    /// Routers may cut it into fragments.
+    pub divisible: bool,
 }
 
 /// Room for what does not fit on the stack: kernels count it with that of the compiler's own functions. Not pinned: no

@@ -18,7 +18,7 @@ use orlop_ebpf_common::*;
 use crate::icmp;
 use crate::maps::*;
 use crate::parse::{Kind, parse};
-use crate::rewrite::{self, DROP, NEXT, dropped};
+use crate::rewrite::{self, DROP, NEXT, Route, dropped};
 use crate::select;
 
 const SECOND: u64 = 1_000_000_000;
@@ -125,6 +125,15 @@ fn carry_out(ctx: &TcContext, s: &mut Scratch, kind: Kind, found: Result<*const 
         Ok(v) => unsafe { &*v },
         Err(verdict) => return verdict,
     };
+    let mut out = 0;
+    if v.flags & ct_flags::REDIRECT != 0 {
+        let length = if kind as u8 == Kind::Error as u8 { 0 } else { rewrite::length(ctx, &s.packet) };
+        out = match rewrite::route(ctx, &v.dst, s.packet.v4, length, &mut s.fib) {
+            Route::By(out) => out,
+            Route::TooBig => return too_big(ctx, s, v),
+            Route::None => return dropped(),
+        };
+    }
     let done = if kind as u8 == Kind::Error as u8 {
         icmp::translate(ctx, &s.packet, &s.quote, v)
     } else {
@@ -133,10 +142,32 @@ fn carry_out(ctx: &TcContext, s: &mut Scratch, kind: Kind, found: Result<*const 
     if done.is_none() {
         return dropped();
     }
-    if v.flags & ct_flags::REDIRECT == 0 {
-        return NEXT;
+    if out == 0 { NEXT } else { rewrite::send(ctx, s.packet.l3, s.packet.v4, out) }
+}
+
+/// Lets the stack say that a packet is too big for the way to its new destination: the stack gets it with that
+/// destination but its old source, finds what we found, and sends the error that only it can send. The error is named
+/// back like others, by an entry made for it.
+#[inline(always)]
+fn too_big(ctx: &TcContext, s: &mut Scratch, v: &CtValue) -> i32 {
+    count(counters::TOO_BIG);
+    let p = &s.packet;
+    // The stack would cut it and send it on, with a source whose answers do not come back to us.
+    if p.divisible {
+        return dropped();
     }
-    rewrite::send(ctx, s.packet.l3, s.packet.v4, &v.dst, &mut s.fib)
+    (s.rkey.src, s.rkey.sport) = (v.dst, v.dport);
+    (s.rkey.dst, s.rkey.dport) = (p.src, p.sport);
+    (s.rkey.proto, s.rkey.dir, s.rkey.pad) = (p.proto, ct_dir::ERROR, 0);
+    s.reply = *v;
+    s.reply.flags = ct_flags::SRC;
+    (s.reply.src, s.reply.sport) = (p.dst, p.dport);
+    if CONNECTIONS.insert(&s.rkey, &s.reply, 0).is_err()
+        || rewrite::replace(ctx, p, true, &v.dst, v.dport).is_none()
+    {
+        return dropped();
+    }
+    NEXT
 }
 
 /// An answer of a backend that leaves by the interface that its client came in by.
@@ -334,7 +365,7 @@ fn masquerade(ctx: &TcContext, flags: u8, link: &Uplink, s: &mut Scratch) -> boo
     if link.flags & uplink_flags::POD != 0 || flags & backend_flags::LOCAL != 0 || is_local(&s.forward.dst) {
         return false;
     }
-    let Some(out) = rewrite::route(ctx, &s.forward.dst, v4, &mut s.fib) else { return false };
+    let Route::By(out) = rewrite::route(ctx, &s.forward.dst, v4, 0, &mut s.fib) else { return false };
     let Some(out) = uplink(out) else { return false };
     if out.flags & uplink_flags::POD != 0 {
         return false;

@@ -81,8 +81,10 @@ fn inner(ctx: &TcContext, l3: u32, v4: bool, s: &mut Scratch) -> Option<Kind> {
     let p = &mut s.packet;
     ip_header(ctx, l3, v4, &mut s.head, p)?;
     // The fragment's offset, whether more follow, and the datagram's number.
+    p.divisible = false;
     let (later, more, id) = if v4 {
         let place = half(&s.head, 6);
+        p.divisible = place & 0x4000 == 0;
         (place & 0x1fff != 0, place & 0x2000 != 0, half(&s.head, 4) as u32)
     } else if p.proto == IPV6_FRAGMENT {
         load::<8>(ctx, p.l4, &mut s.head)?;

@@ -16,6 +16,7 @@ const AF_INET6: u8 = 10;
 const FIB_SUCCESS: i64 = 0;
 /// The route is known, the neighbour not yet: bpf_redirect_neigh resolves it.
 const FIB_NO_NEIGH: i64 = 7;
+const FIB_TOO_BIG: i64 = 8;
 
 /// Newer kernels want to be told that a checksum belongs to IPv6, older ones refuse to be.
 const BPF_F_IPV6: u64 = 1 << 7;
@@ -58,7 +59,7 @@ pub fn store_address(ctx: &TcContext, l3: u32, v4: bool, second: bool, new: &Add
 
 /// Replaces the source, or (`second`) the destination.
 #[inline(always)]
-fn replace(ctx: &TcContext, p: &Packet, second: bool, new: &Addr, new_port: u16) -> Option<()> {
+pub fn replace(ctx: &TcContext, p: &Packet, second: bool, new: &Addr, new_port: u16) -> Option<()> {
     let (check_at, mangled) = if p.proto == TCP { (16, 0) } else { (6, BPF_F_MARK_MANGLED_0 as u64) };
     let check = p.l4 + check_at;
     let (old, old_port) = if second { (&p.dst, p.dport) } else { (&p.src, p.sport) };
@@ -84,15 +85,34 @@ pub fn apply(ctx: &TcContext, p: &Packet, v: &CtValue) -> Option<()> {
     Some(())
 }
 
-/// Sends the packet by the route of its new destination.
+/// Sends the packet by an interface.
 #[inline(always)]
-pub fn send(ctx: &TcContext, l3: u32, v4: bool, dst: &Addr, fib: &mut FibLookup) -> i32 {
-    let Some(out) = route(ctx, dst, v4, fib) else { return dropped() };
+pub fn send(ctx: &TcContext, l3: u32, v4: bool, out: u32) -> i32 {
     if lower_ttl(ctx, l3, v4).is_none() {
         return dropped();
     }
     // SAFETY: no parameters: the kernel looks the next hop up itself.
     unsafe { bpf_redirect_neigh(out, core::ptr::null_mut(), 0, 0) as i32 }
+}
+
+/// Bytes of the packet from its IP header on, as it will be on the wire: of one segment, where many travel as one.
+#[inline(always)]
+pub fn length(ctx: &TcContext, p: &Packet) -> u16 {
+    // SAFETY: the context is valid while the program runs.
+    let (len, segment) = unsafe { ((*ctx.skb.skb).len, (*ctx.skb.skb).gso_size) };
+    let bytes = if segment == 0 {
+        len.saturating_sub(p.l3)
+    } else {
+        let head = if p.proto == TCP {
+            let offset: u8 = ctx.load(p.l4 as usize + 12).unwrap_or(0x50);
+            (offset >> 4) as u32 * 4
+        } else {
+            8
+        };
+        p.l4 - p.l3 + head + segment
+    };
+    // What a packet cannot be is what no way carries.
+    if bytes > u16::MAX as u32 { u16::MAX } else { bytes as u16 }
 }
 
 #[inline(always)]
@@ -111,13 +131,22 @@ fn lower_ttl(ctx: &TcContext, l3: u32, v4: bool) -> Option<()> {
     ctx.store(l3 + 8, &new, 0).ok()
 }
 
-/// The interface by which `dst` is reached.
+/// How an address is reached.
+pub enum Route {
+    By(u32),
+    /// The packet is larger than the way there allows.
+    TooBig,
+    None,
+}
+
+/// The interface by which `dst` is reached by packets of `length` bytes; 0: however long.
 #[inline(always)]
-pub fn route(ctx: &TcContext, dst: &Addr, v4: bool, q: &mut FibLookup) -> Option<u32> {
+pub fn route(ctx: &TcContext, dst: &Addr, v4: bool, length: u16, q: &mut FibLookup) -> Route {
     // SAFETY: all zeros is a valid value of this plain C struct.
     *q = unsafe { core::mem::zeroed() };
     // SAFETY: the context is valid while the program runs.
     q.ifindex = unsafe { (*ctx.skb.skb).ifindex };
+    q.__bindgen_anon_1.tot_len = length;
     if v4 {
         q.family = AF_INET;
         q.__bindgen_anon_4.ipv4_dst = dst[3];
@@ -129,5 +158,12 @@ pub fn route(ctx: &TcContext, dst: &Addr, v4: bool, q: &mut FibLookup) -> Option
     let r =
         unsafe { bpf_fib_lookup(ctx.skb.skb.cast(), &mut *q, core::mem::size_of::<FibLookup>() as i32, 0) }
             as i64;
-    if r == FIB_SUCCESS || r == FIB_NO_NEIGH { Some(q.ifindex) } else { None }
+    if r == FIB_SUCCESS || r == FIB_NO_NEIGH {
+        return Route::By(q.ifindex);
+    }
+    if r != FIB_TOO_BIG {
+        return Route::None;
+    }
+    // Without a length the kernel compares the packet with the interface all the same, once it has found it.
+    if length == 0 { Route::By(q.ifindex) } else { Route::TooBig }
 }

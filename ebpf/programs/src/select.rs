@@ -23,6 +23,16 @@ pub fn frontend(
         if let Some(v) = unsafe { FRONTENDS.get(&key) } {
             return Some(v);
         }
+        if scope == SCOPE_EXTERNAL {
+            // What others may reach has an entry of its own for them. What has not is a ClusterIP, and whoever routes
+            // it to this node is answered.
+            key.scope = SCOPE_INTERNAL;
+            // SAFETY: as above.
+            if let Some(v) = unsafe { FRONTENDS.get(&key) } {
+                return Some(v);
+            }
+            key.scope = scope;
+        }
         key.addr = any_addr(is_v4(addr));
     }
     // SAFETY: as above.

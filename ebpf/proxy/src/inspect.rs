@@ -242,7 +242,13 @@ impl View {
         let mut key = FrontendKey { addr, port: to.port(), proto, scope };
         let mut out = String::new();
         let mut found = self.dump.frontends.get(&key);
+        if found.is_none() && outside {
+            // A ClusterIP that is routed to this node.
+            key.scope = SCOPE_INTERNAL;
+            found = self.dump.frontends.get(&key);
+        }
         if found.is_none() {
+            key.scope = scope;
             key.addr = any_addr(to.is_ipv4());
             found = self.dump.frontends.get(&key);
             let serves = self.dump.locals.get(&addr).is_some_and(|f| f & local_flags::NODE_PORT != 0)
@@ -276,7 +282,7 @@ impl View {
     }
 }
 
-const COUNTERS: [(&str, u32); 9] = [
+const COUNTERS: [(&str, u32); 10] = [
     ("socket translations", counters::SOCK_TRANSLATED),
     ("socket refusals", counters::SOCK_REFUSED),
     ("packet connections", counters::PACKET_CONNECTIONS),
@@ -286,6 +292,7 @@ const COUNTERS: [(&str, u32); 9] = [
     ("source ports exhausted", counters::SNAT_EXHAUSTED),
     ("ICMP errors translated", counters::ICMP_ERRORS),
     ("sources not admitted", counters::NOT_ADMITTED),
+    ("packets too big for their way", counters::TOO_BIG),
 ];
 
 fn line(out: &mut String, what: &str, value: &str) {

@@ -2,6 +2,7 @@
 //! maps are made from a model by the proxy's own code, the packets and sockets are the kernel's, and what must come out
 //! is said here by other means.
 
+mod ways;
 mod world;
 
 use std::collections::BTreeMap;
@@ -236,8 +237,6 @@ fn cells() -> Vec<Cell> {
 fn cell(spec: &Spec, kind: Kind, place: Place, udp: bool, v: usize) -> Option<Cell> {
     let external = matches!(place, Other | Outside);
     let to = match kind {
-        // No address that others have a way to.
-        ClusterIp if external => return None,
         Loopback if place != Host => return None,
         NodePort => {
             let own = if place == Other { NODE_TO_OTHER } else { NODE };
@@ -419,6 +418,18 @@ impl Drop for Home {
 }
 
 fn program(w: &World, config: &Config) -> Datapath {
+    program_with(w, config, |model| {
+        for spec in specs() {
+            model.set_service(&spec.name(), Some(spec.service()));
+            for v4 in [true, false] {
+                model.set_slice(&format!("{}-{v4}", spec.name()), Some(spec.slice(v4)));
+            }
+        }
+    })
+}
+
+/// The programs on the node's interfaces, and maps for what `fill` puts into the model.
+fn program_with(w: &World, config: &Config, fill: impl FnOnce(&mut Model) + Send + 'static) -> Datapath {
     let config = config.clone();
     w.node
         .run(move || {
@@ -440,12 +451,7 @@ fn program(w: &World, config: &Config) -> Datapath {
             }
             let (mut tables, mut model) = (Tables::default(), Model::default());
             model.set_node_ips(NODE.map(|a| a.parse().unwrap()).to_vec());
-            for spec in specs() {
-                model.set_service(&spec.name(), Some(spec.service()));
-                for v4 in [true, false] {
-                    model.set_slice(&format!("{}-{v4}", spec.name()), Some(spec.slice(v4)));
-                }
-            }
+            fill(&mut model);
             for name in model.take_dirty() {
                 let wanted = desired(&model, &name, Selection::Maglev);
                 tables.sync(&mut dp.maps, &name, &wanted).unwrap();
