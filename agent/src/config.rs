@@ -126,6 +126,8 @@ pub struct KubeletConfiguration {
     pub system_reserved: BTreeMap<String, String>,
     pub kube_reserved: BTreeMap<String, String>,
     pub eviction_hard: BTreeMap<String, String>,
+    /// `pods` gives the cgroup of all pods limits; `none` or nothing does not. Reserved cgroups are not limited.
+    pub enforce_node_allocatable: Vec<String>,
     pub register_node: bool,
     pub seccomp_default: bool,
     pub allowed_unsafe_sysctls: Vec<String>,
@@ -231,6 +233,7 @@ impl Default for KubeletConfiguration {
             system_reserved: BTreeMap::new(),
             kube_reserved: BTreeMap::new(),
             eviction_hard: eviction.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+            enforce_node_allocatable: vec!["pods".into()],
             register_node: true,
             seccomp_default: false,
             allowed_unsafe_sysctls: Vec::new(),
@@ -248,6 +251,11 @@ impl Default for KubeletConfiguration {
 }
 
 impl KubeletConfiguration {
+    /// Whether all pods together are held to what the node has for them.
+    pub fn enforces_allocatable(&self) -> bool {
+        self.enforce_node_allocatable.iter().any(|e| e == "pods")
+    }
+
     /// The longest wait between restarts of a container.
     pub fn max_restart_delay(&self) -> Duration {
         self.crash_loop_back_off

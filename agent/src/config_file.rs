@@ -52,6 +52,9 @@ impl KubeletConfiguration {
                 });
             }
         }
+        for e in self.enforce_node_allocatable.iter().filter(|e| *e != "pods" && *e != "none") {
+            found.push(format!("enforceNodeAllocatable: {e}"));
+        }
         found
     }
 
@@ -67,6 +70,17 @@ impl KubeletConfiguration {
             return Err(format!(
                 "imageGCHighThresholdPercent is {high}; it must be at most 100 and above imageGCLowThresholdPercent ({low})"
             ));
+        }
+        let kinds = [
+            "pods",
+            "none",
+            "system-reserved",
+            "kube-reserved",
+            "system-reserved-compressible",
+            "kube-reserved-compressible",
+        ];
+        for e in &self.enforce_node_allocatable {
+            one_of("enforceNodeAllocatable", e, &kinds)?;
         }
         if self.container_log_max_files < 2 {
             return Err("containerLogMaxFiles must be at least 2".into());

@@ -24,6 +24,13 @@ pub enum Error {
     Stream(#[source] hyper::Error),
     #[error("the node's address is not known; pass it as the node IP")]
     NoNodeIp,
+    #[error("cannot {what} {path}: {message}")]
+    Cgroup { what: &'static str, path: String, message: String },
+    #[error(
+        "systemd does not make the slice {slice} ({message}); the runtime uses the systemd cgroup driver, \
+         which needs systemd on the system bus: start it or let the runtime use cgroupfs"
+    )]
+    Systemd { slice: String, message: String },
     #[error(transparent)]
     Task(#[from] orlop_base::supervise::Failure),
 }

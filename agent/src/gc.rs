@@ -22,6 +22,7 @@ pub async fn run(ctx: Context, synced: impl Future<Output = ()> + Send) -> Resul
         let mut round = 0u32;
         loop {
             orphans(&ctx).await;
+            weigh_classes(&ctx).await;
             crate::logs::sweep_links(&ctx.config);
             if round.is_multiple_of(IMAGES_EVERY) {
                 images(&ctx).await;
@@ -65,7 +66,7 @@ async fn orphans(ctx: &Context) {
         if ctx.pods.contains(&uid) || in_runtime.contains(&uid) {
             continue;
         }
-        ctx.node.cgroups().remove(&uid);
+        ctx.node.cgroups().remove(&uid).await;
         let dir = ctx.config.pod_dir(&uid);
         let removed = volumes::blocking(move || {
             volumes::mounts::unmount_below(&dir)?;
@@ -74,6 +75,17 @@ async fn orphans(ctx: &Context) {
         if let Err(e) = removed.await {
             tracing::warn!(%uid, error = %orlop_base::telemetry::chain(&e), "folder of an orphaned pod not removed");
         }
+    }
+}
+
+/// The cgroups above pods' weigh what the pods in them ask for; somebody may have changed or removed them.
+async fn weigh_classes(ctx: &Context) {
+    let pods = ctx.pods.list();
+    let specs = pods.iter().filter(|p| !crate::pods::has_ended(p));
+    let specs = specs.filter_map(|p| Some((p.metadata.uid.as_deref()?, p.spec.as_ref()?)));
+    ctx.node.cgroups().count_all(specs);
+    if let Err(e) = ctx.node.limit_pods(&ctx.config).await {
+        tracing::warn!(error = %e, "pods' cgroups not limited");
     }
 }
 

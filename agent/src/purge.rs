@@ -48,19 +48,6 @@ fn unescape(p: &str) -> String {
     p.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
 }
 
-fn remove_cgroups(dir: &Path) {
-    for e in fs::read_dir(dir).into_iter().flatten().flatten() {
-        if e.file_type().is_ok_and(|t| t.is_dir()) {
-            remove_cgroups(&e.path());
-        }
-    }
-    if let Err(e) = fs::remove_dir(dir)
-        && e.kind() != std::io::ErrorKind::NotFound
-    {
-        tracing::warn!(cgroup = %dir.display(), error = %e, "cgroup not removed");
-    }
-}
-
 /// Removes the agent's folders and the `kubepods` cgroups. The pods must have been removed before, over CRI.
 pub async fn purge(config: &Config) -> Result<(), Error> {
     let config = config.clone();
@@ -76,18 +63,7 @@ pub async fn purge(config: &Config) -> Result<(), Error> {
             }
             fs::remove_dir_all(dir).map_err(|source| Error::io("remove", dir, source))?;
         }
-        let below = config.kubelet.cgroup_root.trim_start_matches('/');
-        let pods = |root: &Path| root.join(below).join("kubepods");
-        let mut roots = vec![config.cgroup_mount.clone()];
-        let entries = fs::read_dir(&config.cgroup_mount).into_iter().flatten().flatten();
-        roots.extend(entries.map(|e| e.path()).filter(|p| p.is_dir() && !p.is_symlink()));
-        for kubepods in roots.iter().map(|r| pods(r)).filter(|p| p.is_dir()) {
-            remove_cgroups(&kubepods);
-            // A cgroup root of our own has nothing else in it; anybody else's is not empty and stays.
-            if !below.is_empty() {
-                let _ = kubepods.parent().map(fs::remove_dir);
-            }
-        }
+        crate::cgroups::Cgroups::purge(&config);
         Ok(())
     });
     match work.await {

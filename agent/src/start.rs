@@ -135,13 +135,15 @@ async fn context(
         let pods = pods.clone();
         move |uid: &str| pods.volumes_changed(uid)
     };
+    let node = NodeState::new(&config, node_ips, Cgroups::detect(&config, systemd));
+    node.limit_pods(&config).await?;
     Ok(Context {
         events: Events::new(recorder, &config.node_name),
         metrics: AgentMetrics::register(&registry),
         images: Images::new(config.kubelet.max_parallel_image_pulls),
         volumes: Volumes::new(client.clone(), &tasks, on_change),
         services: Services::start(client.clone(), &tasks),
-        node: NodeState::new(&config, node_ips, Cgroups::detect(&config, systemd)),
+        node,
         runtime_name: version.runtime_name,
         runtime_version: version.runtime_version,
         cri,
@@ -177,6 +179,9 @@ async fn with_api(ctx: Context, client: Client, ready: Ready) {
         ctx.tasks.spawn_essential("node lease", node::lease::run(ctx.clone(), client.clone()));
         ctx.tasks.spawn_essential("node status", node::status::run(ctx.clone(), client, node));
         ctx.events.node("Starting", "Starting kubelet.");
+        if ctx.config.kubelet.enforces_allocatable() {
+            ctx.events.node("NodeAllocatableEnforced", "Updated Node Allocatable limit across pods");
+        }
     }
     let all = ctx.pods.clone();
     ctx.tasks.spawn_essential(

@@ -106,20 +106,29 @@ impl Machine {
         c
     }
 
-    /// What pods may use: capacity less reservations and the hard eviction thresholds.
+    /// What pods may use of the machine: capacity less reservations and the hard eviction thresholds.
     pub fn allocatable(&self, k: &KubeletConfiguration) -> BTreeMap<String, Amount> {
-        let mut all = self.capacity();
+        let mut all = self.available(k);
         let signals = [("memory.available", "memory"), ("nodefs.available", "ephemeral-storage")];
+        let capacity = self.capacity();
         for (signal, resource) in signals {
-            let (Some(t), Some(total)) = (k.eviction_hard.get(signal), all.get(resource).copied()) else {
+            let (Some(t), Some(left), Some(total)) =
+                (k.eviction_hard.get(signal), all.get(resource).copied(), capacity.get(resource))
+            else {
                 continue;
             };
             let reserve = match t.strip_suffix('%').and_then(|p| p.parse::<f64>().ok()) {
                 Some(percent) => Amount::from_units((total.units() as f64 * percent / 100.0) as i64),
                 None => t.parse().unwrap_or_default(),
             };
-            all.insert(resource.to_owned(), (total - reserve).max(Amount::ZERO));
+            all.insert(resource.to_owned(), (left - reserve).max(Amount::ZERO));
         }
+        all
+    }
+
+    /// Capacity less what is reserved for the system and the agents.
+    pub fn available(&self, k: &KubeletConfiguration) -> BTreeMap<String, Amount> {
+        let mut all = self.capacity();
         for reserved in [&k.system_reserved, &k.kube_reserved] {
             for (resource, text) in reserved {
                 if let (Some(total), Ok(amount)) = (all.get(resource).copied(), text.parse::<Amount>()) {
@@ -129,6 +138,12 @@ impl Machine {
         }
         all
     }
+}
+
+/// How many processes and threads the kernel allows.
+pub fn process_ids() -> Option<i64> {
+    let limits = ["/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max"];
+    limits.iter().filter_map(|f| word(f).parse().ok()).min()
 }
 
 #[cfg(test)]

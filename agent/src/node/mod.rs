@@ -102,6 +102,18 @@ impl NodeState {
         &self.0.cgroups
     }
 
+    /// Makes and limits the cgroups above pods'.
+    pub async fn limit_pods(&self, config: &Config) -> Result<(), crate::Error> {
+        let k = &config.kubelet;
+        let machine = self.machine();
+        let (available, pids) = match k.enforces_allocatable() {
+            true => (machine.available(k), machine::process_ids()),
+            false => (machine.capacity(), None),
+        };
+        let cgroups = self.cgroups();
+        cgroups.prepare(cgroups.node_limits(&available, pids)).await
+    }
+
     /// The Node object's uid, once registered.
     pub fn uid(&self) -> Option<String> {
         self.0.changing.read().uid.clone()

@@ -111,7 +111,7 @@ async fn sandbox_steps(job: &Job, attempt: u32) -> Result<(), String> {
         None => String::new(),
     };
     let cgroups = job.ctx.node.cgroups();
-    cgroups.create(spec, &job.uid, job.cfs_period()).map_err(|e| orlop_base::telemetry::chain(&e))?;
+    cgroups.create(spec, &job.uid, job.cfs_period()).await.map_err(|e| orlop_base::telemetry::chain(&e))?;
     let config = job.sandbox_config(attempt);
     make_dirs(Path::new(&config.log_directory))
         .map_err(|e| format!("log directory {}: {e}", config.log_directory))?;
@@ -406,7 +406,7 @@ pub async fn kill_container(job: Job, id: String, name: String, grace: i64, reas
 pub async fn tear_down(job: Job) -> Done {
     let result = job.ctx.volumes.tear_down(&job.ctx, &job.uid).await;
     let cgroups = job.ctx.node.cgroups();
-    cgroups.remove(&job.uid);
+    cgroups.remove(&job.uid).await;
     Done::TornDown(result.map_err(|e| orlop_base::telemetry::chain(&e)))
 }
 

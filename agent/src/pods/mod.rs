@@ -74,3 +74,9 @@ pub fn is_static(pod: &Pod) -> bool {
 pub fn is_mirror(pod: &Pod) -> bool {
     orlop_api::meta::annotation(&pod.metadata, "kubernetes.io/config.mirror").is_some()
 }
+
+/// Whether the pod runs nothing any more.
+pub fn has_ended(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
+    matches!(phase, Some("Succeeded" | "Failed"))
+}

@@ -101,7 +101,7 @@ pub fn container(
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PodLimits {
     pub cpu_shares: i64,
-    /// Microseconds per period; `None` when some container has no cpu limit.
+    /// Microseconds per period, -1 without quotas; `None` when some container has no cpu limit.
     pub cpu_quota: Option<i64>,
     pub cpu_period: i64,
     /// `None` when some container has no memory limit.
@@ -115,10 +115,12 @@ pub fn pod(spec: &k8s_openapi::api::core::v1::PodSpec, period: Option<Duration>)
     let every = |name: &str| pod_level(name) || all().all(|c| limit(c, name).is_some_and(|a| !a.is_zero()));
     let (req, lim) = (requests(spec), limits(spec));
     let milli = |m: &orlop_api::pod::Resources, n: &str| m.get(n).map_or(0, |a| a.milli());
+    let enforced = period.is_some();
     let period = period.map_or(100_000, |p| p.as_micros() as i64);
+    let cpu_quota = |milli: i64| if enforced { quota(milli, period) } else { -1 };
     PodLimits {
         cpu_shares: shares(milli(&req, "cpu")),
-        cpu_quota: every("cpu").then(|| quota(milli(&lim, "cpu"), period)),
+        cpu_quota: every("cpu").then(|| cpu_quota(milli(&lim, "cpu"))),
         cpu_period: period,
         memory: every("memory").then(|| lim.get("memory").map_or(0, |a| a.units())),
     }
