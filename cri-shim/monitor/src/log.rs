@@ -6,11 +6,12 @@
 //! A file that cannot be written (disk full) holds its lines back, up to [`HELD_LIMIT`]; the caller then stops reading the container,
 //! so the container waits. After [`PATIENCE`] the held lines are dropped and counted, so that it does not wait for ever.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 
 /// Lines held back for a file that does not take them: one pipe's worth of output (64 KiB) with its time stamps, four times over.
 pub const HELD_LIMIT: usize = 256 * 1024;
@@ -111,13 +112,10 @@ pub struct LogFile {
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    // Never through a symbolic link, never a FIFO or device: whoever names the log must not reach another file.
-    let file = OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o640)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC | libc::O_NONBLOCK)
-        .open(path)?;
+    // Never through a symbolic link, also not in a folder above: a container that has its pod's logs as a volume may have put one
+    // there. Never a FIFO or device.
+    let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = File::from(openat2(CWD, path, flags, Mode::from(0o640), ResolveFlags::NO_SYMLINKS)?);
     if !file.metadata()?.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }

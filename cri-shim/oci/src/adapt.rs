@@ -55,6 +55,9 @@ pub(crate) fn take(spec: &mut Spec, id: &str, tty: bool) -> Result<(Taken, Vec<A
     if linux.time_offsets().as_ref().is_some_and(|o| !o.is_empty()) || linux.net_devices().is_some() {
         return Err(invalid("time offsets and network devices are not supported"));
     }
+    if linux.intel_rdt().is_some() {
+        return Err(invalid("Intel RDT is not supported"));
+    }
     if process.terminal().unwrap_or(false) != tty {
         process.set_terminal(Some(tty));
         done.push(Adaptation::TerminalSet(tty));
@@ -179,6 +182,7 @@ mod tests {
             (json!({"args": []}), json!({})),
             (json!({}), json!({"namespaces": []})),
             (json!({}), namespaces(json!({"type": "user"}))),
+            (json!({}), json!({"intelRdt": {"closID": "c"}})),
             (json!({}), namespaces(json!({"type": "user", "path": "/u"}))),
         ];
         for (process, linux) in cases {

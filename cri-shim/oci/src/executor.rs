@@ -168,8 +168,9 @@ pub(crate) struct Init {
 
 impl Executor for Init {
     /// The last step that can still refuse the creation.
-    fn validate(&self, _: &Spec) -> Result<(), ExecutorValidationError> {
+    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         let bad = |m: String| ExecutorValidationError::ArgValidationError(m);
+        crate::propagation::set(spec).map_err(|(errno, m)| bad(format!("{m} (os error {errno})")))?;
         self.identity.assume().map_err(|e| bad(format!("{e} (os error {})", e.errno)))?;
         self.program.find().map(|_| ()).map_err(|(errno, m)| bad(format!("{m} (os error {errno})")))
     }

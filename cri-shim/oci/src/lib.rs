@@ -17,6 +17,7 @@ pub mod helper;
 mod identity;
 mod limits;
 mod ops;
+mod propagation;
 mod rlimits;
 mod seccomp;
 mod sys;

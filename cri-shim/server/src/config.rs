@@ -44,6 +44,8 @@ pub struct Config {
     pub default_cgroup_parent: String,
     /// Where `Localhost` seccomp profiles with a relative name are looked up.
     pub seccomp_profile_root: PathBuf,
+    /// Folders with CDI spec files; a later one counts more.
+    pub cdi_spec_dirs: Vec<PathBuf>,
 }
 
 impl Default for Config {
@@ -64,6 +66,7 @@ impl Default for Config {
             cgroup_driver: CgroupDriver::Cgroupfs,
             default_cgroup_parent: "/orlop".into(),
             seccomp_profile_root: "/var/lib/kubelet/seccomp".into(),
+            cdi_spec_dirs: crate::container::cdi::default_dirs(),
         }
     }
 }

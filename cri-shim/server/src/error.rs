@@ -21,6 +21,9 @@ pub enum Error {
     NameTaken { name: String, id: String },
     #[error("{what} {id} is {state}, which does not allow to {wanted}")]
     WrongState { what: &'static str, id: String, state: &'static str, wanted: &'static str },
+    /// This kernel or file system cannot do what is asked for.
+    #[error("{0}")]
+    Unsupported(String),
     #[error("{0}")]
     Unimplemented(&'static str),
     #[error("{0}")]
@@ -39,8 +42,11 @@ pub enum Error {
     Durable(#[from] orlop_base::durable::Error),
     #[error(transparent)]
     Failpoint(#[from] orlop_base::failpoint::Failed),
-    #[error(transparent)]
-    Image(#[from] orlop_images::Error),
+    #[error("{}{}", if registry_is_down(.0) { "RegistryUnavailable: " } else { "" }, chain(.0))]
+    Image(orlop_images::Error),
+    /// The kubelet knows the message by its first word (`ErrImageVolumeMountFailed` of cri-api).
+    #[error("ImageVolumeMountFailed")]
+    ImageVolume(#[source] Box<Error>),
     #[error("cannot set up the pod's network: {}", chain(.0))]
     Cni(#[from] orlop_cni_invoke::Error),
     #[error("exec in {id} did not end within {seconds} s")]
@@ -73,40 +79,111 @@ fn is_full(e: &(dyn std::error::Error + 'static)) -> bool {
     std::iter::successors(Some(e), |e| e.source()).any(io)
 }
 
+impl From<orlop_images::Error> for Error {
+    fn from(e: orlop_images::Error) -> Error {
+        Error::Image(e)
+    }
+}
+
+/// Whether a registry, not the image or the request, is to blame.
+fn registry_is_down(e: &orlop_images::Error) -> bool {
+    e.kind() == orlop_images::Kind::Unavailable
+}
+
+fn image_code(e: &orlop_images::Error) -> Code {
+    use orlop_images::Kind;
+    match e.kind() {
+        Kind::Invalid => Code::InvalidArgument,
+        Kind::NotFound => Code::NotFound,
+        Kind::AlreadyExists => Code::AlreadyExists,
+        Kind::Unauthorized => Code::PermissionDenied,
+        // The kubelet takes the code off a failed pull's message only when it is this one, and only then sees the prefix.
+        Kind::Unavailable => Code::Unknown,
+        Kind::Limited | Kind::Full => Code::ResourceExhausted,
+        Kind::Corrupt => Code::DataLoss,
+        Kind::Misconfigured => Code::FailedPrecondition,
+        Kind::Cancelled => Code::Unavailable,
+        Kind::Internal => Code::Unknown,
+    }
+}
+
 impl From<Error> for Status {
     fn from(e: Error) -> Status {
-        use monitor::Kind;
-        let code = match &e {
-            // The caller can make room.
-            full if is_full(full) => Code::ResourceExhausted,
-            Error::NotFound { .. } | Error::NoImage(_) => Code::NotFound,
-            Error::Ambiguous { .. } | Error::Invalid(_) => Code::InvalidArgument,
-            Error::NameTaken { .. } => Code::AlreadyExists,
-            Error::WrongState { .. } | Error::Store { .. } => Code::FailedPrecondition,
-            Error::Unimplemented(_) => Code::Unimplemented,
-            Error::TooMany(_) => Code::ResourceExhausted,
-            Error::ExecTimeout { .. } => Code::DeadlineExceeded,
-            Error::Monitor(m) => match m.kind() {
-                Some(Kind::NotFound) => Code::NotFound,
-                Some(Kind::AlreadyExists) => Code::AlreadyExists,
-                Some(Kind::WrongState) => Code::FailedPrecondition,
-                Some(Kind::Invalid) => Code::InvalidArgument,
-                Some(Kind::TimedOut) => Code::DeadlineExceeded,
-                Some(Kind::Runtime | Kind::Internal) => Code::Unknown,
-                None => Code::Unavailable,
-            },
-            Error::Io { .. }
-            | Error::Durable(_)
-            | Error::Failpoint(_)
-            | Error::Image(_)
-            | Error::Cni(_)
-            | Error::Listen { .. }
-            | Error::Internal(_)
-            | Error::Stopped(_) => Code::Unknown,
-        };
-        Status::new(code, chain(&e))
+        Status::new(code(&e), chain(&e))
+    }
+}
+
+fn code(e: &Error) -> Code {
+    use monitor::Kind;
+    match e {
+        // The caller can make room.
+        full if is_full(full) => Code::ResourceExhausted,
+        Error::NotFound { .. } | Error::NoImage(_) => Code::NotFound,
+        Error::Ambiguous { .. } | Error::Invalid(_) => Code::InvalidArgument,
+        Error::NameTaken { .. } => Code::AlreadyExists,
+        Error::WrongState { .. } | Error::Store { .. } | Error::Unsupported(_) => Code::FailedPrecondition,
+        Error::Unimplemented(_) => Code::Unimplemented,
+        Error::TooMany(_) => Code::ResourceExhausted,
+        Error::ExecTimeout { .. } => Code::DeadlineExceeded,
+        Error::Monitor(m) => match m.kind() {
+            Some(Kind::NotFound) => Code::NotFound,
+            Some(Kind::AlreadyExists) => Code::AlreadyExists,
+            Some(Kind::WrongState) => Code::FailedPrecondition,
+            Some(Kind::Invalid) => Code::InvalidArgument,
+            Some(Kind::TimedOut) => Code::DeadlineExceeded,
+            Some(Kind::Runtime | Kind::Internal) => Code::Unknown,
+            None => Code::Unavailable,
+        },
+        Error::Image(e) => image_code(e),
+        Error::ImageVolume(e) => code(e),
+        Error::Io { .. }
+        | Error::Durable(_)
+        | Error::Failpoint(_)
+        | Error::Cni(_)
+        | Error::Listen { .. }
+        | Error::Internal(_)
+        | Error::Stopped(_) => Code::Unknown,
     }
 }
 
 /// Shorthand of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failed_pulls_as_the_kubelet_reads_them() {
+        use orlop_images::Error as E;
+        let (reference, registry, detail) = ("r/a:1".to_owned(), "r".to_owned(), "down".to_owned());
+        let of = |e: E| {
+            let s = Status::from(Error::from(e));
+            (s.code(), s.message().split(':').next().unwrap_or_default().to_owned())
+        };
+        let down = E::Unreachable {
+            reference: reference.clone(),
+            registry: registry.clone(),
+            detail: detail.clone(),
+        };
+        assert_eq!(of(down), (Code::Unknown, "RegistryUnavailable".to_owned()));
+        let failing =
+            E::Registry { reference: reference.clone(), registry: registry.clone(), detail: detail.clone() };
+        assert_eq!(of(failing), (Code::Unknown, "RegistryUnavailable".to_owned()));
+        for (e, code) in [
+            (E::NotFound { reference: reference.clone(), registry: registry.clone() }, Code::NotFound),
+            (
+                E::Unauthorized { reference: reference.clone(), registry: registry.clone(), detail },
+                Code::PermissionDenied,
+            ),
+            (E::TooManyRequests { reference, registry }, Code::ResourceExhausted),
+            (E::Reference { text: "!".into(), why: "bad" }, Code::InvalidArgument),
+        ] {
+            assert_eq!(of(e).0, code);
+        }
+        let volume = Error::ImageVolume(Box::new(Error::NoImage("x".into())));
+        let status = Status::from(volume);
+        assert!(status.message().starts_with("ImageVolumeMountFailed: "), "{status}");
+        assert_eq!(status.code(), Code::NotFound);
+    }
+}

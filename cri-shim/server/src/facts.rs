@@ -14,6 +14,9 @@ pub(crate) struct Facts {
     /// Version 1 controllers in which the runtime makes groups, as mounted below `/sys/fs/cgroup`.
     pub v1_controllers: Vec<String>,
     pub apparmor: bool,
+    pub selinux: bool,
+    /// There is a controller for huge pages.
+    pub hugetlb: bool,
     /// The memory controller counts swap.
     pub swap_accounting: bool,
     /// Capabilities this process may hand on.
@@ -106,6 +109,8 @@ impl Facts {
             v1_controllers: if v2 { Vec::new() } else { v1_controllers() },
             apparmor: fs::read_to_string("/sys/module/apparmor/parameters/enabled")
                 .is_ok_and(|s| s.trim() == "Y"),
+            selinux: Path::new("/sys/fs/selinux/enforce").exists(),
+            hugetlb: has_hugetlb(v2),
             swap_accounting: swap_accounting(v2),
             capabilities: capabilities_of(mask(&status, "CapBnd") & mask(&status, "CapEff")),
             least_oom_score_adj: if may_lower { -1000 } else { own },
@@ -135,6 +140,14 @@ fn v1_controllers() -> Vec<String> {
     ];
     let mounted = |c: &&str| Path::new("/sys/fs/cgroup").join(c).join("cgroup.procs").exists();
     KNOWN.iter().copied().filter(mounted).map(str::to_owned).collect()
+}
+
+fn has_hugetlb(v2: bool) -> bool {
+    if !v2 {
+        return Path::new("/sys/fs/cgroup/hugetlb/cgroup.procs").exists();
+    }
+    fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")
+        .is_ok_and(|all| all.split_whitespace().any(|c| c == "hugetlb"))
 }
 
 fn swap_accounting(v2: bool) -> bool {

@@ -43,6 +43,14 @@ async fn open(
         fs::set_permissions(dir, fs::Permissions::from_mode(0o711))
             .map_err(Error::io("set the mode of", dir))?;
     }
+    // Nobody else lists pods, whose names lead to root file systems (CVE-2021-41103, CVE-2024-25621).
+    for dir in
+        [config.run_dir.join("s"), config.state_dir.join("sandboxes"), config.state_dir.join("containers")]
+    {
+        fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o711))
+            .map_err(Error::io("set the mode of", &dir))?;
+    }
     let images = ImageStore::open(&config.images_dir, config.images.clone()).await?;
     let runtime = Arc::new(Runtime {
         network: Network::new(&config),

@@ -1,6 +1,7 @@
 //! CreateContainer: root file system, spec, and the OCI "create" in the pod's monitor. Whatever fails, all of it is taken back.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,13 +11,14 @@ use orlop_base::failpoint;
 use orlop_images::{Image, RootfsOptions, UserNamespace};
 use orlop_proto::{cri, monitor as proto};
 
-use super::signal;
 use super::spec::mounts::Resolved;
 use super::spec::{
     self, Input, Namespaces, PidNamespace, SandboxFiles, cgroups_path, devices, seccomp, security, user,
 };
+use super::{cdi, log, signal};
 use crate::config::CgroupDriver;
 use crate::error::{Error, Result};
+use crate::idmap;
 use crate::mounts::{self, Propagation};
 use crate::runtime::{Runtime, new_id, now_ns};
 use crate::store::names::container_name;
@@ -134,6 +136,8 @@ impl Runtime {
         let container = Container::new(record, file.clone());
         let built = async {
             fs::create_dir_all(&state_dir).map_err(Error::io("create", &state_dir))?;
+            fs::set_permissions(&state_dir, fs::Permissions::from_mode(0o700))
+                .map_err(Error::io("set the mode of", &state_dir))?;
             durable::write_json(&file, RECORD_VERSION, &*container.record(), Sync::PageCache)?;
             self.build_container(sandbox, &container, image).await
         }
@@ -162,25 +166,25 @@ impl Runtime {
             RootfsOptions { user_namespace: sandbox.record().user_namespace(), ..RootfsOptions::default() };
         self.images.prepare_rootfs(&container.id, image, &rootfs, &options).await?;
         let record = container.record();
-        let volumes = self.mount_image_volumes(container, &bundle, options.user_namespace.as_ref()).await?;
+        let mut volumes = self
+            .mount_image_volumes(container, &bundle, options.user_namespace.as_ref())
+            .await
+            .map_err(|e| Error::ImageVolume(Box::new(e)))?;
+        self.mount_translated(sandbox, &record, &bundle, &mut volumes)?;
         let spec = self.spec(sandbox, &record, image, &rootfs, &volumes)?;
         let path = bundle.join("config.json");
         let text =
             serde_json::to_vec(&spec.0).map_err(|e| Error::Internal(format!("cannot write a spec: {e}")))?;
         fs::write(&path, text).map_err(Error::io("write", &path))?;
         failpoint::pass("create-container-before-create")?;
-        if !record.log_path.is_empty()
-            && let Some(dir) = Path::new(&record.log_path).parent()
-        {
-            fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-        }
         let config = &*record.config;
+        let log_path = log::prepare(&sandbox.record().config.log_directory, config, &record.log_path)?;
         let pid = sandbox
             .monitor
             .create_container(proto::CreateContainer {
                 container_id: container.id.clone(),
                 bundle: bundle.to_string_lossy().into_owned(),
-                log_path: record.log_path.clone(),
+                log_path: log_path.to_string_lossy().into_owned(),
                 stdin: config.stdin,
                 stdin_once: config.stdin_once,
                 tty: config.tty,
@@ -206,12 +210,12 @@ impl Runtime {
         container: &Container,
         bundle: &Path,
         user_namespace: Option<&UserNamespace>,
-    ) -> Result<Vec<Option<PathBuf>>> {
+    ) -> Result<Vec<Volume>> {
         let record = container.record();
         let mut out = Vec::with_capacity(record.config.mounts.len());
         for (i, mount) in record.config.mounts.iter().enumerate() {
             let Some(wanted) = mount.image.as_ref().filter(|s| !s.image.is_empty()) else {
-                out.push(None);
+                out.push(Volume::Host);
                 continue;
             };
             let image = self.images.get(&wanted.image).ok_or_else(|| Error::NoImage(wanted.image.clone()))?;
@@ -220,9 +224,33 @@ impl Runtime {
             fs::create_dir_all(&target).map_err(Error::io("create", &target))?;
             container.update(|r| r.image_volumes.push(key.clone()))?;
             self.images.mount_image(&key, &image, &target, user_namespace).await?;
-            out.push(Some(inside(&target, &mount.image_sub_path)?));
+            out.push(Volume::Image(inside(&target, &mount.image_sub_path)?));
         }
         Ok(out)
+    }
+
+    /// Mounts the volumes whose owners are to be those of the pod's user namespace.
+    fn mount_translated(
+        &self,
+        sandbox: &Sandbox,
+        record: &ContainerRecord,
+        bundle: &Path,
+        volumes: &mut [Volume],
+    ) -> Result<()> {
+        let namespaces = sandbox.record().namespaces();
+        for (i, (mount, volume)) in record.config.mounts.iter().zip(volumes).enumerate() {
+            if !matches!(volume, Volume::Host) || !idmap::wanted(mount, namespaces.userns_options.as_ref())? {
+                continue;
+            }
+            let resolved = Resolved::new(mount, host_source(mount)?)?;
+            check_propagation(&resolved)?;
+            let at = bundle.join(format!("translated{i}"));
+            let slave = resolved.propagation == cri::MountPropagation::PropagationHostToContainer;
+            let user = self.config.sandbox_run_dir(&sandbox.id).join("ns/user");
+            idmap::mount(&resolved.source, &at, &user, slave)?;
+            *volume = Volume::Translated(at);
+        }
+        Ok(())
     }
 
     fn spec(
@@ -231,7 +259,7 @@ impl Runtime {
         record: &ContainerRecord,
         image: &Image,
         rootfs: &Path,
-        volumes: &[Option<PathBuf>],
+        volumes: &[Volume],
     ) -> Result<(oci_spec::runtime::Spec, crate::store::records::User)> {
         let config = &*record.config;
         let pod = sandbox.record();
@@ -245,7 +273,7 @@ impl Runtime {
         found.extend(devices::requested(&config.devices)?);
         let host_ipc = pod.namespaces().ipc() == cri::NamespaceMode::Node;
         let hostname = crate::sandbox_hostname(&pod.config);
-        let spec = spec::generate(&Input {
+        let mut spec = spec::generate(&Input {
             sandbox_id: &sandbox.id,
             config,
             sandbox: &pod.config,
@@ -266,6 +294,7 @@ impl Runtime {
             localhost_seccomp: seccomp::read_localhost(&security, &self.config.seccomp_profile_root)?,
             facts: &self.facts,
         })?;
+        cdi::inject(&mut spec, &cdi::requested(config)?, &self.config.cdi_spec_dirs)?;
         Ok((spec, user))
     }
 
@@ -319,36 +348,51 @@ impl Runtime {
         })
     }
 
-    fn resolve_mounts(
-        &self,
-        config: &cri::ContainerConfig,
-        volumes: &[Option<PathBuf>],
-    ) -> Result<Vec<Resolved>> {
+    fn resolve_mounts(&self, config: &cri::ContainerConfig, volumes: &[Volume]) -> Result<Vec<Resolved>> {
         let mut out = Vec::with_capacity(config.mounts.len());
         for (i, mount) in config.mounts.iter().enumerate() {
-            if let Some(place) = volumes.get(i).cloned().flatten() {
-                let readonly = cri::Mount { readonly: true, ..mount.clone() };
-                out.push(Resolved::new(&readonly, place)?);
-                continue;
-            }
-            let host = Path::new(&mount.host_path);
-            if !host.is_absolute() {
-                return Err(Error::Invalid(format!("mount source {:?} is not absolute", mount.host_path)));
-            }
-            // As runtimes before us: a host path that is missing becomes a folder.
-            match fs::symlink_metadata(host) {
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                    fs::create_dir_all(host).map_err(Error::io("create", host))?;
+            match volumes.get(i) {
+                Some(Volume::Image(place)) => {
+                    let readonly = cri::Mount { readonly: true, ..mount.clone() };
+                    out.push(Resolved::new(&readonly, place.clone())?);
                 }
-                other => drop(other),
+                Some(Volume::Translated(place)) => out.push(Resolved::new(mount, place.clone())?),
+                _ => {
+                    let resolved = Resolved::new(mount, host_source(mount)?)?;
+                    check_propagation(&resolved)?;
+                    check_proc(&resolved)?;
+                    out.push(resolved);
+                }
             }
-            let source = fs::canonicalize(host).map_err(Error::io("find mount source", host))?;
-            let resolved = Resolved::new(mount, source)?;
-            check_propagation(&resolved)?;
-            out.push(resolved);
         }
         Ok(out)
     }
+}
+
+/// Where a mount's content lies.
+enum Volume {
+    /// At the host path that the mount names.
+    Host,
+    /// Mounted for this container: an image, or a part of it.
+    Image(PathBuf),
+    /// Mounted for this container: the host path with owners translated.
+    Translated(PathBuf),
+}
+
+/// The host path free of symbolic links.
+fn host_source(mount: &cri::Mount) -> Result<PathBuf> {
+    let host = Path::new(&mount.host_path);
+    if !host.is_absolute() {
+        return Err(Error::Invalid(format!("mount source {:?} is not absolute", mount.host_path)));
+    }
+    // As runtimes before us: a host path that is missing becomes a folder.
+    match fs::symlink_metadata(host) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            fs::create_dir_all(host).map_err(Error::io("create", host))?;
+        }
+        other => drop(other),
+    }
+    fs::canonicalize(host).map_err(Error::io("find mount source", host))
 }
 
 /// Propagation that the host's mount cannot give is an error, not silence.
@@ -367,6 +411,32 @@ fn check_propagation(mount: &Resolved) -> Result<()> {
         "{} is not on a {kind} mount, which its mount propagation needs; run `mount --make-rshared` on it",
         mount.source.display()
     )))
+}
+
+/// What may lie over a file of the container's own /proc: files that tools like lxcfs fill in.
+const PROC_FILES: [&str; 9] = [
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/loadavg",
+    "/proc/meminfo",
+    "/proc/net/dev",
+    "/proc/slabinfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/uptime",
+];
+
+/// A runtime writes confinement through /proc; a volume there would receive it instead (CVE-2019-16884).
+fn check_proc(mount: &Resolved) -> Result<()> {
+    let at = &mount.destination;
+    if !at.starts_with("/proc") || PROC_FILES.iter().any(|f| at == Path::new(f)) {
+        return Ok(());
+    }
+    let is_proc = || rustix::fs::statfs(&mount.source).is_ok_and(|s| s.f_type == libc::PROC_SUPER_MAGIC);
+    if at == Path::new("/proc") && is_proc() {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!("a mount at {} would hide the container's own /proc", at.display())))
 }
 
 /// `sub` below `root`, without leaving it through links or dots.

@@ -1,5 +1,6 @@
 //! Containers, one file per RPC.
 
+pub(crate) mod cdi;
 pub(crate) mod create;
 pub(crate) mod exec_sync;
 mod list;

@@ -1,6 +1,7 @@
 //! RunPodSandbox: a monitor, namespaces, network. Whatever fails, all of it is taken back.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -60,8 +61,11 @@ fn check(config: &cri::PodSandboxConfig, handler: &str) -> Result<cri::PodSandbo
         }
     }
     check_user_namespace(&ns)?;
-    let sysctls = config.linux.iter().flat_map(|l| l.sysctls.keys());
-    for name in sysctls {
+    for (name, value) in config.linux.iter().flat_map(|l| &l.sysctls) {
+        // One line is one value; what follows would be for somebody else to misread (CVE-2022-0811).
+        if value.contains(['\n', '\0']) {
+            return Err(Error::Invalid(format!("the value {value:?} of sysctl {name} is not one line")));
+        }
         let host_net = ns.network() == cri::NamespaceMode::Node && name.starts_with("net.");
         let host_ipc = ns.ipc() == cri::NamespaceMode::Node
             && (name.starts_with("kernel.") || name.starts_with("fs.mqueue."));
@@ -105,6 +109,16 @@ fn check_user_namespace(ns: &cri::NamespaceOption) -> Result<()> {
         return refuse("uid and gid mappings must be the same".into());
     }
     Ok(())
+}
+
+/// Only root enters the folder, and the root of the pod's user namespace, who mounts what lies in it.
+fn protect(dir: &Path, user_namespace: Option<&orlop_images::UserNamespace>) -> Result<()> {
+    let group = user_namespace.and_then(|u| u.gids.first()).map(|m| m.host);
+    if let Some(group) = group {
+        std::os::unix::fs::chown(dir, None, Some(group)).map_err(Error::io("set the group of", dir))?;
+    }
+    let mode = if group.is_some() { 0o710 } else { 0o700 };
+    fs::set_permissions(dir, fs::Permissions::from_mode(mode)).map_err(Error::io("set the mode of", dir))
 }
 
 impl Runtime {
@@ -160,6 +174,7 @@ impl Runtime {
         let built = async {
             for dir in [&state_dir, &run_dir] {
                 fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+                protect(dir, sandbox.record().user_namespace().as_ref())?;
             }
             durable::write_json(&file, RECORD_VERSION, &*sandbox.record(), Sync::PageCache)?;
             self.build_sandbox(&sandbox, &state_dir, &run_dir).await

@@ -1,5 +1,8 @@
 //! The server with the real monitor, a test's own folder each.
 
+mod devices;
 mod node;
 mod pods;
+mod security;
 mod survival;
+mod volumes;

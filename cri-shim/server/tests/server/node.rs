@@ -33,8 +33,12 @@ fn crictl_program() -> PathBuf {
     })
 }
 
-/// A busybox image in an OCI archive.
-fn make_image(dir: &Path) -> PathBuf {
+/// A busybox image in an OCI archive: `change` alters its files and what its config says.
+fn make_image(
+    dir: &Path,
+    name: &str,
+    change: impl FnOnce(&Path, oci_spec::image::ConfigBuilder) -> oci_spec::image::ConfigBuilder,
+) -> PathBuf {
     let busybox = Path::new("/bin/busybox");
     assert!(busybox.exists(), "/bin/busybox is missing: apt-get install busybox-static");
     let root = dir.join("rootfs");
@@ -44,7 +48,7 @@ fn make_image(dir: &Path) -> PathBuf {
     fs::copy(busybox, root.join("bin/busybox")).unwrap();
     for applet in [
         "sh", "sleep", "echo", "cat", "id", "true", "hostname", "ls", "readlink", "ps", "grep", "touch",
-        "find", "mkdir", "httpd",
+        "find", "mkdir", "httpd", "mount", "umount", "yes", "head", "test", "kill", "wc", "stat", "env",
     ] {
         fs::hard_link(root.join("bin/busybox"), root.join("bin").join(applet)).unwrap();
     }
@@ -52,12 +56,11 @@ fn make_image(dir: &Path) -> PathBuf {
     fs::write(root.join("etc/group"), "root:x:0:\nwww:x:33:\n").unwrap();
     let config = oci_spec::image::ConfigBuilder::default()
         .env(vec!["PATH=/bin".to_owned()])
-        .cmd(vec!["sleep".to_owned(), "1000".to_owned()])
-        .build()
-        .unwrap();
+        .cmd(vec!["sleep".to_owned(), "1000".to_owned()]);
+    let config = change(&root, config).build().unwrap();
     let archive = dir.join("busybox.tar");
     let spec =
-        orlop_images::Build { rootfs: root, name: IMAGE.to_owned(), config, created: 0, root_owned: true };
+        orlop_images::Build { rootfs: root, name: name.to_owned(), config, created: 0, root_owned: true };
     orlop_images::build(&spec, &archive).unwrap();
     archive
 }
@@ -101,7 +104,7 @@ impl Node {
         fs::create_dir_all(dir.join("cni-conf")).unwrap();
         let cgroup = format!("/{}", dir.file_name().unwrap().to_string_lossy());
         let mut node = Node { dir, cgroup, child: None };
-        let archive = make_image(&node.dir);
+        let archive = make_image(&node.dir, IMAGE, |_, config| config);
         let done = node.server(&[]).arg("--import").arg(archive).stdout(Stdio::null()).status().unwrap();
         assert!(done.success());
         node.restart(env).await;
@@ -126,6 +129,8 @@ impl Node {
             .arg(self.dir.join("cni-conf"))
             .arg("--cni-bin")
             .arg(self.dir.join("cni-bin"))
+            .arg("--cdi-dir")
+            .arg(self.dir.join("cdi"))
             .arg("--cgroup-parent")
             .arg(&self.cgroup)
             .args(["--cni-timeout", "3"])
@@ -202,6 +207,26 @@ impl Node {
 
     pub async fn images(&self) -> ImagesClient<Channel> {
         ImagesClient::new(self.channel().await.unwrap())
+    }
+
+    /// Another image beside [`IMAGE`]; see [`make_image`].
+    pub async fn add_image(
+        &self,
+        name: &str,
+        change: impl FnOnce(&Path, oci_spec::image::ConfigBuilder) -> oci_spec::image::ConfigBuilder,
+    ) {
+        use orlop_proto::images::{ImportRequest, ImportStart, import_request::Body};
+        let dir = self.dir.join(unique_name("image-"));
+        fs::create_dir(&dir).unwrap();
+        let bytes = fs::read(make_image(&dir, name, change)).unwrap();
+        let mut messages = vec![ImportRequest { body: Some(Body::Start(ImportStart::default())) }];
+        messages.extend(bytes.chunks(1 << 20).map(|c| ImportRequest { body: Some(Body::Data(c.to_vec())) }));
+        self.images().await.import(futures::stream::iter(messages)).await.unwrap();
+    }
+
+    /// The server's process.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().unwrap().id()
     }
 
     pub async fn client(&self) -> RuntimeServiceClient<Channel> {
@@ -352,10 +377,11 @@ impl Node {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let left: Vec<&str> = mounts.lines().filter(|l| l.contains(&run)).collect();
         assert!(left.is_empty(), "{when}: mounts left: {left:#?}\n{}", self.log());
-        for entry in fs::read_dir("/proc").unwrap().flatten() {
-            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let line = String::from_utf8_lossy(&line).replace('\0', " ");
-            assert!(!line.contains(&format!("--dir {run}")), "{when}: process left: {line}\n{}", self.log());
+        // A monitor answers its last request before it ends.
+        let start = Instant::now();
+        while let Some(line) = process_of(&run) {
+            assert!(start.elapsed() < Duration::from_secs(5), "{when}: process left: {line}\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 
@@ -441,6 +467,35 @@ pub fn container_config(name: &str, command: &[&str]) -> cri::ContainerConfig {
         log_path: format!("{name}.log"),
         ..Default::default()
     }
+}
+
+/// A process that was started with `run` as its folder.
+fn process_of(run: &str) -> Option<String> {
+    fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        line.contains(&format!("--dir {run}")).then_some(line)
+    })
+}
+
+/// Gives the pod a user namespace whose root is `host_id` outside, and a network that one needs.
+pub fn with_user_namespace(config: &mut cri::PodSandboxConfig, host_id: u32) -> Vec<cri::IdMapping> {
+    let map = vec![cri::IdMapping { host_id, container_id: 0, length: 65536 }];
+    let security = config.linux.get_or_insert_default().security_context.get_or_insert_default();
+    security.namespace_options.get_or_insert_default().userns_options = Some(cri::UserNamespace {
+        mode: cri::NamespaceMode::Pod as i32,
+        uids: map.clone(),
+        gids: map.clone(),
+    });
+    map
+}
+
+/// What a shell in the container prints; it must succeed.
+pub async fn shell(node: &Node, id: &str, script: &str) -> String {
+    let done = exec(&mut node.client().await, id, &["sh", "-c", script], 20).await.unwrap();
+    let (out, err) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    assert_eq!(done.exit_code, 0, "{script}: {out}{err}");
+    out.trim().to_owned()
 }
 
 pub async fn exec(

@@ -18,7 +18,7 @@ pub(crate) struct Found {
     pub access: String,
 }
 
-fn node(host: &Path, container: PathBuf) -> Result<Option<LinuxDevice>> {
+pub(crate) fn node(host: &Path, container: PathBuf) -> Result<Option<LinuxDevice>> {
     let meta = fs::metadata(host).map_err(Error::io("look at device", host))?;
     let kind = match meta.file_type() {
         t if t.is_block_device() => LinuxDeviceType::B,

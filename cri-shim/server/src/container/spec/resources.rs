@@ -31,7 +31,8 @@ pub(crate) fn resources(r: &cri::LinuxContainerResources, facts: &Facts) -> Resu
         memory.set_limit(limit).set_swap(swap);
         out.set_memory(Some(memory));
     }
-    if !r.hugepage_limits.is_empty() {
+    // The kubelet names every page size with a limit of 0, also on machines that cannot limit them; so do upstream runtimes.
+    if !r.hugepage_limits.is_empty() && facts.hugetlb {
         let limits = r.hugepage_limits.iter().map(|h| {
             let mut limit = LinuxHugepageLimit::default();
             limit.set_page_size(h.page_size.clone()).set_limit(i64::try_from(h.limit).unwrap_or(i64::MAX));

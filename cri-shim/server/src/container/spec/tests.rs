@@ -292,6 +292,42 @@ fn resource_limits() {
 }
 
 #[test]
+fn huge_pages_are_limited_where_the_kernel_can() {
+    let mut case = Case::default();
+    let limits = [("2MB", 4 << 20), ("1GB", 0)];
+    case.resources().hugepage_limits =
+        limits.map(|(size, limit)| cri::HugepageLimit { page_size: size.into(), limit }).to_vec();
+    let of = |case: &Case| {
+        let spec = case.spec();
+        let limits = spec.linux().as_ref().unwrap().resources().as_ref().unwrap().hugepage_limits().clone();
+        limits.map(|all| all.iter().map(|l| (l.page_size().clone(), l.limit())).collect::<Vec<_>>())
+    };
+    assert_eq!(of(&case), None);
+    case.facts.hugetlb = true;
+    assert_eq!(of(&case), Some(vec![("2MB".to_owned(), 4 << 20), ("1GB".to_owned(), 0)]));
+}
+
+/// CVE-2024-3154, CVE-2023-6476: annotations of a pod are no way to change what the runtime does.
+#[test]
+fn annotations_of_others_do_not_reach_the_runtime() {
+    let mut case = Case::default();
+    let foreign = [
+        "org.systemd.property.DeviceAllow",
+        "io.kubernetes.cri-o.UnifiedCgroup.main",
+        "run.oci.handler",
+        "org.criu.config",
+        "module.wasm.image/variant",
+    ];
+    for name in foreign {
+        case.config.annotations.insert(name.into(), "x".into());
+        case.sandbox.annotations.insert(name.into(), "x".into());
+    }
+    let spec = case.spec();
+    let names: Vec<_> = spec.annotations().iter().flatten().map(|(k, _)| k.clone()).collect();
+    assert!(names.iter().all(|n| n.starts_with("io.kubernetes.cri.")), "{names:?}");
+}
+
+#[test]
 fn privileged_sees_everything() {
     let mut case = Case::default();
     case.security().privileged = true;

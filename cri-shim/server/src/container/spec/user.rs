@@ -216,6 +216,28 @@ mod tests {
     }
 
     #[test]
+    fn odd_account_files_neither_block_nor_fill_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let etc = dir.path().join("etc");
+        std::fs::create_dir(&etc).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            etc.join("passwd"),
+            rustix::fs::FileType::Fifo,
+            Mode::from(0o644),
+            0,
+        )
+        .unwrap();
+        File::create(etc.join("group")).unwrap().set_len(1 << 40).unwrap();
+        let read = Accounts::read(dir.path()).unwrap();
+        assert_eq!(read.passwd, "");
+        assert!(read.group.len() <= 8 << 20);
+        std::fs::remove_file(etc.join("passwd")).unwrap();
+        std::fs::create_dir(etc.join("passwd")).unwrap();
+        assert_eq!(Accounts::read(dir.path()).unwrap().passwd, "");
+    }
+
+    #[test]
     fn links_in_the_image_lead_nowhere_else() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("etc")).unwrap();
