@@ -30,9 +30,8 @@ go_build() { # folder, module, version, what go is to do
             echo "replace $m => $m v0.${3#v1.}" >>go.mod
         done
         printf '//go:build tools\npackage conformance\nimport _ "%s"\n' "$4" >tools.go
-        go mod tidy -e >log 2>&1 || true
-        CGO_ENABLED=0 go "${@:5}" "$4" >>log 2>&1
-    ) || die "$4 did not build; see $1/log"
+        go mod tidy >log 2>&1 && CGO_ENABLED=0 go "${@:5}" "$4" >>log 2>&1
+    ) || die "$4 did not build; see $1/log (Go modules come from the proxy that \$GOPROXY names)"
 }
 version=k8s.io/component-base/version
 [ -x "$dir/e2e.test" ] || go_build "$dir/go-e2e" k8s.io/kubernetes "$kubernetes" k8s.io/kubernetes/test/e2e \

@@ -70,10 +70,11 @@ if [ ! -x "$out/go/agnhost" ] || [ ! -x "$out/go/nnp" ]; then
             echo "replace $m => $m v0.${kubernetes#v1.}" >>go.mod
         done
         printf '//go:build tools\npackage images\nimport _ "k8s.io/kubernetes/test/images/agnhost"\n' >images.go
-        go mod tidy -e >log 2>&1 || true
-        CGO_ENABLED=0 go build -ldflags "-s -w -X main.Version=2.63.0" -o agnhost k8s.io/kubernetes/test/images/agnhost
-        CGO_ENABLED=0 go build -ldflags "-s -w" -o nnp k8s.io/kubernetes/test/images/nonewprivs
-    ) || die "agnhost did not build; see $out/go/log"
+        export CGO_ENABLED=0
+        go mod tidy >log 2>&1 &&
+            go build -ldflags "-s -w -X main.Version=2.63.0" -o agnhost k8s.io/kubernetes/test/images/agnhost >>log 2>&1 &&
+            go build -ldflags "-s -w" -o nnp k8s.io/kubernetes/test/images/nonewprivs >>log 2>&1
+    ) || die "agnhost did not build; see $out/go/log (Go modules come from the proxy that \$GOPROXY names)"
 fi
 source=$(cd "$out/go" && go list -m -f '{{.Dir}}' k8s.io/kubernetes)
 

@@ -116,12 +116,9 @@ impl Server {
                 }
             }
         };
-        let inflight = self.metrics.inflight(read_only);
-        inflight.inc();
-        let response = self.clone().authorized(request, info, user).await;
-        inflight.dec();
-        drop(permit);
-        response
+        // Both end with the request, however it ends: its time may be over, or its client gone.
+        let _serving = (permit, self.metrics.inflight(read_only));
+        self.clone().authorized(request, info, user).await
     }
 
     async fn identify(

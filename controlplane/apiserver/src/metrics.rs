@@ -109,6 +109,15 @@ impl Default for ServerMetrics {
     }
 }
 
+/// A request that is being served.
+pub struct InFlight(Gauge);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 impl ServerMetrics {
     /// The text of /metrics.
     pub fn encode(&self) -> String {
@@ -171,9 +180,11 @@ impl ServerMetrics {
         key
     }
 
-    /// The gauge of requests in flight.
-    pub fn inflight(&self, read_only: bool) -> Gauge {
-        self.inflight.get_or_create_owned(&kind(read_only))
+    /// Counts a request as in flight until the value is dropped, which also happens when its client goes away.
+    pub fn inflight(&self, read_only: bool) -> InFlight {
+        let gauge = self.inflight.get_or_create_owned(&kind(read_only));
+        gauge.inc();
+        InFlight(gauge)
     }
 
     /// Counts a request refused with 429.

@@ -12,10 +12,11 @@ use kube::Api;
 use kube::api::{DeleteParams, PostParams};
 use orlop_api::meta::{Key, is_terminating};
 use orlop_api::pod::{condition, is_finished};
-use orlop_client::{Change, Outcome, Queue};
+use orlop_client::{Change, Outcome};
 
-use crate::endpointslice::{Ports, ports_on, relevant, selector_of};
-use crate::runtime::{Builders, Context, ReconcileError, Result, has_code, unless_gone};
+use crate::endpointslice::{Ports, ports_on};
+use crate::runtime::{Builders, Context, Result, has_code, namespace_ends, unless_gone};
+use crate::service_queue::{ServiceQueue, selector_of};
 
 pub(crate) const MANAGED_BY: &str = "endpoints.kubernetes.io/managed-by";
 pub(crate) const MANAGER: &str = "endpoint-controller";
@@ -25,16 +26,13 @@ const OVER_CAPACITY: &str = "endpoints.kubernetes.io/over-capacity";
 const MAX_ADDRESSES: usize = 1000;
 
 pub(crate) struct Controller {
-    queue: Queue<Key>,
-    pods: Queue<(String, BTreeMap<String, String>)>,
+    queue: ServiceQueue,
 }
 
 impl Controller {
     pub fn new(b: &mut Builders) -> Controller {
-        let (queue, pods) = (Queue::default(), Queue::default());
-        let q = queue.clone();
-        b.services.add_handler(move |c: &Change<Service>| q.add(Key::of(&c.object().metadata)));
-        let q = queue.clone();
+        let queue = ServiceQueue::new(b);
+        let q = queue.services();
         b.endpoints.add_handler(move |c: &Change<Endpoints>| {
             // Also what was there at the start: its Service may have gone while nobody looked.
             let m = &c.object().metadata;
@@ -42,38 +40,11 @@ impl Controller {
                 q.add(Key::of(m));
             }
         });
-        let q = pods.clone();
-        b.pods.add_handler(move |c: &Change<Pod>| {
-            let tell = |p: &Pod| {
-                let m = &p.metadata;
-                q.add((m.namespace.clone().unwrap_or_default(), m.labels.clone().unwrap_or_default()));
-            };
-            match c {
-                Change::Updated { old, new } if relevant(old) == relevant(new) => {}
-                Change::Updated { old, new } => {
-                    if old.metadata.labels != new.metadata.labels {
-                        tell(old);
-                    }
-                    tell(new);
-                }
-                Change::Added(p) | Change::Deleted(p) => tell(p),
-            }
-        });
-        Controller { queue, pods }
+        Controller { queue }
     }
 
     pub fn start(self, context: &Context) {
-        let ctx = context.clone();
-        self.queue.run(&context.tasks, "endpoints", 4, move |k| reconcile(ctx.clone(), k));
-        let (informers, services) = (context.informers.clone(), self.queue.clone());
-        self.pods.run(&context.tasks, "endpoints pods", 1, move |(namespace, labels)| {
-            for s in informers.services.list_namespace(&namespace) {
-                if selector_of(&s).is_some_and(|sel| sel.matches(&labels)) {
-                    services.add(Key::of(&s.metadata));
-                }
-            }
-            async { Ok::<_, ReconcileError>(Outcome::Done) }
-        });
+        self.queue.start(context, "endpoints", "endpoints pods", reconcile);
     }
 }
 
@@ -217,7 +188,7 @@ async fn reconcile(ctx: Context, key: Key) -> Result {
     };
     match result {
         // Our copy was stale and its watch event asks again, or the namespace is going away.
-        Err(e) if [403, 404, 409].iter().any(|c| has_code(&e, *c)) => {}
+        Err(e) if has_code(&e, 404) || has_code(&e, 409) || namespace_ends(&e) => {}
         r => drop(r?),
     }
     Ok(Outcome::Done)

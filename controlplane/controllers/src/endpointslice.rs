@@ -11,10 +11,10 @@ use kube::Api;
 use kube::api::{DeleteParams, PostParams};
 use orlop_api::meta::{Key, is_terminating};
 use orlop_api::pod::{condition, is_finished};
-use orlop_api::selector::Selector;
-use orlop_client::{Change, Outcome, Queue};
+use orlop_client::{Change, Outcome};
 
 use crate::runtime::{Builders, Context, Result, has_code, namespace_ends, unless_gone};
+use crate::service_queue::{ServiceQueue, selector_of};
 
 pub(crate) const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
 const MANAGER: &str = "endpointslice-controller.k8s.io";
@@ -23,16 +23,13 @@ pub(crate) const SERVICE_NAME: &str = "kubernetes.io/service-name";
 const MAX_ENDPOINTS: usize = 100;
 
 pub(crate) struct Controller {
-    queue: Queue<Key>,
-    pods: Queue<(String, BTreeMap<String, String>)>,
+    queue: ServiceQueue,
 }
 
 impl Controller {
     pub fn new(b: &mut Builders) -> Controller {
-        let (queue, pods) = (Queue::default(), Queue::default());
-        let q = queue.clone();
-        b.services.add_handler(move |c: &Change<Service>| q.add(Key::of(&c.object().metadata)));
-        let q = queue.clone();
+        let queue = ServiceQueue::new(b);
+        let q = queue.services();
         b.endpointslices.add_handler(move |c: &Change<EndpointSlice>| {
             // Our own writes come back too; the reconcile that they cause finds nothing to do.
             let m = &c.object().metadata;
@@ -44,66 +41,12 @@ impl Controller {
                 q.add(Key::new(m.namespace.clone().unwrap_or_default(), service.clone()));
             }
         });
-        let q = pods.clone();
-        b.pods.add_handler(move |c: &Change<Pod>| {
-            let tell = |p: &Pod| {
-                let m = &p.metadata;
-                q.add((m.namespace.clone().unwrap_or_default(), m.labels.clone().unwrap_or_default()));
-            };
-            match c {
-                Change::Updated { old, new } if relevant(old) == relevant(new) => {}
-                Change::Updated { old, new } => {
-                    if old.metadata.labels != new.metadata.labels {
-                        tell(old);
-                    }
-                    tell(new);
-                }
-                Change::Added(p) | Change::Deleted(p) => tell(p),
-            }
-        });
-        Controller { queue, pods }
+        Controller { queue }
     }
 
     pub fn start(self, context: &Context) {
-        let ctx = context.clone();
-        self.queue.run(&context.tasks, "endpointslice", 4, move |k| reconcile(ctx.clone(), k));
-        let (informers, services) = (context.informers.clone(), self.queue.clone());
-        self.pods.run(&context.tasks, "endpointslice pods", 1, move |(namespace, labels)| {
-            for s in informers.services.list_namespace(&namespace) {
-                if selector_of(&s).is_some_and(|sel| sel.matches(&labels)) {
-                    services.add(Key::of(&s.metadata));
-                }
-            }
-            async { Ok::<_, crate::runtime::ReconcileError>(Outcome::Done) }
-        });
+        self.queue.start(context, "endpointslice", "endpointslice pods", reconcile);
     }
-}
-
-/// What of a pod can change its endpoints.
-#[allow(clippy::type_complexity)]
-pub(crate) fn relevant(
-    p: &Pod,
-) -> (Option<&BTreeMap<String, String>>, Vec<&str>, bool, bool, bool, Option<&str>, Option<&str>) {
-    let spec = p.spec.as_ref();
-    let ips = p.status.iter().flat_map(|s| s.pod_ips.iter().flatten()).map(|ip| ip.ip.as_str()).collect();
-    (
-        p.metadata.labels.as_ref(),
-        ips,
-        condition(p, "Ready") == Some("True"),
-        is_terminating(&p.metadata),
-        is_finished(p),
-        spec.and_then(|s| s.node_name.as_deref()),
-        spec.and_then(|s| s.hostname.as_deref()),
-    )
-}
-
-/// `None` for Services whose endpoints are somebody else's business.
-pub(crate) fn selector_of(s: &Service) -> Option<Selector> {
-    let spec = s.spec.as_ref()?;
-    if spec.type_.as_deref() == Some("ExternalName") {
-        return None;
-    }
-    spec.selector.as_ref().filter(|m| !m.is_empty()).map(Selector::from_map)
 }
 
 /// The number that a Service's port has on a pod; named target ports are looked up in its containers.
@@ -256,13 +199,56 @@ fn overlap(a: &EndpointSlice, b: &EndpointSlice) -> usize {
     of(a).intersection(&of(b)).count()
 }
 
-/// Pairs the wanted slices with existing ones of the same family: (to write into an existing one, to create, to delete).
-pub(crate) fn match_slices(
-    wanted: Vec<EndpointSlice>,
-    mut existing: Vec<Arc<EndpointSlice>>,
-) -> (Vec<EndpointSlice>, Vec<EndpointSlice>, Vec<Arc<EndpointSlice>>) {
+/// What to do to the slices that are there.
+#[derive(Default)]
+pub(crate) struct Writes {
+    pub update: Vec<EndpointSlice>,
+    pub create: Vec<EndpointSlice>,
+    pub delete: Vec<Arc<EndpointSlice>>,
+}
+
+impl Writes {
+    pub async fn carry_out(self, client: kube::Client, namespace: &str) -> Result {
+        let api: Api<EndpointSlice> = Api::namespaced(client, namespace);
+        for s in self.update {
+            let name = s.metadata.name.clone().unwrap_or_default();
+            match api.replace(&name, &PostParams::default(), &s).await {
+                // Our copy was stale; its watch event asks again.
+                Err(e) if has_code(&e, 409) || has_code(&e, 404) => {}
+                r => drop(r?),
+            }
+        }
+        for s in self.create {
+            match api.create(&PostParams::default(), &s).await {
+                Err(e) if namespace_ends(&e) || has_code(&e, 404) => {}
+                r => drop(r?),
+            }
+        }
+        for s in self.delete {
+            let name = s.metadata.name.as_deref().unwrap_or_default();
+            unless_gone(api.delete(name, &DeleteParams::default()).await)?;
+        }
+        Ok(Outcome::Done)
+    }
+
+    #[cfg(test)]
+    pub fn counts(&self) -> (usize, usize, usize) {
+        (self.update.len(), self.create.len(), self.delete.len())
+    }
+}
+
+/// A slice that takes the place of one that is there.
+pub(crate) fn over(mut new: EndpointSlice, old: &EndpointSlice) -> EndpointSlice {
+    new.metadata.name = old.metadata.name.clone();
+    new.metadata.generate_name = None;
+    new.metadata.resource_version = old.metadata.resource_version.clone();
+    new
+}
+
+/// Pairs the wanted slices with existing ones of the same family.
+fn match_slices(wanted: Vec<EndpointSlice>, mut existing: Vec<Arc<EndpointSlice>>) -> Writes {
     let (mut update, mut create) = (Vec::new(), Vec::new());
-    for mut w in wanted {
+    for w in wanted {
         let candidates = existing.iter().enumerate().filter(|(_, e)| e.address_type == w.address_type);
         let best = candidates.max_by_key(|(_, e)| (e.ports == w.ports, overlap(e, &w))).map(|(i, _)| i);
         match best {
@@ -270,15 +256,12 @@ pub(crate) fn match_slices(
             Some(i) => {
                 let e = existing.swap_remove(i);
                 if !same(&e, &w) {
-                    w.metadata.name = e.metadata.name.clone();
-                    w.metadata.generate_name = None;
-                    w.metadata.resource_version = e.metadata.resource_version.clone();
-                    update.push(w);
+                    update.push(over(w, &e));
                 }
             }
         }
     }
-    (update, create, existing)
+    Writes { update, create, delete: existing }
 }
 
 async fn reconcile(ctx: Context, key: Key) -> Result {
@@ -293,14 +276,10 @@ async fn reconcile(ctx: Context, key: Key) -> Result {
         })
         .filter(|s| !is_terminating(&s.metadata))
         .collect();
-    let api: Api<EndpointSlice> = Api::namespaced(ctx.client.clone(), &key.namespace);
     let service = ctx.informers.services.get(&key).filter(|s| !is_terminating(&s.metadata));
     let Some((service, selector)) = service.and_then(|s| selector_of(&s).map(|sel| (s, sel))) else {
-        for s in owned {
-            let name = s.metadata.name.as_deref().unwrap_or_default();
-            unless_gone(api.delete(name, &DeleteParams::default()).await)?;
-        }
-        return Ok(Outcome::Done);
+        let all = Writes { delete: owned, ..Writes::default() };
+        return all.carry_out(ctx.client, &key.namespace).await;
     };
     let empty = BTreeMap::new();
     let pods: Vec<Arc<Pod>> = ctx
@@ -318,27 +297,7 @@ async fn reconcile(ctx: Context, key: Key) -> Result {
         .into_iter()
         .map(|(family, ports, endpoints)| slice(&service, &family, &ports, endpoints))
         .collect();
-    let (update, create, delete) = match_slices(wanted, owned);
-    for s in update {
-        let name = s.metadata.name.clone().unwrap_or_default();
-        match api.replace(&name, &PostParams::default(), &s).await {
-            // Our copy was stale; its watch event asks again.
-            Err(e) if has_code(&e, 409) || has_code(&e, 404) => {}
-            r => drop(r?),
-        }
-    }
-    for s in create {
-        match api.create(&PostParams::default(), &s).await {
-            Err(e) if namespace_ends(&e) || has_code(&e, 404) => {}
-            r => drop(r?),
-        }
-    }
-    for s in delete {
-        unless_gone(
-            api.delete(s.metadata.name.as_deref().unwrap_or_default(), &DeleteParams::default()).await,
-        )?;
-    }
-    Ok(Outcome::Done)
+    match_slices(wanted, owned).carry_out(ctx.client.clone(), &key.namespace).await
 }
 
 #[cfg(test)]
@@ -402,11 +361,10 @@ mod tests {
         let mut stored = make(&two);
         stored[0].metadata.name = Some("web-x".into());
         let stored: Vec<Arc<EndpointSlice>> = stored.into_iter().map(Arc::new).collect();
-        let (u, c, d) = match_slices(make(&two), stored.clone());
-        assert_eq!((u.len(), c.len(), d.len()), (0, 0, 0));
-        let (u, c, d) = match_slices(make(&two[..1]), stored);
-        assert_eq!((u.len(), c.len(), d.len()), (1, 0, 0));
-        assert_eq!(u[0].metadata.name.as_deref(), Some("web-x"));
+        assert_eq!(match_slices(make(&two), stored.clone()).counts(), (0, 0, 0));
+        let w = match_slices(make(&two[..1]), stored);
+        assert_eq!(w.counts(), (1, 0, 0));
+        assert_eq!(w.update[0].metadata.name.as_deref(), Some("web-x"));
     }
 
     #[test]

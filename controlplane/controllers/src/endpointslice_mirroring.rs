@@ -8,13 +8,11 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::{self, EndpointAddress, Endpoints, Service};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
-use kube::Api;
-use kube::api::{DeleteParams, PostParams};
 use orlop_api::meta::{Key, is_terminating};
-use orlop_client::{Change, Outcome, Queue};
+use orlop_client::{Change, Queue};
 
-use crate::endpointslice::{MANAGED_BY, SERVICE_NAME};
-use crate::runtime::{Builders, Context, Result, has_code, unless_gone};
+use crate::endpointslice::{MANAGED_BY, SERVICE_NAME, Writes, over};
+use crate::runtime::{Builders, Context, Result};
 
 const MANAGER: &str = "endpointslicemirroring-controller.k8s.io";
 const SKIP: &str = "endpointslice.kubernetes.io/skip-mirror";
@@ -171,11 +169,8 @@ fn same(a: &EndpointSlice, b: &EndpointSlice) -> bool {
         && x.owner_references == y.owner_references
 }
 
-/// What to do to the slices that are there: (to update, to create, to delete). Slices that are to go are used again first.
-fn match_slices(
-    wanted: Vec<EndpointSlice>,
-    mut existing: Vec<Arc<EndpointSlice>>,
-) -> (Vec<EndpointSlice>, Vec<EndpointSlice>, Vec<Arc<EndpointSlice>>) {
+/// What to do to the slices that are there. Slices that are to go are used again first.
+fn match_slices(wanted: Vec<EndpointSlice>, mut existing: Vec<Arc<EndpointSlice>>) -> Writes {
     let (mut update, mut create, mut rest) = (Vec::new(), Vec::new(), Vec::new());
     for w in wanted {
         match existing.iter().position(|e| e.address_type == w.address_type && e.ports == w.ports) {
@@ -194,14 +189,7 @@ fn match_slices(
             None => create.push(w),
         }
     }
-    (update, create, existing)
-}
-
-fn over(mut new: EndpointSlice, old: &EndpointSlice) -> EndpointSlice {
-    new.metadata.name = old.metadata.name.clone();
-    new.metadata.generate_name = None;
-    new.metadata.resource_version = old.metadata.resource_version.clone();
-    new
+    Writes { update, create, delete: existing }
 }
 
 async fn reconcile(ctx: Context, key: Key) -> Result {
@@ -213,28 +201,7 @@ async fn reconcile(ctx: Context, key: Key) -> Result {
     if skipped > 0 {
         tracing::warn!(namespace = %key.namespace, endpoints = %key.name, skipped, "addresses are not mirrored: no valid IP address, or beyond the first {MAX_ENDPOINTS}");
     }
-    let (update, create, delete) = match_slices(wanted, owned);
-    let api: Api<EndpointSlice> = Api::namespaced(ctx.client.clone(), &key.namespace);
-    for s in update {
-        let name = s.metadata.name.clone().unwrap_or_default();
-        match api.replace(&name, &PostParams::default(), &s).await {
-            // Our copy was stale; its watch event asks again.
-            Err(e) if has_code(&e, 409) || has_code(&e, 404) => {}
-            r => drop(r?),
-        }
-    }
-    for s in create {
-        match api.create(&PostParams::default(), &s).await {
-            // The namespace is going away.
-            Err(e) if has_code(&e, 403) || has_code(&e, 404) => {}
-            r => drop(r?),
-        }
-    }
-    for s in delete {
-        let name = s.metadata.name.as_deref().unwrap_or_default();
-        unless_gone(api.delete(name, &DeleteParams::default()).await)?;
-    }
-    Ok(Outcome::Done)
+    match_slices(wanted, owned).carry_out(ctx.client, &key.namespace).await
 }
 
 #[cfg(test)]
@@ -284,10 +251,7 @@ mod tests {
         let mut stored = make(80, "10.0.0.1");
         stored[0].metadata.name = Some("web-x".into());
         let stored: Vec<Arc<EndpointSlice>> = stored.into_iter().map(Arc::new).collect();
-        let count = |w| {
-            let (u, c, d) = match_slices(w, stored.clone());
-            (u.len(), c.len(), d.len())
-        };
+        let count = |w| match_slices(w, stored.clone()).counts();
         assert_eq!(count(make(80, "10.0.0.1")), (0, 0, 0));
         assert_eq!(count(make(80, "10.0.0.2")), (1, 0, 0));
         assert_eq!(count(make(81, "10.0.0.1")), (1, 0, 0));

@@ -15,6 +15,7 @@ pub mod replicaset;
 pub mod replication_controller;
 pub mod root_ca_certificate_publisher;
 mod runtime;
+mod service_queue;
 pub mod serviceaccount;
 pub mod serviceaccount_token;
 pub mod taint_eviction;

@@ -16,7 +16,7 @@ use orlop_base::{
     durable::{self, DirLock},
     supervise::TaskGroup,
 };
-use redb::{Database, ReadableDatabase, ReadableTableMetadata};
+use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTableMetadata};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
@@ -211,15 +211,13 @@ async fn maintain(
     }
 }
 
-#[async_trait]
-impl Store for Embedded {
-    async fn get(&self, key: &str) -> Result<Option<Record>, Error> {
-        // A few page look-ups in a small cache: shorter than a hop to another thread.
-        let read = self.inner.db.begin_read().map_err(storage("begin a read"))?;
-        embedded_db::get(&read, key)
-    }
-
-    async fn list(&self, range: &Range) -> Result<Page, Error> {
+impl Embedded {
+    /// Reads a range at the revision that it names, on a thread that may block.
+    async fn read_range<T: Send + 'static>(
+        &self,
+        range: &Range,
+        read_at: fn(&ReadTransaction, &Range, Revision) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let this = self.clone();
         let range = range.clone();
         blocking(move || {
@@ -235,20 +233,32 @@ impl Store for Embedded {
             if range.revision != 0 {
                 this.check_readable(at)?;
             }
-            let page = embedded_db::list(&read, &range, at)?;
+            let found = read_at(&read, &range, at)?;
             if range.revision != 0 {
                 // A compaction that began meanwhile may have taken versions from under this snapshot's successor, not from it;
                 // but the revision must be refused from then on.
                 this.check_readable(at)?;
             }
-            Ok(page)
+            Ok(found)
         })
         .await
     }
+}
 
-    async fn count(&self, prefix: &str) -> Result<u64, Error> {
-        let page = self.list(&Range { prefix: prefix.into(), ..Range::default() }).await?;
-        Ok(page.records.len() as u64)
+#[async_trait]
+impl Store for Embedded {
+    async fn get(&self, key: &str) -> Result<Option<Record>, Error> {
+        // A few page look-ups in a small cache: shorter than a hop to another thread.
+        let read = self.inner.db.begin_read().map_err(storage("begin a read"))?;
+        embedded_db::get(&read, key)
+    }
+
+    async fn list(&self, range: &Range) -> Result<Page, Error> {
+        self.read_range(range, embedded_db::list).await
+    }
+
+    async fn count(&self, range: &Range) -> Result<u64, Error> {
+        self.read_range(range, embedded_db::count).await
     }
 
     async fn compare_and_swap(&self, key: &str, expect: Expect, write: Write) -> Result<Outcome, Error> {

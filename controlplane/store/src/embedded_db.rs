@@ -123,24 +123,30 @@ pub(crate) fn record(
     })
 }
 
-/// Lists `range` as of revision `at`.
-pub(crate) fn list(read: &ReadTransaction, range: &Range, at: Revision) -> Result<Page, Error> {
-    let versions = read.open_table(VERSIONS).map_err(storage("open the versions"))?;
+/// The versions of the keys of a range, in (key, revision) order.
+fn scan<'a>(
+    versions: &'a impl ReadableTable<(&'static str, u64), &'static [u8]>,
+    range: &Range,
+) -> Result<redb::Range<'a, (&'static str, u64), &'static [u8]>, Error> {
     let start: String = match &range.after {
         // A NUL cannot be part of a key, so this is the smallest key after it.
         Some(after) if after.as_str() >= range.prefix.as_str() => format!("{after}\0"),
         _ => range.prefix.clone(),
     };
     let end = prefix_end(&range.prefix);
-    let iter = match &end {
+    match &end {
         Some(end) => versions.range((start.as_str(), 0)..(end.as_str(), 0)),
         None => versions.range((start.as_str(), 0)..),
     }
-    .map_err(storage("search a range"))?;
+    .map_err(storage("search a range"))
+}
 
+/// Lists `range` as of revision `at`.
+pub(crate) fn list(read: &ReadTransaction, range: &Range, at: Revision) -> Result<Page, Error> {
+    let versions = read.open_table(VERSIONS).map_err(storage("open the versions"))?;
     let mut page = Page { revision: at, ..Page::default() };
     let mut collect = Collect { page: &mut page, limit: range.limit, pending: None };
-    for entry in iter {
+    for entry in scan(&versions, range)? {
         let (k, v) = entry.map_err(storage("read a range"))?;
         let (key, revision) = k.value();
         if revision > at {
@@ -153,6 +159,25 @@ pub(crate) fn list(read: &ReadTransaction, range: &Range, at: Revision) -> Resul
     }
     collect.finish()?;
     Ok(page)
+}
+
+/// How many records `range` has as of revision `at`, without copying them.
+pub(crate) fn count(read: &ReadTransaction, range: &Range, at: Revision) -> Result<u64, Error> {
+    let versions = read.open_table(VERSIONS).map_err(storage("open the versions"))?;
+    let (mut count, mut last, mut live) = (0, String::new(), false);
+    for entry in scan(&versions, range)? {
+        let (k, v) = entry.map_err(storage("read a range"))?;
+        let (key, revision) = k.value();
+        if revision > at {
+            continue;
+        }
+        if key != last {
+            count += u64::from(live);
+            last.replace_range(.., key);
+        }
+        live = v.value().first() == Some(&1);
+    }
+    Ok(count + u64::from(live))
 }
 
 /// Keeps the newest version of each key of a scan in (key, revision) order.

@@ -196,8 +196,11 @@ pub trait Store: Send + Sync + 'static {
     /// [`Error::Compacted`] and [`Error::Future`] for revisions that cannot be read.
     async fn list(&self, range: &Range) -> Result<Page, Error>;
 
-    /// How many keys start with `prefix` now.
-    async fn count(&self, prefix: &str) -> Result<u64, Error>;
+    /// How many records a range has; its limit does not count.
+    ///
+    /// # Errors
+    /// As [`Store::list`].
+    async fn count(&self, range: &Range) -> Result<u64, Error>;
 
     /// Writes `key` if `expect` holds; durable before it returns.
     async fn compare_and_swap(&self, key: &str, expect: Expect, write: Write) -> Result<Outcome, Error>;

@@ -94,8 +94,8 @@ async fn lists(store: &dyn Store) {
     write(store, "/r0/other", Expect::Absent, put("x")).await;
     let all = Range { prefix: "/r/".into(), ..Range::default() };
     assert_eq!(keys(store, &all).await, ["/r/a=a", "/r/b=b", "/r/c=c", "/r/d=d"]);
-    assert_eq!(store.count("/r/").await.expect("count"), 4);
-    assert_eq!(store.count("/none/").await.expect("count"), 0);
+    assert_eq!(store.count(&all).await.expect("count"), 4);
+    assert_eq!(store.count(&Range { prefix: "/none/".into(), ..Range::default() }).await.expect("count"), 0);
 
     let page = store.list(&Range { limit: 3, ..all.clone() }).await.expect("list");
     assert!(page.more);
@@ -105,6 +105,7 @@ async fn lists(store: &dyn Store) {
     let page = store.list(&rest).await.expect("list");
     assert!(!page.more, "a continued list does not see later writes");
     assert_eq!(page.records.len(), 1);
+    assert_eq!(store.count(&rest).await.expect("count"), 1, "nor does a count");
     let exact = store.list(&Range { limit: 5, ..all }).await.expect("list");
     assert!(!exact.more, "a full page with nothing behind it is the last");
 }
@@ -119,6 +120,9 @@ async fn past_revisions(store: &dyn Store) {
     assert_eq!(keys(store, &at(two)).await, ["/r/a=2"]);
     assert_eq!(keys(store, &at(three)).await, ["/r/a=2", "/r/b=1"]);
     assert_eq!(keys(store, &at(four)).await, ["/r/b=1"]);
+    for (revision, count) in [(one, 1), (two, 1), (three, 2), (four, 1)] {
+        assert_eq!(store.count(&at(revision)).await.expect("count"), count, "at {revision}");
+    }
     assert!(matches!(store.list(&at(four + 100)).await, Err(Error::Future { .. })));
 }
 

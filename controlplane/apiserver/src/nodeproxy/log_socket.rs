@@ -13,12 +13,15 @@ use hyper_util::rt::TokioIo;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
-use tokio_tungstenite::tungstenite::protocol::Role;
+use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
 use super::locate::Target;
 use super::{NodeProxy, error_of, exchange};
 use crate::status::Status;
 use crate::transport::Body;
+
+/// Most bytes that a client may send at once.
+const CLIENT_MESSAGE: usize = 4096;
 
 /// How a piece of the log becomes a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +95,11 @@ pub async fn serve(
     let stop = proxy.tasks.stop_token();
     proxy.tasks.spawn(async move {
         let Ok(client) = client.await else { return };
-        let socket = WebSocketStream::from_raw_socket(TokioIo::new(client), Role::Server, None).await;
+        // A client has nothing to say but pings and its end.
+        let limits = WebSocketConfig::default()
+            .max_message_size(Some(CLIENT_MESSAGE))
+            .max_frame_size(Some(CLIENT_MESSAGE));
+        let socket = WebSocketStream::from_raw_socket(TokioIo::new(client), Role::Server, Some(limits)).await;
         let (mut to, mut from) = socket.split();
         loop {
             // Both sides are streams: a piece that has not arrived stays for the next turn.

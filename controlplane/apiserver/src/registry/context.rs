@@ -17,6 +17,7 @@ use crate::{
     status::Status,
     table::Include,
     value,
+    watch_cache::Selection,
 };
 
 /// One request on one resource.
@@ -32,6 +33,12 @@ pub(super) struct Context {
 }
 
 impl Context {
+    /// What a list, a watch or a deletion of many is about.
+    pub fn selection(&self) -> Result<Selection, Status> {
+        let (labels, fields) = (self.query.text("labelSelector"), self.query.text("fieldSelector"));
+        Selection::parse(&self.resource, self.namespace(), labels, fields)
+    }
+
     pub fn namespace(&self) -> &str {
         if self.resource.namespaced { &self.request.info.namespace } else { "" }
     }

@@ -18,7 +18,7 @@ use crate::{
     resources::Resource,
     status::Status,
     value,
-    watch_cache::{Selection, key_of, store_status},
+    watch_cache::{key_of, store_status},
 };
 
 const ATTEMPTS: usize = 16;
@@ -252,12 +252,7 @@ impl Registry {
     pub(super) async fn delete_collection_request(&self, mut ctx: Context) -> Result<Response<Body>, Status> {
         let options = self.delete_options(&ctx)?;
         let listing = ListOptions::parse(&ctx.query, false)?;
-        let selection = Selection::parse(
-            &ctx.resource,
-            ctx.namespace(),
-            ctx.query.text("labelSelector"),
-            ctx.query.text("fieldSelector"),
-        )?;
+        let selection = ctx.selection()?;
         let (objects, meta) = self.select(&ctx.resource.clone(), &selection, &listing).await?;
         for object in &objects {
             let (namespace, name) = (object.namespace().to_owned(), object.name().to_owned());

@@ -59,12 +59,7 @@ impl Registry {
 
     pub(super) async fn list_request(&self, ctx: &Context) -> Result<Response<Body>, Status> {
         let options = ListOptions::parse(&ctx.query, false)?;
-        let selection = Selection::parse(
-            &ctx.resource,
-            ctx.namespace(),
-            ctx.query.text("labelSelector"),
-            ctx.query.text("fieldSelector"),
-        )?;
+        let selection = ctx.selection()?;
         let (objects, meta) = self.select(&ctx.resource, &selection, &options).await?;
         respond::list(&ctx.resource, &objects, &meta, &ctx.wanted)
     }
@@ -93,7 +88,7 @@ impl Registry {
                 self.inner.hub.wait_for(current).await?;
             }
             let (objects, revision) = cache.list(resource, selection, self.inner.hub.applied());
-            return Ok((objects, ListMeta { revision, next: String::new() }));
+            return Ok((objects, ListMeta { revision, ..ListMeta::default() }));
         }
         self.select_stored(resource, selection, options, revision).await
     }
@@ -135,26 +130,29 @@ impl Registry {
                 }
                 found.push(Arc::new(object));
                 if options.limit > 0 && found.len() == options.limit {
-                    let more = page.more || i + 1 < count;
-                    let next = if more { encode_continue(page.revision, &record.key) } else { String::new() };
-                    return Ok((found, ListMeta { revision: page.revision, next }));
+                    let mut meta = ListMeta { revision: page.revision, ..ListMeta::default() };
+                    if page.more || i + 1 < count {
+                        meta.next = encode_continue(page.revision, &record.key);
+                        // With a selector, nobody knows without looking at all of them.
+                        if selection.is_plain() {
+                            range.after = Some(record.key.to_string());
+                            meta.remaining =
+                                Some(self.inner.store.count(&range).await.map_err(store_status)?);
+                        }
+                    }
+                    return Ok((found, meta));
                 }
                 range.after = Some(record.key.to_string());
             }
             if !page.more {
-                return Ok((found, ListMeta { revision: page.revision, next: String::new() }));
+                return Ok((found, ListMeta { revision: page.revision, ..ListMeta::default() }));
             }
         }
     }
 
     pub(super) async fn watch_request(&self, ctx: &Context) -> Result<Response<Body>, Status> {
         let options = ListOptions::parse(&ctx.query, true)?;
-        let mut selection = Selection::parse(
-            &ctx.resource,
-            ctx.namespace(),
-            ctx.query.text("labelSelector"),
-            ctx.query.text("fieldSelector"),
-        )?;
+        let mut selection = ctx.selection()?;
         if !ctx.name().is_empty() {
             selection.name = ctx.name().to_owned();
         }

@@ -85,6 +85,8 @@ pub struct ListMeta {
     pub revision: Revision,
     /// Token for the rest.
     pub next: String,
+    /// How many objects the rest has, when that is known.
+    pub remaining: Option<u64>,
 }
 
 /// An answer with a list.
@@ -94,11 +96,13 @@ pub fn list(
     meta: &ListMeta,
     wanted: &Wanted,
 ) -> Result<Response<Body>, Status> {
-    let list_meta = if meta.next.is_empty() {
-        json!({"resourceVersion": meta.revision.to_string()})
-    } else {
-        json!({"resourceVersion": meta.revision.to_string(), "continue": meta.next})
-    };
+    let mut list_meta = json!({"resourceVersion": meta.revision.to_string()});
+    if !meta.next.is_empty() {
+        list_meta["continue"] = json!(meta.next);
+    }
+    if let Some(n) = meta.remaining {
+        list_meta["remainingItemCount"] = json!(n);
+    }
     if wanted.shape == Shape::Table {
         let mut values = Vec::with_capacity(objects.len());
         for object in objects {

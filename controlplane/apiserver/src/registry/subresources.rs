@@ -15,7 +15,7 @@ use super::{
 use crate::{
     codec,
     patch::{Patch, PatchType},
-    resources::ScalePaths,
+    resources::{ScalePaths, certificates},
     schema::Extent,
     status::Status,
     validation::{Errors, selector_of},
@@ -343,7 +343,13 @@ fn take_part(new: &mut Value, wanted: &Value, part: &str) {
             value::carry(new, wanted, "spec.finalizers");
             value::carry(new, wanted, "metadata.finalizers");
         }
-        "approval" => value::carry(new, wanted, "status.conditions"),
+        "approval" => {
+            let old = new.clone();
+            for at in ["status.conditions", "metadata.labels", "metadata.annotations"] {
+                value::carry(new, wanted, at);
+            }
+            certificates::stamp(new, &old);
+        }
         "resize" => {
             value::carry(new, wanted, "spec.resources");
             for list in ["spec.containers", "spec.initContainers"] {

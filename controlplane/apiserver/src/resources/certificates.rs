@@ -22,6 +22,23 @@ pub(super) fn resources() -> Vec<Resource> {
     ]
 }
 
+/// Gives conditions the times that they lack. One whose status is what it was keeps the time of its transition.
+pub fn stamp(new: &mut Value, old: &Value) {
+    let now = crate::registry::now();
+    for c in value::list_mut(new, "status.conditions") {
+        if !value::has(c, "lastUpdateTime") {
+            value::set(c, "lastUpdateTime", now.clone());
+        }
+        if !value::has(c, "lastTransitionTime") {
+            let same = |o: &&Value| ["type", "status"].iter().all(|f| value::text(o, f) == value::text(c, f));
+            let before = value::list(old, "status.conditions").iter().find(same);
+            let at = before.map(|o| value::text(o, "lastTransitionTime")).filter(|t| !t.is_empty());
+            let at = at.map_or_else(|| now.clone(), |t| t.into());
+            value::set(c, "lastTransitionTime", at);
+        }
+    }
+}
+
 struct Request;
 
 impl Strategy for Request {
@@ -30,16 +47,20 @@ impl Strategy for Request {
     }
 
     fn prepare_status(&self, new: &mut Value, old: &Value) {
-        // Approval and denial go through their own endpoint.
-        let decided = |c: &&Value| matches!(value::text(c, "type"), "Approved" | "Denied");
-        let mut conditions: Vec<Value> =
-            value::list(old, "status.conditions").iter().filter(decided).cloned().collect();
-        conditions.extend(value::list(new, "status.conditions").iter().filter(|c| !decided(c)).cloned());
+        // Approval and denial go through their own endpoint: what is stored keeps its place, what is new is dropped.
+        let decided = |c: &Value| matches!(value::text(c, "type"), "Approved" | "Denied");
+        let mut kept = value::list(old, "status.conditions").iter().filter(|c| decided(c)).cloned();
+        let mut conditions: Vec<Value> = Vec::new();
+        for c in value::list(new, "status.conditions") {
+            conditions.extend(if decided(c) { kept.next() } else { Some(c.clone()) });
+        }
+        conditions.extend(kept);
         if conditions.is_empty() {
             value::remove(new, "status.conditions");
         } else {
             value::set(new, "status.conditions", conditions);
         }
+        stamp(new, old);
     }
 
     fn validate(&self, object: &Value, errors: &mut Errors) {
@@ -105,5 +126,39 @@ impl Strategy for Request {
 
     fn selectable(&self) -> &'static [&'static str] {
         &["spec.signerName"]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn decisions_keep_their_place_and_every_condition_has_its_times() {
+        let approved = json!({"type": "Approved", "status": "True", "lastUpdateTime": "2026-01-01T00:00:00Z",
+            "lastTransitionTime": "2026-01-01T00:00:00Z"});
+        let old = json!({"status": {"conditions": [{"type": "x", "status": "True"}, approved.clone()]}});
+        let forged = json!({"type": "Approved", "status": "False"});
+        let mut new = json!({"status": {"conditions": [{"type": "x", "status": "True"}, forged.clone(), {"type": "y"}, forged]}});
+        Request.prepare_status(&mut new, &old);
+        let all = value::list(&new, "status.conditions");
+        assert_eq!(all.iter().map(|c| value::text(c, "type")).collect::<Vec<_>>(), ["x", "Approved", "y"]);
+        assert_eq!(all[1], approved);
+        assert!(all.iter().all(|c| value::has(c, "lastUpdateTime") && value::has(c, "lastTransitionTime")));
+        let mut without = json!({"status": {}});
+        Request.prepare_status(&mut without, &old);
+        assert_eq!(value::list(&without, "status.conditions"), [approved]);
+    }
+
+    #[test]
+    fn an_unchanged_status_keeps_the_time_of_its_transition() {
+        let old = json!({"status": {"conditions": [{"type": "a", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]}});
+        for (status, kept) in [("True", true), ("False", false)] {
+            let mut new = json!({"status": {"conditions": [{"type": "a", "status": status}]}});
+            stamp(&mut new, &old);
+            let at = value::text(&value::list(&new, "status.conditions")[0], "lastTransitionTime");
+            assert_eq!(at == "2026-01-01T00:00:00Z", kept, "{status}");
+        }
     }
 }

@@ -16,7 +16,7 @@ pub mod apps;
 mod authentication;
 mod autoscaling;
 pub mod batch;
-mod certificates;
+pub(crate) mod certificates;
 mod coordination;
 pub mod core;
 mod discovery;

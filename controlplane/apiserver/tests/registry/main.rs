@@ -209,6 +209,7 @@ async fn lists_page_select_and_stay_at_their_revision() {
     let (_, first) = s.get(&format!("{MAPS}?limit=3")).await;
     assert_eq!(names(&first), ["m0", "m1", "m2"]);
     s.config_map("m9", "late").await;
+    assert_eq!(first["metadata"]["remainingItemCount"], 4);
     let token = first["metadata"]["continue"].as_str().expect("a continue token");
     let (_, second) = s.get(&format!("{MAPS}?limit=10&continue={token}")).await;
     assert_eq!(
@@ -217,11 +218,13 @@ async fn lists_page_select_and_stay_at_their_revision() {
         "a continued list shows the state of its first page"
     );
     assert_eq!(version(&second), version(&first));
+    assert!(second["metadata"]["remainingItemCount"].is_null());
 
     assert_eq!(names(&s.get(&format!("{MAPS}?labelSelector=of%3Dodd")).await.1), ["m1", "m3", "m5"]);
     let (_, page) = s.get(&format!("{MAPS}?labelSelector=of%3Dodd&limit=2")).await;
     assert_eq!(names(&page), ["m1", "m3"]);
     assert!(page["metadata"]["continue"].is_string());
+    assert!(page["metadata"]["remainingItemCount"].is_null(), "unknown with a selector");
     assert_eq!(names(&s.get(&format!("{MAPS}?fieldSelector=metadata.name%3Dm4")).await.1), ["m4"]);
     assert_eq!(s.get(&format!("{MAPS}?fieldSelector=data.x%3Dy")).await.0, 400);
     assert_eq!(s.get(&format!("{MAPS}?resourceVersion=999999")).await.0, 504);
@@ -504,4 +507,23 @@ async fn protobuf_is_answered_to_those_who_prefer_it() {
         .expect("data");
     assert_eq!(event[..4], (event.len() as u32 - 4).to_be_bytes());
     assert_eq!(event[4..11], *b"\x0a\x05ADDED");
+}
+
+#[tokio::test]
+async fn approval_and_status_of_a_certificate_request_take_annotations_too() {
+    const ALL: &str = "/apis/certificates.k8s.io/v1/certificatesigningrequests";
+    let s = Server::start().await;
+    let request = json!({"metadata": {"name": "r"}, "spec": {"signerName": "example.com/s", "usages": ["any"],
+        "request": "LS0tLS1CRUdJTiBDRVJUSUZJQ0FURSBSRVFVRVNULS0tLS0K"}});
+    s.ok(Method::POST, ALL, request).await;
+    for (endpoint, status) in [
+        ("approval", json!({"conditions": [{"type": "x", "status": "True", "reason": "r"}]})),
+        ("status", json!({"certificate": null})),
+    ] {
+        let patch = json!({"metadata": {"annotations": {endpoint: "true"}}, "status": status});
+        let patched = s.ok(Method::PATCH, &format!("{ALL}/r/{endpoint}"), patch).await;
+        assert_eq!(patched["metadata"]["annotations"][endpoint], "true");
+        assert_eq!(patched["status"]["conditions"][0]["type"], "x");
+        assert!(patched["status"]["conditions"][0]["lastTransitionTime"].is_string());
+    }
 }

@@ -57,7 +57,7 @@ async fn tokens_and_rbac() {
     assert!(text.contains(want), "{text}");
 
     c.bind("bot", "ClusterRole", "view", "User", "system:serviceaccount:default:bot").await;
-    wait_until("the binding counts", Duration::from_secs(5), async || {
+    wait_until("the binding counts", Duration::from_secs(30), async || {
         let listed = c.kubectl_token(&token, &["get", "pods"]).await;
         listed.status.success().then_some(())
     })

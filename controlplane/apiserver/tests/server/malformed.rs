@@ -31,12 +31,15 @@ async fn wrong_types_are_refused_by_path() {
         assert!(err(&refused).contains(says), "{path}: {}", err(&refused));
     }
     let patch = |text| ["patch", "service", "svc", "--subresource=status", "--type=merge", "-p", text];
-    let untimed = c.kubectl(&patch(r#"{"status":{"conditions":[{"type":"a","status":"True"}]}}"#)).await;
+    let mistimed =
+        r#"{"status":{"conditions":[{"type":"a","status":"True","reason":"b","lastTransitionTime":1}]}}"#;
+    let mistimed = c.kubectl(&patch(mistimed)).await;
     assert!(
-        err(&untimed).contains("status.conditions[0].lastTransitionTime of type time"),
+        err(&mistimed).contains("status.conditions[0].lastTransitionTime of type time"),
         "{}",
-        err(&untimed)
+        err(&mistimed)
     );
+    ok(c.kubectl(&patch(r#"{"status":{"conditions":[{"type":"a","status":"True","reason":"b"}]}}"#)).await);
     let whole = r#"{"status":{"conditions":[{"type":"a","status":"True","reason":"b","lastTransitionTime":"2026-01-02T03:04:05Z"}]}}"#;
     ok(c.kubectl(&patch(whole)).await);
     // What client-go sends: the answer's fields are there, empty.

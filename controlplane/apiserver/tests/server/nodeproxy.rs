@@ -13,6 +13,7 @@ use orlop_apiserver::pki::Pki;
 use orlop_apiserver::registry;
 use orlop_apiserver::transport::{self, Body, Handler};
 use orlop_base::supervise::TaskGroup;
+use orlop_base::testkit::wait_until;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -145,6 +146,16 @@ async fn logs_reach_the_kubelet_and_its_refusals_come_back() {
     f.cluster.stop().await;
 }
 
+/// Returns when the authorizer has heard of a new binding.
+async fn jane_may(c: &Cluster, verb: &str) {
+    wait_until(&format!("jane may {verb} exec"), Duration::from_secs(30), async || {
+        let asked =
+            c.kubectl_token("jane-token", &["auth", "can-i", verb, "pods", "--subresource=exec"]).await;
+        asked.status.success().then_some(())
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn upgraded_streams_pass_bytes_both_ways() {
     let f = fixture().await;
@@ -156,11 +167,11 @@ async fn upgraded_streams_pass_bytes_both_ways() {
     let rules = r#","rules":[{"verbs":["get"],"apiGroups":[""],"resources":["pods/exec"]}]"#;
     c.create("rbac.authorization.k8s.io/v1", "Role", "reader", rules).await;
     c.bind("reader", "Role", "reader", "User", "jane").await;
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    jane_may(c, "get").await;
     let (_, refused) = upgrade(c, path).await;
     assert!(refused.starts_with("HTTP/1.1 403"), "{refused}");
     c.bind("jane", "ClusterRole", "edit", "User", "jane").await;
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    jane_may(c, "create").await;
 
     let (mut stream, head) = upgrade(c, path).await;
     assert!(head.starts_with("HTTP/1.1 101"), "{head}");
