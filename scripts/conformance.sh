@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # Runs upstream's conformance tests against `orlop up` on this machine:
 #   conformance.sh [FOCUS [SKIP]]     both are regular expressions over the names of specs; sig-network's specs by default
-# What it needs is built once into $ORLOP_CONFORMANCE [target/conformance]: e2e.test (ten minutes), upstream's portmap plugin, images.
+# What it needs is built once into $ORLOP_CONFORMANCE [target/conformance]: e2e.test (ten minutes) and images.
 # $ORLOP_PROGRAMS is the folder of the programs [target/release]. The log and junit report stay in the folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 focus=${1:-'\[sig-network\].*\[Conformance\]'}
 skip=${2:-}
 kubernetes=v1.36.3
-plugins=v1.9.0
 programs=$(realpath "${ORLOP_PROGRAMS:-target/release}")
 mkdir -p "${ORLOP_CONFORMANCE:-target/conformance}"
 dir=$(realpath "${ORLOP_CONFORMANCE:-target/conformance}")
@@ -36,9 +35,6 @@ go_build() { # folder, module, version, what go is to do
 version=k8s.io/component-base/version
 [ -x "$dir/e2e.test" ] || go_build "$dir/go-e2e" k8s.io/kubernetes "$kubernetes" k8s.io/kubernetes/test/e2e \
     test -c -vet=off -o "$dir/e2e.test" -ldflags "-s -w -X $version.gitVersion=$kubernetes -X $version.gitMajor=1 -X $version.gitMinor=36"
-# Our plugin has no host ports yet.
-[ -x "$dir/cni/portmap" ] || go_build "$dir/go-cni" github.com/containernetworking/plugins "$plugins" \
-    github.com/containernetworking/plugins/plugins/meta/portmap build -o "$dir/cni/portmap" -ldflags "-s -w"
 [ -e "$dir/images/agnhost-2.63.0.tar" ] || test-vms/images/build.sh "$dir/images" "$programs/orlop"
 
 run=$dir/run
@@ -46,7 +42,7 @@ export KUBECONFIG=$run/admin.kubeconfig
 up=(--data-dir "$run/data" --write-kubeconfig "$KUBECONFIG" --listen 0.0.0.0:28443 --service-cidr 10.68.0.0/16
     --cluster-cidr 10.69.0.0/16 --node-name conformance --run-dir /run/orlop-conformance --kubelet-dir "$run/kubelet"
     --pod-logs-dir "$run/pods" --container-logs-dir "$run/containers" --static-pod-dir "$run/manifests"
-    --cni-conf-dir "$run/net.d" --cni-bin-dir "$dir/cni" --cgroup-root /orlop-conformance --config "$run/kubelet.yaml"
+    --cni-conf-dir "$run/net.d" --cgroup-root /orlop-conformance --config "$run/kubelet.yaml"
     --kubelet-port 28250 --proxy-health-address none --proxy-metrics-address none
     --bpf-dir /sys/fs/bpf/orlop-conformance --dns-address 169.254.21.230 --dns-link orl-dnsconf --log-file "$run/log")
 down() {
@@ -56,7 +52,7 @@ down() {
 pid=
 down
 rm -rf "$run"
-mkdir -p "$run/net.d" "$run/report"
+mkdir -p "$run/report"
 trap down EXIT
 cat >"$run/kubelet.yaml" <<'Y'
 apiVersion: kubelet.config.k8s.io/v1beta1
@@ -67,12 +63,6 @@ clusterDNS: [169.254.21.230]
 clusterDomain: cluster.local
 cgroupRoot: /orlop-conformance
 Y
-cat >"$run/net.d/05-conformance.conflist" <<C
-{"cniVersion": "1.1.0", "name": "orlop", "plugins": [
-  {"type": "orlop-cni", "mtu": 0, "capabilities": {"ips": true, "mac": true},
-   "ipam": {"dataDir": "$run/data/cni", "ranges": ["10.69.0.0/24"]}},
-  {"type": "portmap", "capabilities": {"portMappings": true}, "snat": true, "backend": "nftables"}]}
-C
 for image in "$dir"/images/*.tar; do
     "$programs/orlop" image import "$image" --images-dir "$run/data/images" >/dev/null
 done

@@ -196,6 +196,10 @@ pub struct AgentArgs {
     #[arg(long, default_value = "cluster.local")]
     pub cluster_domain: String,
 
+    /// Pods' addresses of the whole cluster: pods talk to these under their own address, to others under the node's (repeatable)
+    #[arg(long = "cluster-cidr")]
+    pub cluster_cidrs: Vec<IpNet>,
+
     /// State of all parts
     #[arg(long, default_value = "/var/lib/orlop")]
     pub data_dir: PathBuf,

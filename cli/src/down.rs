@@ -17,7 +17,12 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 pub async fn run(args: UpArgs) -> Result<(), Failure> {
     stop_daemon(&args)?;
-    let node = Node::new(&args.node, &args.server.data_dir, &args.server.cluster_domain)?;
+    let node = Node::new(
+        &args.node,
+        &args.server.data_dir,
+        &args.server.cluster_domain,
+        &[args.server.cluster_cidr],
+    )?;
     let mut first: Option<Failure> = None;
     let mut note = |what: &str, r: Result<(), Failure>| {
         if let Err(e) = r {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use orlop_agent::{KubeletConfiguration, PodCidrHook};
 use orlop_apiserver::pki::Pki;
 use orlop_base::durable::{self, Sync};
@@ -35,11 +36,18 @@ pub struct Node {
     pub ips: Vec<IpAddr>,
     pub data_dir: PathBuf,
     pub cluster_domain: String,
+    /// Pods' addresses of the whole cluster, as far as they are known.
+    pub cluster_cidrs: Vec<IpNet>,
     pub args: NodeArgs,
 }
 
 impl Node {
-    pub fn new(args: &NodeArgs, data_dir: &Path, cluster_domain: &str) -> Result<Node, Failure> {
+    pub fn new(
+        args: &NodeArgs,
+        data_dir: &Path,
+        cluster_domain: &str,
+        cluster_cidrs: &[IpNet],
+    ) -> Result<Node, Failure> {
         let name = match &args.node_name {
             Some(n) => n.to_ascii_lowercase(),
             None => host_name()?,
@@ -56,6 +64,7 @@ impl Node {
             ips,
             data_dir: data_dir.to_owned(),
             cluster_domain: cluster_domain.to_owned(),
+            cluster_cidrs: cluster_cidrs.to_vec(),
             args: args.clone(),
         })
     }
@@ -109,9 +118,14 @@ impl Node {
 
     fn pod_cidr_hook(&self) -> PodCidrHook {
         let (path, data_dir) = (self.conflist(), self.data_dir.join("cni"));
+        let not_masqueraded = self.cluster_cidrs.clone();
         PodCidrHook(Arc::new(move |cidrs: &[String]| {
             let pod_cidrs = cidrs.iter().filter_map(|c| c.parse().ok()).collect();
-            let network = OrlopNetwork { data_dir: data_dir.clone(), ..OrlopNetwork::new(pod_cidrs) };
+            let network = OrlopNetwork {
+                data_dir: data_dir.clone(),
+                not_masqueraded: not_masqueraded.clone(),
+                ..OrlopNetwork::new(pod_cidrs)
+            };
             if let Err(e) = write_conflist(&path, &render_conflist(&network)) {
                 tracing::error!(error = %orlop_base::telemetry::chain(&e), "pods get no network");
             }
@@ -290,7 +304,7 @@ fn proxy_config(
 pub async fn run(args: AgentArgs) -> Result<(), Failure> {
     let stop = crate::shutdown::on_signal()?;
     let tasks = TaskGroup::new(&stop);
-    let node = Node::new(&args.node, &args.data_dir, &args.cluster_domain)?;
+    let node = Node::new(&args.node, &args.data_dir, &args.cluster_domain, &args.cluster_cidrs)?;
     node.check()?;
     let credentials = Credentials {
         kubelet: args.kubeconfig.clone(),

@@ -65,7 +65,12 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
 
 async fn start(args: &UpArgs, tasks: &TaskGroup) -> Result<(), Failure> {
     let server = crate::server::config(&args.server);
-    let mut node = Node::new(&args.node, &args.server.data_dir, &args.server.cluster_domain)?;
+    let mut node = Node::new(
+        &args.node,
+        &args.server.data_dir,
+        &args.server.cluster_domain,
+        &[args.server.cluster_cidr],
+    )?;
     node.check()?;
     if args.node.node_ips.is_empty() {
         node.ips = vec![server.advertise_address];
@@ -79,7 +84,13 @@ async fn start(args: &UpArgs, tasks: &TaskGroup) -> Result<(), Failure> {
 
 /// Starts this program again in the background and watches until the node and the manifests' Deployments are ready.
 pub fn detach(args: &UpArgs) -> Result<(), Failure> {
-    let node = Node::new(&args.node, &args.server.data_dir, &args.server.cluster_domain)?.name;
+    let node = Node::new(
+        &args.node,
+        &args.server.data_dir,
+        &args.server.cluster_domain,
+        &[args.server.cluster_cidr],
+    )?
+    .name;
     let mut log =
         File::options().create(true).append(true).open(&args.log_file).map_err(|e| {
             format!("cannot open {}: {e}; choose another --log-file", args.log_file.display())

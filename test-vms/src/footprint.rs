@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 /// Processes, mounts, links, routes, cgroups, files (pinned namespaces and BPF objects too) and BPF objects, each as text
 /// that names it.
@@ -12,6 +13,8 @@ pub struct Footprint {
     pub mounts: BTreeSet<String>,
     pub links: BTreeSet<String>,
     pub routes: BTreeSet<String>,
+    /// Tables of nf_tables.
+    pub tables: BTreeSet<String>,
     pub cgroups: BTreeSet<String>,
     pub programs: BTreeSet<u32>,
     pub maps: BTreeSet<u32>,
@@ -77,6 +80,12 @@ fn routes() -> BTreeSet<String> {
     of("/proc/net/route", &[0, 1, 7]).into_iter().chain(of("/proc/net/ipv6_route", &[9, 0, 1])).collect()
 }
 
+fn tables() -> BTreeSet<String> {
+    let out = Command::new("nft").args(["list", "tables"]).output();
+    let out = out.expect("nft is installed: apt-get install nftables");
+    String::from_utf8_lossy(&out.stdout).lines().map(str::to_owned).collect()
+}
+
 impl Footprint {
     pub fn take() -> Footprint {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -91,6 +100,7 @@ impl Footprint {
             mounts,
             links: links.map(|e| e.file_name().to_string_lossy().into_owned()).collect(),
             routes: routes(),
+            tables: tables(),
             cgroups,
             programs: aya::programs::loaded_programs().flatten().map(|p| p.id()).collect(),
             maps: aya::maps::loaded_maps().flatten().map(|m| m.id()).collect(),
@@ -108,6 +118,7 @@ impl Footprint {
         text("mount", &self.mounts, &after.mounts);
         text("link", &self.links, &after.links);
         text("route", &self.routes, &after.routes);
+        text("nf_tables", &self.tables, &after.tables);
         text("cgroup", &self.cgroups, &after.cgroups);
         text("file", &self.files, &after.files);
         left.extend(after.programs.difference(&self.programs).map(|x| format!("BPF program {x}")));

@@ -12,6 +12,8 @@ use crate::conf::Conf;
 use crate::error::Error;
 use crate::ipam::Store;
 use crate::links;
+use crate::nat::{self, Nat};
+use crate::netlink::Netlink;
 use crate::wire::{self, Netns, Wiring};
 
 /// The parameters that come by the environment.
@@ -89,11 +91,17 @@ fn add(env: &Env, conf: &Conf) -> Result<Value, Error> {
     let attachment = env.attachment()?;
     let netns = env.open_netns()?;
     let mut host = links::open()?;
+    let needs_nat = conf.masquerade.is_some() || !conf.port_mappings.is_empty();
+    let (mut nat, opened) = match needs_nat.then(|| Nat::open(conf)).transpose() {
+        Ok(nat) => (nat, Ok(())),
+        Err(e) => (None, Err(e)),
+    };
 
     let mut store = Store::open(&conf.data_dir, &conf.network)?;
     let had_addresses = !store.state.ips_of(&attachment).is_empty();
     let ips = store.state.allocate(&attachment, &conf.ranges, &conf.wanted_ips)?;
     store.save()?;
+    let published = opened.and_then(|()| nat.as_mut().map_or(Ok(()), |n| n.publish(conf, &ips)));
     // Others need not wait for the links.
     drop(store);
 
@@ -104,13 +112,22 @@ fn add(env: &Env, conf: &Conf) -> Result<Value, Error> {
         mtu: conf.mtu,
         mac: conf.mac,
         alias: &env.alias(),
+        from_loopback: nat::on_loopback(&conf.port_mappings),
     };
-    let wired = match wiring.attach(&mut host, &netns) {
+    let published = match published {
+        // Pods talk to each other all the same.
+        Err(e @ Error::NoNftables(_)) if conf.port_mappings.is_empty() => {
+            eprintln!("pods do not reach the world: {}", orlop_base::telemetry::chain(&e));
+            Ok(())
+        }
+        other => other,
+    };
+    let wired = match published.and_then(|()| wiring.attach(&mut host, &netns)) {
         Ok(wired) => wired,
         Err(e) => {
             // A second ADD must not destroy what the first made; the runtime has to send DEL.
             if !had_addresses {
-                undo(&mut host, conf, &attachment);
+                undo(&mut host, nat.as_mut(), conf, &attachment);
             }
             return Err(e);
         }
@@ -165,15 +182,31 @@ fn default_routes(ips: &[std::net::IpAddr]) -> Vec<Route> {
 }
 
 /// Best effort: the runtime sends DEL after a failed ADD in any case.
-fn undo(host: &mut crate::netlink::Netlink, conf: &Conf, attachment: &Attachment) {
-    let freed = links::delete(host, &attachment.host_interface()).and_then(|_| release(conf, attachment));
+fn undo(host: &mut Netlink, nat: Option<&mut Nat>, conf: &Conf, attachment: &Attachment) {
+    let freed =
+        links::delete(host, &attachment.host_interface()).and_then(|_| release(nat, conf, attachment));
     if let Err(e) = freed {
         eprintln!("cannot undo yet: {}", orlop_base::telemetry::chain(&e));
     }
 }
 
-fn release(conf: &Conf, attachment: &Attachment) -> Result<(), Error> {
+/// Frees the attachment's addresses and takes back what leads to them.
+fn release(nat: Option<&mut Nat>, conf: &Conf, attachment: &Attachment) -> Result<(), Error> {
     let mut store = Store::open(&conf.data_dir, &conf.network)?;
+    release_from(&mut store, nat, attachment)
+}
+
+fn release_from(store: &mut Store, nat: Option<&mut Nat>, attachment: &Attachment) -> Result<(), Error> {
+    let ips = store.state.ips_of(attachment);
+    let last = store.state.owners_not_in(std::slice::from_ref(attachment)).is_empty();
+    if let Some(nat) = nat {
+        // Also when nothing is on record: a killed ADD or DEL may have left the table.
+        match last {
+            true => nat.remove()?,
+            false if ips.is_empty() => {}
+            false => nat.withdraw(&ips)?,
+        }
+    }
     if store.state.release(attachment) {
         store.save()?;
     }
@@ -184,7 +217,7 @@ fn release(conf: &Conf, attachment: &Attachment) -> Result<(), Error> {
 fn del(env: &Env, conf: &Conf) -> Result<(), Error> {
     let attachment = env.attachment()?;
     links::delete(&mut links::open()?, &attachment.host_interface())?;
-    release(conf, &attachment)
+    release(Nat::open_existing(conf)?.as_mut(), conf, &attachment)
 }
 
 fn check(env: &Env, conf: &Conf) -> Result<(), Error> {
@@ -206,6 +239,9 @@ fn check(env: &Env, conf: &Conf) -> Result<(), Error> {
     if let Some(ip) = ips.iter().find(|ip| !own.contains(ip)) {
         return Err(Error::Check(format!("address {ip} is not recorded as this container's")));
     }
+    if !conf.port_mappings.is_empty() && !Nat::open(conf)?.check(conf, &ips)? {
+        return Err(Error::Check("a host port does not lead to the pod".to_owned()));
+    }
     wire::check(&attachment.host_interface(), &attachment.ifname, &ips, &netns)
 }
 
@@ -226,11 +262,11 @@ fn gc(conf: &Conf) -> Result<(), Error> {
         });
     };
     let mut host = links::open()?;
+    let mut nat = Nat::open_existing(conf)?;
     let mut store = Store::open(&conf.data_dir, &conf.network)?;
     for owner in store.state.owners_not_in(valid) {
         links::delete(&mut host, &owner.host_interface())?;
-        store.state.release(&owner);
-        store.save()?;
+        release_from(&mut store, nat.as_mut(), &owner)?;
     }
     Ok(())
 }

@@ -4,12 +4,15 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
-use orlop_cni_types::{Attachment, CniResult, IpRange, NetworkConfig, SpecVersion, VALID_ATTACHMENTS};
+use orlop_cni_types::{
+    Attachment, CniResult, IpRange, NetworkConfig, PortMapping, SpecVersion, VALID_ATTACHMENTS, stable_hash,
+};
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::Error;
 use crate::ipam::{Range, RangeSet};
+use crate::nat::Masquerade;
 
 const DATA_DIR: &str = "/var/lib/orlop/cni";
 
@@ -17,6 +20,8 @@ const DATA_DIR: &str = "/var/lib/orlop/cni";
 struct RawConf {
     #[serde(default)]
     mtu: u32,
+    #[serde(default)]
+    masquerade: Option<Masquerade>,
     #[serde(default)]
     ipam: RawIpam,
     #[serde(rename = "runtimeConfig", default)]
@@ -54,6 +59,8 @@ struct RawRuntime {
     mac: Option<String>,
     #[serde(rename = "ipRanges", default)]
     ip_ranges: Vec<Vec<IpRange>>,
+    #[serde(rename = "portMappings", default)]
+    port_mappings: Vec<PortMapping>,
 }
 
 /// The configuration, checked.
@@ -69,6 +76,9 @@ pub struct Conf {
     pub data_dir: PathBuf,
     pub wanted_ips: Vec<IpAddr>,
     pub mac: Option<[u8; 6]>,
+    /// Ports of the node that lead to the pod.
+    pub port_mappings: Vec<PortMapping>,
+    pub masquerade: Option<Masquerade>,
     pub previous: Option<Value>,
     /// Only GC has them.
     pub valid: Option<Vec<Attachment>>,
@@ -91,6 +101,8 @@ impl Conf {
             data_dir: raw.ipam.data_dir.clone().unwrap_or_else(|| DATA_DIR.into()),
             wanted_ips: Vec::new(),
             mac: raw.runtime.mac.as_deref().map(parse_mac).transpose()?,
+            port_mappings: raw.runtime.port_mappings,
+            masquerade: raw.masquerade,
             previous: raw.previous,
             valid,
         };
@@ -111,6 +123,17 @@ impl Conf {
         }
         conf.ranges = range_sets(raw.ipam, raw.runtime.ip_ranges)?;
         Ok(conf)
+    }
+
+    /// The networks that pods' addresses are of.
+    pub fn pod_nets(&self) -> impl Iterator<Item = IpNet> {
+        self.ranges.iter().flatten().map(|r| r.subnet)
+    }
+
+    /// The name of the network's nf_tables table; other clusters on this machine have other folders.
+    pub fn table(&self) -> String {
+        let parts = [self.data_dir.as_os_str().as_encoded_bytes(), b"\0", self.network.as_bytes()];
+        format!("orlop-cni-{:016x}", stable_hash(0, &parts))
     }
 
     /// `None` when there is no result of an earlier plugin.

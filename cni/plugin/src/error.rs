@@ -31,6 +31,10 @@ pub enum Error {
     EnterNetns { path: PathBuf, source: io::Error },
     #[error("cannot {what}")]
     Netlink { what: String, source: io::Error },
+    #[error("a host port of the pod leads to another pod already; choose another port or delete that pod")]
+    HostPort,
+    #[error("the kernel lacks nf_tables with NAT (modules nf_tables, nft_chain_nat, nft_masq, nft_fib)")]
+    NoNftables(#[source] io::Error),
     #[error("cannot write {value:?} to {path}", path = path.display())]
     Sysctl { path: PathBuf, value: &'static str, source: io::Error },
     #[error("the pod's interface {0} exists already")]
@@ -47,9 +51,11 @@ impl Error {
     fn code(&self) -> u32 {
         match self {
             Error::Environment(_) => code::INVALID_ENVIRONMENT,
-            Error::Stdin(_) | Error::Sysctl { .. } | Error::Netlink { .. } | Error::EnterNetns { .. } => {
-                code::IO
-            }
+            Error::Stdin(_)
+            | Error::Sysctl { .. }
+            | Error::Netlink { .. }
+            | Error::NoNftables(_)
+            | Error::EnterNetns { .. } => code::IO,
             Error::OpenNetns { .. } => code::UNKNOWN_CONTAINER,
             Error::Decode(_) => code::DECODING,
             Error::Conf(ConfError::Version(_) | ConfError::Unsupported(_)) | Error::NotInVersion(..) => {
@@ -63,6 +69,7 @@ impl Error {
             Error::Ipam(_) => 100,
             Error::InterfaceExists(_) | Error::AddressInUse { .. } => 101,
             Error::Check(_) => 102,
+            Error::HostPort => 103,
         }
     }
 

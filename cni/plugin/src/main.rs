@@ -3,10 +3,14 @@
 
 mod cmd;
 mod conf;
+mod conntrack;
 mod error;
 mod ipam;
 mod links;
+mod nat;
+mod netfilter;
 mod netlink;
+mod nft;
 mod wire;
 
 use std::io::{Read, Write};

@@ -66,6 +66,8 @@ pub struct Wiring<'a> {
     pub mtu: u32,
     pub mac: Option<[u8; 6]>,
     pub alias: &'a str,
+    /// The node's loopback address reaches the pod, by a host port.
+    pub from_loopback: bool,
 }
 
 /// What was made.
@@ -117,6 +119,9 @@ impl Wiring<'_> {
             sysctl("net/ipv4/ip_forward", "1")?;
             // Loose, as answers of a service may leave a pod with the service's address.
             sysctl(&format!("net/ipv4/conf/{}/rp_filter", self.host_name), "2")?;
+            if self.from_loopback {
+                sysctl(&format!("net/ipv4/conf/{}/route_localnet", self.host_name), "1")?;
+            }
         }
         if self.has_ipv6() {
             forward_ipv6()?;

@@ -6,11 +6,17 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use common::{NODE_IP, Node, Pod, conflist, inside, run, talk};
+use common::{NODE_IP, Node, Pod, inside, run, talk};
 use orlop_cni_invoke::{Attachment, Error};
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
+}
+
+fn conflist(ranges: &[&str]) -> String {
+    serde_json::json!({"cniVersion": "1.1.0", "name": "test", "plugins": [
+        {"type": "orlop-cni", "mtu": 0, "ipam": {"ranges": ranges, "dataDir": "DATA"}}]})
+    .to_string()
 }
 
 fn attachment(pod: &Pod) -> Attachment {

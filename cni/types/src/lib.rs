@@ -10,7 +10,7 @@ mod version;
 
 pub use conf::{ConfError, NetworkConfig, PluginConfig};
 pub use error::{ErrorResult, code};
-pub use names::HOST_INTERFACE_PREFIX;
+pub use names::{HOST_INTERFACE_PREFIX, stable_hash};
 pub use node::{Attachment, Bandwidth, DnsConfig, IpRange, OrlopNetwork, PortMapping, render_conflist};
 pub use result::{CniResult, Dns, Interface, IpConfig, ResultError, Route};
 pub use version::{SpecVersion, UnknownVersion, VersionResult};

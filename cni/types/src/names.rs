@@ -1,10 +1,10 @@
 use crate::Attachment;
 
-/// FNV-1a: stable across builds, and spread well enough for names on one node.
-fn hash(seed: u64, attachment: &Attachment) -> u64 {
-    let parts = [attachment.container_id.as_bytes(), b"\0", attachment.ifname.as_bytes()];
+/// FNV-1a: stable across builds, and spread well enough for names on one node. Callers keep parts apart by a byte that
+/// none of them has.
+pub fn stable_hash(seed: u64, parts: &[&[u8]]) -> u64 {
     let mut h = 0xcbf2_9ce4_8422_2325_u64 ^ seed;
-    for byte in parts.into_iter().flatten() {
+    for byte in parts.iter().copied().flatten() {
         h = (h ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
     }
     // FNV's upper bits mix late; fold them.
@@ -13,6 +13,10 @@ fn hash(seed: u64, attachment: &Attachment) -> u64 {
 
 /// The beginning of the name of every host-side interface that `orlop-cni` makes.
 pub const HOST_INTERFACE_PREFIX: &str = "orlp";
+
+fn hash(seed: u64, attachment: &Attachment) -> u64 {
+    stable_hash(seed, &[attachment.container_id.as_bytes(), b"\0", attachment.ifname.as_bytes()])
+}
 
 impl Attachment {
     /// Name of the host side of the attachment's veth pair: 15 bytes, the kernel's limit.

@@ -82,6 +82,8 @@ pub struct OrlopNetwork {
     pub mtu: u32,
     /// Where the plugin keeps its allocations.
     pub data_dir: PathBuf,
+    /// What pods send elsewhere than to these networks and their own gets the node's address as its source.
+    pub not_masqueraded: Vec<IpNet>,
 }
 
 impl OrlopNetwork {
@@ -92,21 +94,23 @@ impl OrlopNetwork {
             pod_cidrs,
             mtu: 0,
             data_dir: Path::new("/var/lib/orlop/cni").to_owned(),
+            not_masqueraded: Vec::new(),
         }
     }
 }
 
 /// The text of the conflist that makes `orlop-cni` serve `network`; equal networks give equal texts.
 pub fn render_conflist(network: &OrlopNetwork) -> String {
-    let ranges: Vec<String> = network.pod_cidrs.iter().map(|r| r.trunc().to_string()).collect();
+    let texts = |nets: &[IpNet]| nets.iter().map(|n| n.trunc().to_string()).collect::<Vec<_>>();
     let value = serde_json::json!({
         "cniVersion": "1.1.0",
         "name": network.name,
         "plugins": [{
             "type": "orlop-cni",
             "mtu": network.mtu,
-            "capabilities": {"ips": true, "mac": true},
-            "ipam": {"ranges": ranges, "dataDir": network.data_dir},
+            "capabilities": {"ips": true, "mac": true, "portMappings": true},
+            "masquerade": {"except": texts(&network.not_masqueraded)},
+            "ipam": {"ranges": texts(&network.pod_cidrs), "dataDir": network.data_dir},
         }],
     });
     format!("{value:#}\n")

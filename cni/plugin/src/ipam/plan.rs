@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 pub struct Range {
     pub first: IpAddr,
     pub last: IpAddr,
+    /// The network that they are of.
+    pub subnet: IpNet,
 }
 
 /// Alternatives: a pod gets one address from a set.
@@ -71,7 +73,8 @@ impl Range {
         if first > last {
             return Err(format!("the range in {subnet} ends before it starts"));
         }
-        Ok(Range { first: from_number(first, subnet.addr()), last: from_number(last, subnet.addr()) })
+        let end = |n| from_number(n, subnet.addr());
+        Ok(Range { first: end(first), last: end(last), subnet: subnet.trunc() })
     }
 
     pub fn contains(&self, ip: IpAddr) -> bool {

@@ -12,7 +12,7 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space,
 
 pub const NODE_IP: &str = "192.168.77.1";
 
-fn new_netns() -> File {
+pub fn new_netns() -> File {
     // SAFETY: only the network namespace changes; file descriptors stay shared.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }
         .expect("cannot make a network namespace: run the tests as root");
@@ -110,12 +110,6 @@ impl Node {
     }
 }
 
-pub fn conflist(ranges: &[&str]) -> String {
-    serde_json::json!({"cniVersion": "1.1.0", "name": "test", "plugins": [
-        {"type": "orlop-cni", "mtu": 0, "ipam": {"ranges": ranges, "dataDir": "DATA"}}]})
-    .to_string()
-}
-
 /// A pod's network namespace.
 pub struct Pod {
     pub netns: File,
@@ -155,6 +149,11 @@ pub fn inside<T: Send>(netns: &File, f: impl FnOnce() -> T + Send) -> T {
 pub fn talk(from: &File, to: &File, ip: IpAddr) -> IpAddr {
     let listener = inside(to, || TcpListener::bind(SocketAddr::new(ip, 0)).unwrap());
     let address = listener.local_addr().unwrap();
+    talk_by(from, listener, address)
+}
+
+/// As [`talk`], by an address that leads to the listener.
+pub fn talk_by(from: &File, listener: TcpListener, address: SocketAddr) -> IpAddr {
     std::thread::scope(|s| {
         let client = s.spawn(move || {
             inside(from, || {

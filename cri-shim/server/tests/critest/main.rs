@@ -1,5 +1,5 @@
 //! Kubernetes' own suite for CRI runtimes (critest of cri-tools 1.36) against this server: every spec must pass but those that
-//! docs/conformance.md names. Needs root, critest, ginkgo and portmap (`scripts/deps.sh test` builds them), docker-registry, skopeo,
+//! docs/conformance.md names. Needs root, critest and ginkgo (`scripts/deps.sh test` builds them), docker-registry, skopeo,
 //! busybox-static and a C compiler.
 
 mod images;
@@ -27,17 +27,8 @@ fn tool(name: &str) -> PathBuf {
     found.unwrap_or_else(|| panic!("{name} is not on PATH: run scripts/deps.sh test"))
 }
 
-/// The table that portmap makes and never removes.
-const PORTMAP_TABLE: [&str; 3] = ["table", "ip", "cni_hostport"];
-
-fn nft(verb: &str) -> bool {
-    let out = Command::new("nft").arg(verb).args(PORTMAP_TABLE).output();
-    out.expect("nft must be installed: apt-get install nftables").status.success()
-}
-
 struct Setup {
     dir: PathBuf,
-    had_table: bool,
     server: Option<Child>,
     _registry: Registry,
 }
@@ -52,7 +43,7 @@ impl Setup {
         let registry = Registry::start(&dir);
         registry.write_certs(&dir.join("certs.d"));
         let digest = images::make(&dir, &registry);
-        let mut setup = Setup { dir, had_table: nft("list"), server: None, _registry: registry };
+        let mut setup = Setup { dir, server: None, _registry: registry };
         setup.patch(&digest);
         setup.network();
         setup.serve();
@@ -77,23 +68,19 @@ impl Setup {
         file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     }
 
-    /// Our plugin, and upstream's portmap behind it for host ports.
     fn network(&self) {
         let plugin =
             built_program("orlop-cni", "ORLOP_CNI", "run `cargo build -p orlop-cni` or set ORLOP_CNI");
         let bin = self.dir.join("cni-bin");
         fs::copy(plugin, bin.join("orlop-cni")).unwrap();
-        std::os::unix::fs::symlink(tool("portmap"), bin.join("portmap")).unwrap();
         let conf = json!({
             "cniVersion": "1.0.0",
             "name": "critest",
-            "plugins": [
-                {
-                    "type": "orlop-cni",
-                    "ipam": { "ranges": ["10.211.64.0/24"], "dataDir": self.dir.join("ipam") },
-                },
-                { "type": "portmap", "backend": "nftables", "capabilities": { "portMappings": true } },
-            ],
+            "plugins": [{
+                "type": "orlop-cni",
+                "capabilities": { "portMappings": true },
+                "ipam": { "ranges": ["10.211.64.0/24"], "dataDir": self.dir.join("ipam") },
+            }],
         });
         fs::write(self.dir.join("cni-conf/10-critest.conflist"), conf.to_string()).unwrap();
     }
@@ -184,9 +171,6 @@ impl Drop for Setup {
             return;
         }
         let purged = self.command().arg("--purge").output();
-        if !self.had_table {
-            nft("delete");
-        }
         for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
             let _ = fs::remove_dir(hierarchy.path().join(self.dir.file_name().unwrap()));
         }
