@@ -5,6 +5,7 @@ mod check;
 mod down;
 mod image;
 mod node;
+mod progress;
 mod server;
 mod shutdown;
 mod up;

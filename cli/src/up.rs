@@ -7,15 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::Node as NodeObject;
-use kube::Api;
+use k8s_openapi::jiff::Timestamp;
 use orlop_base::durable::{self, DirLock, Sync};
 use orlop_base::supervise::TaskGroup;
 
 use crate::Failure;
 use crate::args::UpArgs;
 use crate::node::Node;
+use crate::progress::{Progress, State, look, trouble};
 
 const DRAIN: Duration = Duration::from_secs(10);
 
@@ -25,7 +24,7 @@ pub fn pid_file(args: &UpArgs) -> PathBuf {
 }
 
 /// There once every part of this run has started.
-fn started_file(args: &UpArgs) -> PathBuf {
+pub fn started_file(args: &UpArgs) -> PathBuf {
     args.node.run_dir.join("up/started")
 }
 
@@ -105,6 +104,7 @@ pub fn detach(args: &UpArgs) -> Result<(), Failure> {
         .stderr(log)
         // A process group of its own, so that Ctrl-C at the terminal does not reach it.
         .process_group(0);
+    let began = Timestamp::now();
     let mut child = command.spawn()?;
     let deadline = Instant::now() + Duration::from_secs(args.wait);
     let mut progress = Progress::default();
@@ -122,13 +122,9 @@ pub fn detach(args: &UpArgs) -> Result<(), Failure> {
             return Ok(());
         }
         if Instant::now() > deadline {
-            return Err(format!(
-                "not ready after {} s ({}); it goes on in the background, see {}",
-                args.wait,
-                state.describe(),
-                args.log_file.display()
-            )
-            .into());
+            let said = crate::runtime()?.block_on(trouble(args, &node, &state, began));
+            let why = said.or_else(|| last_line(&args.log_file, from, is_complaint)).unwrap_or_default();
+            return Err(not_ready(args, &state, &why).into());
         }
         std::thread::sleep(Duration::from_millis(200));
     }
@@ -138,101 +134,33 @@ fn pid_of(args: &UpArgs) -> Option<u32> {
     std::fs::read_to_string(pid_file(args)).ok()?.trim().parse().ok()
 }
 
+/// What a wait that was too long ends with: what is missing, why, and what to do.
+fn not_ready(args: &UpArgs, state: &State, why: &str) -> String {
+    let colon = if why.is_empty() { "" } else { ": " };
+    format!(
+        "not ready after {} s, waiting for {}{colon}{why}; it goes on in the background: {} and `kubectl get events -A` with {} tell more, `orlop down` stops it",
+        args.wait,
+        state.describe(),
+        args.log_file.display(),
+        args.server.write_kubeconfig.display()
+    )
+}
+
+/// The last line of the log, from an offset on, that `wanted` takes.
+fn last_line(log: &Path, from: u64, wanted: impl Fn(&str) -> bool) -> Option<String> {
+    let mut f = File::open(log).ok()?;
+    f.seek(SeekFrom::Start(from)).ok()?;
+    BufReader::new(f).lines().map_while(Result::ok).filter(|l| wanted(l)).last()
+}
+
+fn is_complaint(line: &str) -> bool {
+    line.contains(" WARN ") || line.contains(" ERROR ")
+}
+
 /// The line that a failed start ends with.
 fn last_error(log: &Path, from: u64) -> String {
-    let lines = || {
-        let mut f = File::open(log).ok()?;
-        f.seek(SeekFrom::Start(from)).ok()?;
-        BufReader::new(f).lines().map_while(Result::ok).filter(|l| l.starts_with("orlop: ")).last()
-    };
-    match lines() {
+    match last_line(log, from, |l| l.starts_with("orlop: ")) {
         Some(l) => l.trim_start_matches("orlop: ").to_owned(),
         None => format!("see {}", log.display()),
     }
-}
-
-#[derive(Default, PartialEq)]
-struct State {
-    api: bool,
-    node: Option<String>,
-    /// Deployments: (name, available, wanted).
-    deployments: Vec<(String, i32, i32)>,
-    manifests: usize,
-}
-
-impl State {
-    fn is_done(&self) -> bool {
-        let ready = self.deployments.iter().all(|(_, a, w)| a >= w);
-        self.api && self.node.is_some() && self.deployments.len() >= self.manifests && ready
-    }
-
-    fn describe(&self) -> String {
-        if !self.api {
-            return "API server".into();
-        }
-        let Some(node) = &self.node else { return "node".into() };
-        let waiting: Vec<String> = self
-            .deployments
-            .iter()
-            .filter(|(_, a, w)| a < w)
-            .map(|(n, a, w)| format!("{n} {a}/{w}"))
-            .collect();
-        if waiting.is_empty() { format!("manifests on {node}") } else { waiting.join(", ") }
-    }
-}
-
-#[derive(Default)]
-struct Progress {
-    shown: String,
-}
-
-impl Progress {
-    fn show(&mut self, s: &State) -> Result<(), Failure> {
-        let text = if s.is_done() { "ready".to_owned() } else { format!("waiting for: {}", s.describe()) };
-        if text != self.shown {
-            crate::say(format_args!("orlop: {text}"))?;
-            self.shown = text;
-        }
-        Ok(())
-    }
-}
-
-/// How many Deployments the manifests name.
-fn deployments_in(dir: &Path) -> usize {
-    let is_manifest = |p: &PathBuf| p.extension().is_some_and(|x| x == "yaml" || x == "yml" || x == "json");
-    let files = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path()).filter(is_manifest);
-    let kinds = |t: String| t.lines().filter(|l| l.trim() == "kind: Deployment").count();
-    files.filter_map(|p| std::fs::read_to_string(p).ok()).map(kinds).sum()
-}
-
-async fn look(args: &UpArgs, node: &str) -> State {
-    let dir = args.server.manifests.clone().unwrap_or_else(|| args.server.data_dir.join("server/manifests"));
-    let mut state = State { manifests: deployments_in(&dir), ..Default::default() };
-    let Ok(client) = orlop_client::client_from_kubeconfig(&args.server.write_kubeconfig).await else {
-        return state;
-    };
-    let nodes: Api<NodeObject> = Api::all(client.clone());
-    let Ok(Ok(found)) = tokio::time::timeout(Duration::from_secs(2), nodes.get_opt(node)).await else {
-        return state;
-    };
-    state.api = true;
-    // What an earlier run wrote of the node says nothing before this run's agent has registered it.
-    if !started_file(args).exists() {
-        return state;
-    }
-    let is_ready = |n: &NodeObject| {
-        let conditions = n.status.as_ref().and_then(|s| s.conditions.as_deref()).unwrap_or_default();
-        conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True")
-    };
-    state.node = found.filter(is_ready).and_then(|n| n.metadata.name);
-    let deployments: Api<Deployment> = Api::all(client);
-    if let Ok(list) = deployments.list(&Default::default()).await {
-        for d in list.items {
-            let wanted = d.spec.as_ref().and_then(|s| s.replicas).unwrap_or(1);
-            let available = d.status.as_ref().and_then(|s| s.available_replicas).unwrap_or(0);
-            let name = d.metadata.name.unwrap_or_default();
-            state.deployments.push((name, available, wanted));
-        }
-    }
-    state
 }

@@ -16,6 +16,23 @@ fn a_taken_port() {
 }
 
 #[test]
+fn a_demo_that_cannot_start() {
+    let c = Cluster::prepare(18);
+    let manifests = c.path("data/server/manifests");
+    std::fs::create_dir_all(&manifests).unwrap();
+    let deployment = "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: web, namespace: default}\n\
+        spec:\n  selector: {matchLabels: {app: web}}\n  template:\n    metadata: {labels: {app: web}}\n    \
+        spec: {containers: [{name: web, image: orlop.local/none:1, imagePullPolicy: Never}]}\n";
+    std::fs::write(manifests.join("web.yaml"), deployment).unwrap();
+    // Long enough for a node to be Ready; what is waited for never comes.
+    let line = refusal(c.command("up").args(["--detach", "--wait", "15"]));
+    for words in ["not ready after 15 s", "web 0/1", "pod default/web-", "orlop.local/none:1", "orlop down"] {
+        assert!(line.contains(words), "{words:?}: {line}");
+    }
+    assert!(line.contains(&*c.log().to_string_lossy()), "{line}");
+}
+
+#[test]
 fn a_data_folder_of_another_version() {
     let c = Cluster::prepare(12);
     let pki = c.path("data/server/pki");
