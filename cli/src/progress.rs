@@ -154,11 +154,13 @@ mod tests {
     use super::*;
 
     fn event(name: &str, second: i64, message: &str) -> Event {
-        let mut e = Event { message: Some(message.into()), reason: Some("Failed".into()), ..Default::default() };
+        let mut e =
+            Event { message: Some(message.into()), reason: Some("Failed".into()), ..Default::default() };
         e.involved_object.kind = Some("Pod".into());
         e.involved_object.namespace = Some("demo".into());
         e.involved_object.name = Some(name.into());
-        e.last_timestamp = Timestamp::from_second(second).ok().map(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time);
+        e.last_timestamp =
+            Timestamp::from_second(second).ok().map(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time);
         e
     }
 

@@ -14,6 +14,8 @@ use super::table::{Goal, Table, Times};
 use super::{Options, Result, block_on, text};
 
 const IMAGE: &str = "orlop.local/demo-web:latest";
+/// Ends the demo's program at once: without a port there is no name to look up.
+const NO_ADDRESS: &str = "none";
 
 pub fn run(options: &Options) -> Result<Vec<Table>> {
     let ours = block_on(over_cri(options.containers))?;
@@ -56,8 +58,7 @@ async fn one_container(
     let config = cri::ContainerConfig {
         metadata: Some(cri::ContainerMetadata { name: "c".into(), attempt }),
         image: Some(cri::ImageSpec { image: IMAGE.into(), ..Default::default() }),
-        // An address that cannot be used ends the program at once.
-        args: vec!["256.0.0.1:1".into()],
+        args: vec![NO_ADDRESS.into()],
         ..Default::default()
     };
     let mut client = node.runtime();
@@ -101,7 +102,7 @@ fn oci_cycles(runtime: &str, count: usize) -> Result<Option<Times>> {
     let config = bundle.path().join("config.json");
     let spec = std::fs::read_to_string(&config).map_err(text)?;
     let mut spec: serde_json::Value = serde_json::from_str(&spec).map_err(text)?;
-    spec["process"]["args"] = json!(["/web", "256.0.0.1:1"]);
+    spec["process"]["args"] = json!(["/web", NO_ADDRESS]);
     spec["process"]["terminal"] = json!(false);
     std::fs::write(&config, spec.to_string()).map_err(text)?;
     let mut times = Times::default();
@@ -112,7 +113,8 @@ fn oci_cycles(runtime: &str, count: usize) -> Result<Option<Times>> {
             Command::new(runtime).args(["run", &name]).current_dir(bundle.path()).output().map_err(text)?;
         times.add(start.elapsed());
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
-        if !said.contains("256.0.0.1") && !said.contains("invalid") && out.status.code() != Some(1) {
+        // A runtime's own failure has the same exit code.
+        if !said.contains("invalid socket address") {
             eprintln!("{runtime} does not run here: {}", said.trim());
             return Ok(None);
         }

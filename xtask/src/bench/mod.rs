@@ -40,6 +40,10 @@ pub struct Options {
     /// Files in each of the pulled image's ten layers
     #[arg(long, default_value_t = 500)]
     pub files: usize,
+
+    /// Seconds that a cluster gets to settle before its memory is read
+    #[arg(long, default_value_t = 10)]
+    pub settle: u64,
 }
 
 /// One part of the bench: sets up what it needs, measures, takes it back.
