@@ -7,6 +7,8 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::{IpNet, Ipv4Net};
 
+use crate::values;
+
 /// What clap says of a mistake, without its usage lines.
 pub fn on_one_line(message: &str) -> String {
     let said =
@@ -114,7 +116,7 @@ pub struct NodeArgs {
     pub config: Option<PathBuf>,
 
     /// Use the CRI runtime at this socket instead of our own
-    #[arg(long, value_name = "SOCK")]
+    #[arg(long, value_name = "SOCK", value_parser = values::endpoint)]
     pub container_runtime_endpoint: Option<String>,
 
     /// Leave Services to another proxy
@@ -157,7 +159,7 @@ pub struct NodeArgs {
     pub runtime: RuntimeArgs,
 
     /// The cgroup below which pods' cgroups are made
-    #[arg(long, default_value = "/")]
+    #[arg(long, default_value = "/", value_parser = values::cgroup)]
     pub cgroup_root: String,
 
     /// Port of the kubelet's server
@@ -177,11 +179,11 @@ pub struct NodeArgs {
     pub bpf_dir: PathBuf,
 
     /// Address of the node's DNS server
-    #[arg(long, default_value = "169.254.20.10")]
+    #[arg(long, default_value = "169.254.20.10", value_parser = values::dns_address)]
     pub dns_address: IpAddr,
 
     /// The link that carries the DNS server's address
-    #[arg(long, default_value = "orlop-dns")]
+    #[arg(long, default_value = "orlop-dns", value_parser = values::link_name)]
     pub dns_link: String,
 }
 
@@ -212,7 +214,7 @@ pub struct AgentArgs {
 #[derive(Clone, Debug, Args)]
 pub struct CriArgs {
     /// Unix socket of both CRI services
-    #[arg(long, default_value = "unix:///run/orlop/cri.sock")]
+    #[arg(long, default_value = "unix:///run/orlop/cri.sock", value_parser = values::endpoint)]
     pub listen: String,
 
     /// State and images
@@ -422,7 +424,12 @@ pub struct StoreArgs {
 #[derive(Clone, Debug, Args)]
 pub struct CriSocket {
     /// Unix socket of the CRI server
-    #[arg(long, default_value = "unix:///run/orlop/cri.sock", env = "CONTAINER_RUNTIME_ENDPOINT")]
+    #[arg(
+        long,
+        default_value = "unix:///run/orlop/cri.sock",
+        env = "CONTAINER_RUNTIME_ENDPOINT",
+        value_parser = values::endpoint
+    )]
     pub endpoint: String,
 }
 
@@ -453,11 +460,11 @@ pub struct ServerArgs {
     pub advertise_address: Option<IpAddr>,
 
     /// Addresses of Services
-    #[arg(long, default_value = "10.96.0.0/12")]
+    #[arg(long, default_value = "10.96.0.0/12", value_parser = values::service_cidr)]
     pub service_cidr: Ipv4Net,
 
     /// Addresses of pods; each node gets a /24
-    #[arg(long, default_value = "10.244.0.0/16")]
+    #[arg(long, default_value = "10.244.0.0/16", value_parser = values::cluster_cidr)]
     pub cluster_cidr: IpNet,
 
     /// DNS domain of the cluster
@@ -488,12 +495,16 @@ mod tests {
 
     #[test]
     fn a_mistake_is_one_line_that_names_the_flag() {
-        let table: [(&[&str], &[&str]); 7] = [
+        let table: [(&[&str], &[&str]); 11] = [
             (&["bogus"], &["unrecognized subcommand 'bogus'"]),
             (&["up", "--bogus"], &["unexpected argument '--bogus'"]),
             (&["up", "--wait", "abc"], &["'abc'", "--wait"]),
             (&["up", "--node-label", "x"], &["--node-label", "write KEY=VALUE"]),
             (&["up", "--proxy-health-address", "x"], &["--proxy-health-address", "write IP:PORT or none"]),
+            (&["up", "--cluster-cidr", "10.0.0.0/28"], &["--cluster-cidr", "each node gets a /24"]),
+            (&["up", "--dns-link", "averyveryverylongname"], &["--dns-link", "1 to 15"]),
+            (&["cri", "--listen", "tcp://1.2.3.4:5"], &["--listen", "write unix:///PATH"]),
+            (&["image", "ls", "--endpoint", "tcp://1.2.3.4:5"], &["--endpoint", "write unix:///PATH"]),
             (&["image", "pull"], &["required arguments were not provided: <REFERENCE>"]),
             (&["image", "build", "/", "-o", "o", "-t", "t", "--env", "=x"], &["--env", "write KEY=VALUE"]),
         ];

@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::transport::Channel;
 
 use crate::args::{CriSocket, ImageCommand, StoreArgs};
-use crate::node::unix_path;
+use crate::values::socket_path;
 use crate::{Failure, say};
 
 const DEFAULT_STORE: &str = "/var/lib/orlop/images";
@@ -21,7 +21,7 @@ const DEFAULT_STORE: &str = "/var/lib/orlop/images";
 const CHUNK: usize = 1 << 20;
 
 async fn channel(socket: &CriSocket) -> Result<Channel, Failure> {
-    let path = unix_path(&socket.endpoint);
+    let path = PathBuf::from(socket_path(&socket.endpoint));
     let endpoint = tonic::transport::Endpoint::try_from(format!("unix://{}", path.display()))?;
     Ok(endpoint.connect().await.map_err(|e| {
         format!(

@@ -9,6 +9,7 @@ mod progress;
 mod server;
 mod shutdown;
 mod up;
+mod values;
 
 use std::fmt::Display;
 use std::io::{ErrorKind, Write};

@@ -19,6 +19,7 @@ use crate::args::{
     Address, AgentArgs, CgroupDriver, CriArgs, NodeArgs, ProxyArgs, ProxyCommand, RuntimeArgs,
 };
 use crate::server::{default_address, wait};
+use crate::values::socket_path;
 
 const DRAIN: Duration = Duration::from_secs(10);
 const CONFLIST: &str = "10-orlop.conflist";
@@ -75,7 +76,11 @@ impl Node {
             self.cri_config()?;
         }
         self.agent_config(None)?;
-        Ok(())
+        let cni = &self.args.cni_conf_dir;
+        match cni.exists() && !cni.is_dir() {
+            true => Err(format!("{} is not a folder; choose another --cni-conf-dir", cni.display()).into()),
+            false => Ok(()),
+        }
     }
 
     /// Writes what the control plane's key material gives a node on its own machine.
@@ -107,7 +112,7 @@ impl Node {
     /// The socket of the runtime that this node uses.
     fn cri_socket(&self) -> PathBuf {
         match &self.args.container_runtime_endpoint {
-            Some(s) => unix_path(s),
+            Some(s) => PathBuf::from(socket_path(s)),
             None => self.args.run_dir.join("cri.sock"),
         }
     }
@@ -238,13 +243,6 @@ fn labels(all: &[String]) -> Result<BTreeMap<String, String>, Failure> {
     all.iter().map(|l| pair(l).ok_or_else(|| format!("--node-label {l:?}: write KEY=VALUE").into())).collect()
 }
 
-/// `unix:///path`, `unix:/path` or a plain path.
-pub fn unix_path(endpoint: &str) -> PathBuf {
-    let path =
-        endpoint.strip_prefix("unix://").or_else(|| endpoint.strip_prefix("unix:")).unwrap_or(endpoint);
-    PathBuf::from(path)
-}
-
 /// The folder of this program: the monitor and the CNI plugin lie beside it.
 fn program_dir() -> Result<PathBuf, Failure> {
     let exe = std::env::current_exe()?;
@@ -321,7 +319,7 @@ pub async fn run(args: AgentArgs) -> Result<(), Failure> {
 /// `orlop cri`.
 pub async fn run_cri(args: CriArgs) -> Result<(), Failure> {
     let stop = crate::shutdown::on_signal()?;
-    let socket = unix_path(&args.listen);
+    let socket = PathBuf::from(socket_path(&args.listen));
     let config = cri_config(
         &socket,
         &args.data_dir,

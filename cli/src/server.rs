@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::Failure;
 use crate::args::ServerArgs;
+use crate::values;
 
 /// How long the parts get to end.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -49,6 +50,7 @@ pub fn config(args: &ServerArgs) -> orlop_apiserver::Config {
 
 /// Starts the control plane in `tasks` and returns its key material once the API is served and the controllers run.
 pub async fn start(args: &ServerArgs, tasks: &TaskGroup) -> Result<Pki, Failure> {
+    values::apart(args.service_cidr, args.cluster_cidr)?;
     let config = config(args);
     let stop = tasks.stop_token();
     let ready = Ready::default();
@@ -71,7 +73,7 @@ pub async fn start(args: &ServerArgs, tasks: &TaskGroup) -> Result<Pki, Failure>
         client,
         root_ca: pki.ca.cert_pem.clone(),
         cluster_cidrs: vec![args.cluster_cidr],
-        node_prefix: (24, 64),
+        node_prefix: values::NODE_PREFIX,
         manifests: Some(args.manifests.clone().unwrap_or_else(|| args.data_dir.join("server/manifests"))),
         leader_elect: None,
     };
