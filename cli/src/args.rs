@@ -266,8 +266,12 @@ pub struct ProxyArgs {
     pub command: Option<ProxyCommand>,
 
     /// Credentials with the rights of system:node-proxier
-    #[arg(long, required = true)]
+    #[arg(long, required_unless_present = "config")]
     pub kubeconfig: Option<PathBuf>,
+
+    /// kube-proxy's configuration file (KubeProxyConfiguration v1alpha1); flags go before it
+    #[arg(long)]
+    pub config: Option<PathBuf>,
 
     /// This node's name [default: the host name]
     #[arg(long)]
@@ -276,13 +280,17 @@ pub struct ProxyArgs {
     #[command(flatten)]
     pub pins: BpfDir,
 
-    /// Where health checks are answered; "none" for nowhere
-    #[arg(long, default_value = "0.0.0.0:10256")]
-    pub health_address: Address,
+    /// Serve the processes of this cgroup (version 2) only [default: the root of the hierarchy]
+    #[arg(long, value_name = "DIR")]
+    pub cgroup: Option<PathBuf>,
 
-    /// Where metrics are shown; "none" for nowhere
-    #[arg(long, default_value = "127.0.0.1:10249")]
-    pub metrics_address: Address,
+    /// Where health checks are answered; "none" for nowhere [default: 0.0.0.0:10256]
+    #[arg(long)]
+    pub health_address: Option<Address>,
+
+    /// Where metrics are shown; "none" for nowhere [default: 127.0.0.1:10249]
+    #[arg(long)]
+    pub metrics_address: Option<Address>,
 
     /// Addresses (CIDR) of this node where node ports answer [default: all] (repeatable)
     #[arg(long = "nodeport-address", value_name = "CIDR")]

@@ -333,14 +333,31 @@ pub async fn run_cri(args: CriArgs) -> Result<(), Failure> {
 
 /// `orlop proxy`.
 pub async fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
-    let name = match &args.node_name {
-        Some(n) => n.clone(),
+    let file = match &args.config {
+        Some(path) => orlop_proxy::ConfigFile::read(path)?,
+        None => Default::default(),
+    };
+    if !file.without_effect.is_empty() {
+        tracing::warn!(fields = %file.without_effect.join(", "), "the configuration file sets what has no effect here");
+    }
+    let name = match args.node_name.or(file.node_name) {
+        Some(n) => n,
         None => host_name()?,
     };
-    let kubeconfig = args.kubeconfig.ok_or("--kubeconfig is missing")?;
-    let mut config =
-        proxy_config(&kubeconfig, &name, &args.pins.bpf_dir, args.health_address, args.metrics_address);
+    let kubeconfig = args.kubeconfig.or(file.kubeconfig);
+    let kubeconfig =
+        kubeconfig.ok_or("--kubeconfig is missing, and clientConnection.kubeconfig in the file")?;
+    let mut config = orlop_proxy::Config::new(kubeconfig, name);
+    config.datapath.pins = args.pins.bpf_dir;
+    config.datapath.cgroup = args.cgroup;
+    config.health_address =
+        args.health_address.map_or(file.health_address.or(config.health_address), |a| a.0);
+    config.metrics_address =
+        args.metrics_address.map_or(file.metrics_address.or(config.metrics_address), |a| a.0);
     config.node_port_addresses = args.nodeport_addresses;
+    if config.node_port_addresses.is_empty() {
+        config.node_port_addresses = file.node_port_addresses;
+    }
     config.uplinks = args.uplinks;
     let stop = crate::shutdown::on_signal()?;
     Ok(orlop_proxy::run(config, Ready::default(), stop).await?)

@@ -53,6 +53,18 @@ impl Op {
     }
 }
 
+impl Op {
+    /// Adds or replaces an entry.
+    pub fn is_put(&self) -> bool {
+        match self {
+            Op::PutBackend(..) | Op::PutSlot(..) | Op::PutMember(_) | Op::PutMaglev(..) => true,
+            Op::PutService(..) | Op::PutRange(_) | Op::PutFrontend(..) | Op::PutLocal(..) => true,
+            Op::DelBackend(_) | Op::DelSlot(_) | Op::DelMember(_) | Op::DelMaglev(_) => false,
+            Op::DelService(_) | Op::DelRange(_) | Op::DelFrontend(_) | Op::DelLocal(_) => false,
+        }
+    }
+}
+
 /// All entries of the maps that user space writes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Dump {
@@ -81,8 +93,23 @@ pub enum MapFailure {
 pub trait Maps {
     /// Carries out one change.
     fn apply(&mut self, op: &Op) -> Result<(), MapFailure>;
+    /// Carries out many changes that put entries, none twice: backends first, then what leads to them, frontends last.
+    /// After a failure any part of them has been carried out.
+    fn put_all(&mut self, mut ops: Vec<Op>) -> Result<(), MapFailure> {
+        ops.sort_by_key(rank);
+        ops.iter().try_for_each(|op| self.apply(op))
+    }
     /// Reads everything back.
     fn dump(&self) -> Result<Dump, MapFailure>;
+}
+
+/// Where a change stands among those that are carried out at once.
+fn rank(op: &Op) -> u8 {
+    match op {
+        Op::PutBackend(..) => 0,
+        Op::PutFrontend(..) => 2,
+        _ => 1,
+    }
 }
 
 fn table(t: &[u32; maglev::SIZE]) -> MaglevTable {

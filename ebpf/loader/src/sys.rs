@@ -14,6 +14,7 @@ const LINK_CREATE: libc::c_int = 28;
 const LINK_UPDATE: libc::c_int = 29;
 const LINK_DETACH: libc::c_int = 34;
 const MAP_LOOKUP_BATCH: libc::c_int = 24;
+const MAP_UPDATE_BATCH: libc::c_int = 26;
 
 /// Attach points (enum bpf_attach_type).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -197,6 +198,29 @@ pub fn lookup_batch<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, capacity: u32
     Ok(out)
 }
 
+/// Adds or replaces entries, in this order. `values` has the same number for each key: one, or one of every possible CPU.
+/// After an error any number of them is there.
+pub fn update_batch<K: aya::Pod, V: aya::Pod>(
+    map: BorrowedFd<'_>,
+    keys: &[K],
+    values: &[V],
+) -> io::Result<()> {
+    if keys.is_empty() {
+        return Ok(());
+    }
+    if values.is_empty() || !values.len().is_multiple_of(keys.len()) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut attr = Batch {
+        keys: keys.as_ptr() as u64,
+        values: values.as_ptr() as u64,
+        count: keys.len() as u32,
+        map_fd: map.as_raw_fd() as u32,
+        ..Batch::default()
+    };
+    bpf(MAP_UPDATE_BATCH, &mut attr).map(drop)
+}
+
 /// The cookie of this process's network namespace, which programs compare with that of a socket.
 pub fn netns_cookie() -> io::Result<u64> {
     let socket =
@@ -216,11 +240,41 @@ pub fn netns_cookie() -> io::Result<u64> {
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }
 
-/// Gives memory that loading took (the programs' object, type information) back to the system.
+/// Gives back to the system what only starting needed: freed memory, and pages of this program's code, which come back
+/// from its file when they are needed again.
 pub fn release_memory() {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let own = std::env::current_exe().unwrap_or_default();
+    for line in maps.lines().filter(|l| own.to_str().is_some_and(|own| l.ends_with(own))) {
+        if let Some((from, to)) = code(line) {
+            // SAFETY: a private mapping of a file, executable and never written to: its pages read the same when they
+            // come back. Its error leaves them where they are.
+            unsafe { libc::madvise(from as *mut libc::c_void, to - from, libc::MADV_DONTNEED) };
+        }
+    }
     #[cfg(target_env = "gnu")]
     // SAFETY: no preconditions.
     unsafe {
         libc::malloc_trim(0);
+    }
+}
+
+/// First and last address of a mapping of code, from its line in /proc/self/maps.
+fn code(line: &str) -> Option<(usize, usize)> {
+    let (range, rest) = line.split_once(' ')?;
+    let (from, to) = range.split_once('-')?;
+    let address = |s| usize::from_str_radix(s, 16).ok();
+    if rest.starts_with("r-xp ") { Some((address(from)?, address(to)?)) } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_code_is_given_back() {
+        assert_eq!(code("1000-3000 r-xp 00001000 fe:00 7 /bin/x"), Some((0x1000, 0x3000)));
+        assert_eq!(code("1000-3000 r--p 00001000 fe:00 7 /bin/x"), None, "relocated data");
+        release_memory();
     }
 }

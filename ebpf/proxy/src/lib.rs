@@ -5,8 +5,10 @@
 
 mod addresses;
 mod closer;
+mod config_file;
 mod convert;
 pub mod desired;
+mod gather;
 mod health;
 mod inspect;
 mod metrics;
@@ -22,6 +24,7 @@ use ipnet::IpNet;
 use orlop_base::supervise::Ready;
 use tokio_util::sync::CancellationToken;
 
+pub use config_file::ConfigFile;
 pub use desired::Selection;
 pub use inspect::{Question, inspect};
 pub use orlop_ebpf_loader::{Config as DatapathConfig, Finding, Level, Sizes, check};
@@ -71,6 +74,8 @@ impl Config {
 pub enum Error {
     #[error(transparent)]
     Connect(#[from] orlop_client::ConnectError),
+    #[error("cannot use the configuration file {path}: {message}", path = path.display())]
+    ConfigFile { path: PathBuf, message: String },
     #[error("cannot set up the BPF datapath")]
     Datapath(#[from] orlop_ebpf_loader::Error),
     #[error("cannot listen on {address}; is another proxy running on this node?")]

@@ -11,12 +11,13 @@ use kube::runtime::{WatchStreamExt, watcher as watch};
 use orlop_base::supervise::{Ready, TaskGroup};
 use orlop_base::telemetry::{Metrics, chain};
 use orlop_ebpf_common::{TCP, UDP, Uplink, counters};
-use orlop_ebpf_loader::{Datapath, Maps};
+use orlop_ebpf_loader::{Datapath, MapFailure, Maps, RealMaps};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use crate::addresses::{self, Watch};
 use crate::desired::desired;
+use crate::gather::Gather;
 use crate::health::{self, Health, NodePortChecks, Pages};
 use crate::metrics::{Policy, ProxyMetrics, ServicePort};
 use crate::model::{Model, Name};
@@ -57,7 +58,7 @@ pub(crate) async fn run(
     tasks.spawn(stoppable(tasks.stop_token(), connection));
 
     let datapath = Datapath::load(&config.datapath)?;
-    let tables = Tables::adopt(datapath.maps.dump().map_err(|source| Error::Adopt { source })?);
+    let tables = adopt(&datapath.maps).map_err(|source| Error::Adopt { source })?;
     let datapath = Arc::new(Mutex::new(datapath));
     *pages.refresh.lock() = Some(counter_refresh(datapath.clone(), proxy_metrics.clone()));
 
@@ -86,6 +87,13 @@ pub(crate) async fn run(
     });
     tasks.run_until_stopped(DRAIN).await?;
     Ok(())
+}
+
+fn adopt(maps: &RealMaps) -> Result<Tables, MapFailure> {
+    let mut tables = Tables::adopt(maps.dump()?);
+    let (backend, number) = maps.remembered()?;
+    tables.keep_clear_of(backend, number);
+    Ok(tables)
 }
 
 async fn stoppable(stop: CancellationToken, work: impl Future<Output = ()>) {
@@ -344,24 +352,13 @@ impl Proxy {
             return true;
         }
         let start = Instant::now();
-        let mut failed: Vec<Name> = Vec::new();
-        let mut datapath = self.datapath.lock();
-        // Each round may free frontends that others wait for; services are finite, so rounds end.
-        while !self.model.is_clean() {
-            for name in self.model.take_dirty() {
-                let wanted = desired(&self.model, &name, self.config.selection);
-                let port = self.model.service(&name).map_or(0, |s| s.health_check_node_port);
-                self.checks.set(&name, port, self.model.ready_here(&name));
-                match self.tables.sync(&mut datapath.maps, &name, &wanted) {
-                    Ok(outcome) => outcome.retry.into_iter().for_each(|n| self.model.mark(n)),
-                    Err(e) => {
-                        self.metrics.failures.inc();
-                        tracing::warn!(service = %name, error = %chain(&e), "cannot write maps, trying again");
-                        failed.push(name);
-                    }
-                }
-            }
-        }
+        let shared = self.datapath.clone();
+        let mut datapath = shared.lock();
+        let failed = if self.attached {
+            self.write(&mut datapath.maps)
+        } else {
+            self.write_at_once(&mut datapath.maps)
+        };
         drop(datapath);
         if self.tables.take_lost() && self.closing.is_none() {
             self.closing = Some(tokio::time::Instant::now() + CLOSE_AFTER);
@@ -385,6 +382,52 @@ impl Proxy {
         self.metrics.map_writes.inc_by(self.tables.writes() - self.writes_seen);
         self.writes_seen = self.tables.writes();
         clean
+    }
+
+    /// The first time, in few system calls. When one fails, what has been carried out is read back, and the rest is
+    /// written change by change, so that what fails is known.
+    fn write_at_once(&mut self, maps: &mut RealMaps) -> Vec<Name> {
+        let mut all = Gather::new(maps);
+        let failed = self.write(&mut all);
+        let error = match all.flush() {
+            Ok(()) if failed.is_empty() => return failed,
+            Ok(()) => None,
+            Err(e) => Some(e),
+        };
+        if let Some(e) = error {
+            tracing::warn!(error = %chain(&e), "cannot write maps, trying one by one");
+        }
+        match adopt(maps) {
+            Ok(tables) => (self.tables, self.writes_seen) = (tables, 0),
+            Err(e) => {
+                tracing::warn!(error = %chain(&e), "cannot read maps back, trying again");
+                return self.model.names().0;
+            }
+        }
+        self.model.names().0.into_iter().for_each(|n| self.model.mark(n));
+        self.write(maps)
+    }
+
+    /// Brings the maps to what changed services want; returns those that failed.
+    fn write(&mut self, maps: &mut dyn Maps) -> Vec<Name> {
+        let mut failed: Vec<Name> = Vec::new();
+        // Each round may free frontends that others wait for; services are finite, so rounds end.
+        while !self.model.is_clean() {
+            for name in self.model.take_dirty() {
+                let wanted = desired(&self.model, &name, self.config.selection);
+                let port = self.model.service(&name).map_or(0, |s| s.health_check_node_port);
+                self.checks.set(&name, port, self.model.ready_here(&name));
+                match self.tables.sync(maps, &name, &wanted) {
+                    Ok(outcome) => outcome.retry.into_iter().for_each(|n| self.model.mark(n)),
+                    Err(e) => {
+                        self.metrics.failures.inc();
+                        tracing::warn!(service = %name, error = %chain(&e), "cannot write maps, trying again");
+                        failed.push(name);
+                    }
+                }
+            }
+        }
+        failed
     }
 
     fn try_later(&mut self) {

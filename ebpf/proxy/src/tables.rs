@@ -151,6 +151,12 @@ impl Tables {
         t
     }
 
+    /// Flows of an earlier process remember numbers up to these, so they are not given again.
+    pub fn keep_clear_of(&mut self, backend: u32, number: u32) {
+        self.last_backend = self.last_backend.max(backend);
+        self.last_number = self.last_number.max(number);
+    }
+
     /// Changes of maps so far.
     pub fn writes(&self) -> u64 {
         self.writes

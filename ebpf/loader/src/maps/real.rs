@@ -8,8 +8,8 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashM
 use aya::{Ebpf, Pod};
 use orlop_ebpf_common::{
     Addr, AffinityKey, AffinityValue, Backend, Config, CtKey, CtValue, FrontendKey, FrontendValue,
-    MaglevTable, RangeKey, SCOPE_EXTERNAL, ServiceName, SlotKey, SockKey, SockReverse, Stats, Uplink,
-    counters, frontend_flags,
+    MaglevTable, RangeKey, SCOPE_EXTERNAL, ServiceName, SlotKey, SockFlow, SockKey, SockReverse, Stats,
+    Uplink, counters, frontend_flags,
 };
 
 use super::{Dump, MapFailure, Maps, Op, table};
@@ -37,7 +37,18 @@ pub struct RealMaps {
     reverse: Flows<SockKey, SockReverse>,
     affinity: Flows<AffinityKey, AffinityValue>,
     counters: PerCpuArray<MapData, u64>,
+    flows: Flows<SockKey, SockFlow>,
+    /// Descriptors of the maps that are written in one go.
+    batch: Batch,
     cpus: usize,
+}
+
+struct Batch {
+    frontends: OwnedFd,
+    slots: OwnedFd,
+    backends: OwnedFd,
+    names: OwnedFd,
+    stats: OwnedFd,
 }
 
 /// Where handles come from: a loaded object, or pins.
@@ -65,6 +76,18 @@ fn take<T: TryFrom<Map, Error = MapError>>(from: &mut dyn Source, name: &'static
     T::try_from(from.map(name)?).map_err(|source| Error::Map { name, source: Box::new(source) })
 }
 
+/// The same, and a descriptor of the map.
+fn take_with_fd<T: TryFrom<Map, Error = MapError>>(
+    from: &mut dyn Source,
+    name: &'static str,
+) -> Result<(T, OwnedFd), Error> {
+    let failed = |source| Error::Map { name, source: Box::new(source) };
+    let map = from.map(name)?;
+    let (Map::HashMap(data) | Map::PerCpuHashMap(data)) = &map else { return Err(Error::Missing { name }) };
+    let fd = data.fd().as_fd().try_clone_to_owned().map_err(|e| failed(e.into()))?;
+    Ok((T::try_from(map).map_err(failed)?, fd))
+}
+
 impl RealMaps {
     pub(crate) fn take(bpf: &mut Ebpf) -> Result<RealMaps, Error> {
         RealMaps::from(bpf)
@@ -80,22 +103,35 @@ impl RealMaps {
     }
 
     fn from(s: &mut dyn Source) -> Result<RealMaps, Error> {
+        let (frontends, frontends_fd) = take_with_fd(s, "FRONTENDS")?;
+        let (slots, slots_fd) = take_with_fd(s, "SLOTS")?;
+        let (backends, backends_fd) = take_with_fd(s, "BACKENDS")?;
+        let (names, names_fd) = take_with_fd(s, "NAMES")?;
+        let (stats, stats_fd) = take_with_fd(s, "STATS")?;
         Ok(RealMaps {
             config: take(s, "CONFIG")?,
-            frontends: take(s, "FRONTENDS")?,
-            slots: take(s, "SLOTS")?,
+            frontends,
+            slots,
             members: take(s, "MEMBERS")?,
-            backends: take(s, "BACKENDS")?,
+            backends,
             maglev: take(s, "MAGLEV")?,
             locals: take(s, "LOCAL_ADDRS")?,
             uplinks: take(s, "UPLINKS")?,
-            names: take(s, "NAMES")?,
+            names,
             ranges: take(s, "RANGES")?,
-            stats: take(s, "STATS")?,
+            stats,
             connections: Flows::take(s, "CONNECTIONS")?,
             reverse: Flows::take(s, "SOCK_REVERSE")?,
             affinity: Flows::take(s, "AFFINITY")?,
             counters: take(s, "COUNTERS")?,
+            flows: Flows::take(s, "SOCK_FLOWS")?,
+            batch: Batch {
+                frontends: frontends_fd,
+                slots: slots_fd,
+                backends: backends_fd,
+                names: names_fd,
+                stats: stats_fd,
+            },
             cpus: aya::util::nr_cpus().map_err(|(what, source)| Error::Path {
                 what: "read",
                 path: what.into(),
@@ -176,6 +212,24 @@ impl RealMaps {
         del("SOCK_REVERSE", &mut self.reverse.table, key)
     }
 
+    /// The highest numbers of backends and of service ports that flows remember.
+    pub fn remembered(&self) -> Result<(u32, u32), MapFailure> {
+        let (mut backend, mut service) = (0, 0);
+        for (_, v) in self.connections()? {
+            (backend, service) = (v.backend.max(backend), v.service.max(service));
+        }
+        for (k, v) in self.affinity()? {
+            (backend, service) = (v.backend.max(backend), k.service.max(service));
+        }
+        for (_, v) in self.sockets()? {
+            service = v.service.max(service);
+        }
+        for (_, v) in self.flows.all()? {
+            backend = v.backend.max(backend);
+        }
+        Ok((backend, service))
+    }
+
     /// Clients that stay with a backend.
     pub fn affinity(&self) -> Result<Vec<(AffinityKey, AffinityValue)>, MapFailure> {
         self.affinity.all()
@@ -205,6 +259,38 @@ impl<K: Pod, V: Pod> Flows<K, V> {
         sys::lookup_batch(self.fd.as_fd(), self.capacity)
             .map_err(|e| MapFailure::Syscall { map: self.name, source: Box::new(e) })
     }
+}
+
+/// Keys and values of one map.
+struct Pairs<K, V>(Vec<K>, Vec<V>);
+
+impl<K, V> Default for Pairs<K, V> {
+    fn default() -> Self {
+        Pairs(Vec::new(), Vec::new())
+    }
+}
+
+impl<K: Pod, V: Pod> Pairs<K, V> {
+    fn push(&mut self, k: K, v: V) {
+        self.0.push(k);
+        self.1.push(v);
+    }
+
+    fn put(&self, name: &'static str, map: &OwnedFd) -> Result<(), MapFailure> {
+        put_batch(name, map, &self.0, &self.1)
+    }
+}
+
+fn put_batch<K: Pod, V: Pod>(
+    name: &'static str,
+    map: &OwnedFd,
+    keys: &[K],
+    values: &[V],
+) -> Result<(), MapFailure> {
+    sys::update_batch(map.as_fd(), keys, values).map_err(|e| match e.raw_os_error() {
+        Some(libc::E2BIG) => MapFailure::Full { map: name },
+        _ => MapFailure::Syscall { map: name, source: Box::new(e) },
+    })
 }
 
 fn put<K: Pod, V: Pod>(name: &'static str, map: &mut Table<K, V>, k: K, v: V) -> Result<(), MapFailure> {
@@ -273,6 +359,28 @@ impl Maps for RealMaps {
             Op::PutLocal(a, f) => put("LOCAL_ADDRS", &mut self.locals, *a, *f),
             Op::DelLocal(a) => del("LOCAL_ADDRS", &mut self.locals, a),
         }
+    }
+
+    fn put_all(&mut self, ops: Vec<Op>) -> Result<(), MapFailure> {
+        let (mut backends, mut slots, mut names, mut frontends) =
+            <(Pairs<_, _>, Pairs<_, _>, Pairs<_, _>, Pairs<_, _>)>::default();
+        let mut others = Vec::new();
+        for op in ops {
+            match op {
+                Op::PutBackend(id, b) => backends.push(id, b),
+                Op::PutSlot(k, id) => slots.push(k, id),
+                Op::PutService(n, name) => names.push(n, *name),
+                Op::PutFrontend(k, v) => frontends.push(k, v),
+                other => others.push(other),
+            }
+        }
+        backends.put("BACKENDS", &self.batch.backends)?;
+        slots.put("SLOTS", &self.batch.slots)?;
+        others.iter().try_for_each(|op| self.apply(op))?;
+        let zero = vec![Stats::default(); names.0.len() * self.cpus];
+        put_batch("STATS", &self.batch.stats, &names.0, &zero)?;
+        names.put("NAMES", &self.batch.names)?;
+        frontends.put("FRONTENDS", &self.batch.frontends)
     }
 
     fn dump(&self) -> Result<Dump, MapFailure> {
