@@ -8,6 +8,7 @@ mod memory;
 mod node;
 mod pods;
 mod process;
+mod proxy;
 mod table;
 
 use table::Table;
@@ -33,6 +34,10 @@ pub struct Options {
     #[arg(long, default_value_t = 30)]
     pub containers: usize,
 
+    /// Numbers of Services beside which the proxy is measured, each more than the one before
+    #[arg(long, value_delimiter = ',', default_values_t = [100, 5000, 10_000])]
+    pub services: Vec<usize>,
+
     /// Pulls that are measured
     #[arg(long, default_value_t = 5)]
     pub rounds: usize,
@@ -57,6 +62,7 @@ const SECTIONS: &[Section] = &[
     Section { name: "pods", run: pods::run },
     Section { name: "memory", run: memory::run },
     Section { name: "containers", run: containers::run },
+    Section { name: "proxy", run: proxy::run },
     Section { name: "cri", run: cri::run },
     Section { name: "images", run: images::run },
 ];

@@ -3,6 +3,7 @@
 mod api;
 mod scale;
 mod sequence;
+mod topology;
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -123,17 +124,16 @@ async fn start(
     (stop, task)
 }
 
-async fn health(at: SocketAddr, path: &str) -> String {
-    let path = path.to_owned();
-    tokio::task::spawn_blocking(move || {
-        let mut s = TcpStream::connect(at).unwrap();
-        write!(s, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
-        let mut text = String::new();
-        s.read_to_string(&mut text).unwrap();
-        text
-    })
-    .await
-    .unwrap()
+async fn health(at: SocketAddr, path: &'static str) -> String {
+    tokio::task::spawn_blocking(move || ask_health(at, path).unwrap()).await.unwrap()
+}
+
+fn ask_health(at: SocketAddr, path: &str) -> io::Result<String> {
+    let mut s = TcpStream::connect(at)?;
+    write!(s, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+    let mut text = String::new();
+    s.read_to_string(&mut text)?;
+    Ok(text)
 }
 
 // 127.x.y.z as Service addresses: what is not translated is refused at once and leaves no packet on any network.
@@ -228,7 +228,7 @@ const PROXY: &str = "ORLOP_TEST_PROXY";
 async fn is_a_proxy_for_the_other() {
     let Ok(text) = std::env::var(PROXY) else { return };
     let f: Vec<&str> = text.split(' ').collect();
-    let mut config = Config::new(f[0].into(), "me".into());
+    let mut config = Config::new(f[0].into(), f[4].into());
     config.health_address = Some(f[1].parse().unwrap());
     config.metrics_address = None;
     config.uplinks = vec!["ebpf-none".into()];
@@ -241,23 +241,24 @@ async fn is_a_proxy_for_the_other() {
 struct Killed(std::process::Child);
 
 impl Killed {
+    /// Starts a proxy; `command` runs this program, maybe somewhere else.
+    fn spawn(mut command: std::process::Command, c: &Config) -> Killed {
+        let text = format!(
+            "{} {} {} {} {}",
+            c.kubeconfig.display(),
+            c.health_address.unwrap(),
+            c.datapath.pins.display(),
+            c.datapath.cgroup.as_ref().unwrap().display(),
+            c.node_name
+        );
+        let command = command.args(["--exact", "is_a_proxy_for_the_other", "--nocapture"]).env(PROXY, text);
+        Killed(command.stdout(std::process::Stdio::null()).spawn().unwrap())
+    }
+
     /// Starts a proxy and waits until it says that it is in step.
     async fn start(place: &Place) -> Killed {
-        let c = &place.config;
-        let health = c.health_address.unwrap();
-        let text = format!(
-            "{} {health} {} {}",
-            c.kubeconfig.display(),
-            c.datapath.pins.display(),
-            place.cgroup.display()
-        );
-        let child = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "is_a_proxy_for_the_other", "--nocapture"])
-            .env(PROXY, text)
-            .stdout(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        let k = Killed(child);
+        let k = Killed::spawn(std::process::Command::new(std::env::current_exe().unwrap()), &place.config);
+        let health = place.config.health_address.unwrap();
         wait_until("the proxy is in step", Duration::from_secs(20), || async {
             TcpStream::connect(health).ok()?;
             health_of(health).await.starts_with("HTTP/1.1 200").then_some(())

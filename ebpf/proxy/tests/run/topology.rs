@@ -1,0 +1,170 @@
+//! Two nodes, each with a proxy of its own: which endpoints a client reaches depends on the node that it is on.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::process::{Command, Stdio};
+
+use super::*;
+
+const VIP: &str = "10.73.96.1";
+/// The only endpoint on each node.
+const ENDPOINTS: [&str; 2] = ["10.73.1.1", "10.73.2.1"];
+const LINK: [&str; 2] = ["10.73.0.1", "10.73.0.2"];
+
+/// A network namespace and a cgroup that stand for a node. Removed on drop, with the programs.
+struct Node {
+    name: &'static str,
+    netns: String,
+    config: Config,
+    cgroup: PathBuf,
+    proxy: Option<Killed>,
+}
+
+fn ip(args: &str) {
+    let out = Command::new("ip").args(args.split(' ')).output();
+    let out = out.expect("`ip` is missing: apt-get install iproute2");
+    assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+impl Node {
+    fn new(name: &'static str, place: &Place) -> Node {
+        let netns = unique_name("pxt");
+        ip(&format!("netns add {netns}"));
+        ip(&format!("-n {netns} link set lo up"));
+        let cgroup = place.root.join(&netns);
+        std::fs::create_dir_all(&cgroup).expect("run as root");
+        let mut config = place.config.clone();
+        config.node_name = name.into();
+        config.datapath.pins = place.home.join(format!("bpf-{name}"));
+        config.datapath.cgroup = Some(cgroup.clone());
+        Node { name, netns, config, cgroup, proxy: None }
+    }
+
+    /// Runs `f` on a thread of its own inside the namespace.
+    fn run<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> T {
+        let path = format!("/run/netns/{}", self.netns);
+        let thread = std::thread::spawn(move || {
+            nix::sched::setns(File::open(path).unwrap(), nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            f()
+        });
+        thread.join().unwrap()
+    }
+
+    async fn start(&mut self) {
+        let mut c = Command::new("nsenter");
+        c.arg(format!("--net=/run/netns/{}", self.netns)).arg(std::env::current_exe().unwrap());
+        self.proxy = Some(Killed::spawn(c, &self.config));
+        let health = self.config.health_address.unwrap();
+        wait_until(
+            &format!("the proxy of node {} is in step", self.name),
+            Duration::from_secs(20),
+            || async {
+                self.run(move || {
+                    ask_health(health, "/healthz").ok()?.starts_with("HTTP/1.1 200").then_some(())
+                })
+            },
+        )
+        .await;
+    }
+
+    /// Who answers a client on this node, of many questions.
+    fn answers(&self) -> BTreeSet<String> {
+        let script = format!(
+            "echo $$ > {}/cgroup.procs; for i in {{1..24}}; do cat < /dev/tcp/{VIP}/80 || echo failed; echo; done",
+            self.cgroup.display()
+        );
+        let out = Command::new("nsenter")
+            .arg(format!("--net=/run/netns/{}", self.netns))
+            .args(["timeout", "10", "bash", "-c", &script])
+            .stderr(Stdio::null())
+            .output()
+            .unwrap();
+        String::from_utf8_lossy(&out.stdout).lines().filter(|l| !l.is_empty()).map(str::to_owned).collect()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.proxy = None;
+        let _ = purge(&self.config);
+        let _ = Command::new("ip").args(["netns", "del", &self.netns]).status();
+        let _ = std::fs::remove_dir(&self.cgroup);
+    }
+}
+
+fn node(name: &str, zone: &str) -> serde_json::Value {
+    json!({"metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": zone}}})
+}
+
+/// Both endpoints, with hints by field and name.
+fn hinted(hints: [serde_json::Value; 2]) -> serde_json::Value {
+    let mut s = slice("w", 8080);
+    let endpoints = ENDPOINTS.iter().zip(["a", "b"]).zip(hints).map(|((ip, node), hints)| {
+        json!({"addresses": [ip], "nodeName": node, "conditions": {"ready": true}, "hints": hints})
+    });
+    s["endpoints"] = json!(endpoints.collect::<Vec<_>>());
+    s
+}
+
+fn zones(names: [&str; 2]) -> serde_json::Value {
+    hinted(names.map(|n| json!({"forZones": [{"name": n}]})))
+}
+
+/// Zones, and nodes before them.
+fn nodes(names: [&str; 2]) -> serde_json::Value {
+    let hint = |zone, node: &str| json!({"forZones": [{"name": zone}], "forNodes": [{"name": node}]});
+    hinted([hint("za", names[0]), hint("zb", names[1])])
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hints_decide_by_the_clients_node() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let place = Place::new(api.address);
+    let mut all = [Node::new("a", &place), Node::new("b", &place)];
+    let [a, b] = &all;
+    ip(&format!("-n {} link add peer type veth peer name peer netns {}", a.netns, b.netns));
+    for i in 0..2 {
+        let n = &all[i];
+        ip(&format!("-n {} addr add {}/30 dev peer", n.netns, LINK[i]));
+        ip(&format!("-n {} link set peer up", n.netns));
+        ip(&format!("-n {} addr add {}/32 dev lo", n.netns, ENDPOINTS[i]));
+        ip(&format!("-n {} route add {}/32 via {}", n.netns, ENDPOINTS[1 - i], LINK[1 - i]));
+        let (name, at) = (n.name, format!("{}:8080", ENDPOINTS[i]));
+        n.run(move || server(name, at.parse().unwrap()));
+        let address = api.address;
+        api.listen(n.run(move || TcpListener::bind(address).unwrap()));
+        api.put("nodes", node(n.name, ["za", "zb"][i]));
+    }
+    api.put("services", service("w", VIP, json!({})));
+    api.put("endpointslices", hinted([json!({}), json!({})]));
+    for n in &mut all {
+        n.start().await;
+    }
+    let expect = async |what: &str, want: [&[&str]; 2]| {
+        for (n, want) in all.iter().zip(want) {
+            let want: BTreeSet<String> = want.iter().map(|s| (*s).to_owned()).collect();
+            wait_until(
+                &format!("{what}: node {} reaches {want:?}", n.name),
+                Duration::from_secs(10),
+                || async { (n.answers() == want).then_some(()) },
+            )
+            .await;
+        }
+    };
+    expect("no hints", [&["a", "b"], &["a", "b"]]).await;
+    api.put("endpointslices", zones(["za", "zb"]));
+    expect("each zone has its own", [&["a"], &["b"]]).await;
+    api.put("endpointslices", nodes(["b", "a"]));
+    expect("nodes go before zones", [&["b"], &["a"]]).await;
+    api.put("endpointslices", nodes(["a", "a"]));
+    expect("none for node b, so its zone's", [&["a", "b"], &["b"]]).await;
+    api.put("endpointslices", zones(["zb", "zb"]));
+    expect("none for zone za, so all", [&["a", "b"], &["a", "b"]]).await;
+    api.put("endpointslices", hinted([json!({"forZones": [{"name": "za"}]}), json!({})]));
+    expect("not all say for whom they are, so all", [&["a", "b"], &["a", "b"]]).await;
+    api.put("endpointslices", zones(["za", "zb"]));
+    expect("each zone has its own again", [&["a"], &["b"]]).await;
+    api.put("nodes", node("a", "zb"));
+    expect("the node moved", [&["b"], &["b"]]).await;
+}
