@@ -12,9 +12,8 @@ pub fn stale(sockets: &[(SockKey, SockReverse)], tables: &Tables, model: &Model)
     if sockets.is_empty() {
         return Vec::new();
     }
-    let owners = tables.owners();
-    let is_stale = |k: &SockKey, r: &SockReverse| match owners.get(&r.service) {
-        Some((name, port)) if k.proto == UDP => !tables.serves(name, *port, &k.addr, k.port),
+    let is_stale = |k: &SockKey, r: &SockReverse| match tables.owner(r.service) {
+        Some((name, port)) if k.proto == UDP => !tables.serves(name, port, &k.addr, k.port),
         Some((name, _)) => !model.has_endpoint(name, addr_to(&k.addr)),
         None => k.proto == UDP,
     };

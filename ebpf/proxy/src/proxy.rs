@@ -228,7 +228,7 @@ impl Proxy {
                 }
                 initial = false;
                 self.closing = Some(tokio::time::Instant::now());
-                let (frontends, _, backends) = self.tables.sizes();
+                let (frontends, backends) = self.tables.sizes();
                 tracing::info!(frontends, backends, "maps are in step");
                 orlop_ebpf_loader::release_memory();
             }
@@ -376,7 +376,7 @@ impl Proxy {
         } else {
             self.try_later();
         }
-        let (frontends, _, backends) = self.tables.sizes();
+        let (frontends, backends) = self.tables.sizes();
         self.metrics.frontends.set(frontends as i64);
         self.metrics.backends.set(backends as i64);
         self.metrics.map_writes.inc_by(self.tables.writes() - self.writes_seen);

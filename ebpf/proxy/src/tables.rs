@@ -78,6 +78,8 @@ pub struct Tables {
     orphans: HashMap<u32, InMap>,
     /// Numbers found at start, by the names of service ports that have not claimed them yet.
     unclaimed: HashMap<String, u32>,
+    /// Services and their ports by number.
+    owners: HashMap<u32, (Name, (u16, u8))>,
     /// Source ranges in the maps, by number.
     ranges: HashMap<u32, Vec<Range>>,
     /// Backends left sets since this was last asked.
@@ -162,10 +164,9 @@ impl Tables {
         self.writes
     }
 
-    /// Number of frontends, sets and backends in the maps.
-    pub fn sizes(&self) -> (usize, usize, usize) {
-        let sets: usize = self.services.values().map(|p| p.sets.len()).sum();
-        (self.frontends.len(), sets, self.backends.len())
+    /// Number of frontends and of backends in the maps.
+    pub fn sizes(&self) -> (usize, usize) {
+        (self.frontends.len(), self.backends.len())
     }
 
     /// Whether backends left sets since this was last asked: sockets may be left without theirs.
@@ -173,12 +174,9 @@ impl Tables {
         std::mem::take(&mut self.lost)
     }
 
-    /// Services by the numbers of their ports.
-    pub fn owners(&self) -> HashMap<u32, (&Name, (u16, u8))> {
-        self.services
-            .iter()
-            .flat_map(|(name, p)| p.numbers.iter().map(move |(port, n)| (*n, (name, *port))))
-            .collect()
+    /// The Service, and its port, that has a number.
+    pub fn owner(&self, number: u32) -> Option<(&Name, (u16, u8))> {
+        self.owners.get(&number).map(|(name, port)| (name, *port))
     }
 
     /// Whether a service port may send to this backend.
@@ -364,6 +362,7 @@ impl Tables {
                     }
                 };
                 p.numbers.push((port, n));
+                self.owners.insert(n, (name.clone(), port));
                 n
             }
         };
@@ -398,7 +397,9 @@ impl Tables {
 
     fn drop_number(&mut self, maps: &mut dyn Maps, number: u32) -> Result<(), MapFailure> {
         self.sync_ranges(maps, number, &[])?;
-        self.write(maps, &Op::DelService(number))
+        self.write(maps, &Op::DelService(number))?;
+        self.owners.remove(&number);
+        Ok(())
     }
 
     /// First half of changing a set: everything that the new frontends will need.

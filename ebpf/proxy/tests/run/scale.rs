@@ -89,6 +89,21 @@ fn said(dump: &Dump) -> Option<Truth> {
     dump.frontends.iter().map(|(k, v)| Some((addr_to(&k.addr), backends(v.set, v.count)?))).collect()
 }
 
+/// How the maps differ from what they must say, when they do.
+fn difference(have: &Option<Truth>, want: &Truth) -> Option<String> {
+    let Some(have) = have else { return Some("a frontend leads to backends that are not there".into()) };
+    let keys: BTreeSet<_> = have.keys().chain(want.keys()).collect();
+    let wrong: Vec<_> = keys.into_iter().filter(|k| have.get(k) != want.get(k)).collect();
+    let first = wrong.first()?;
+    Some(format!(
+        "{} of {} differ; {first} leads to {:?}, not {:?}",
+        wrong.len(),
+        want.len(),
+        have.get(first),
+        want.get(first)
+    ))
+}
+
 fn roomy(api: &FakeApi) -> Place {
     let mut place = Place::new(api.address);
     place.config.datapath.sizes =
@@ -220,10 +235,12 @@ async fn churn(services: usize, time: Duration) {
     for i in 0..ASKED {
         truth.insert(Asked::address(i).parse().unwrap(), asked.ready(i));
     }
-    wait_until("the maps say what the API says", Duration::from_secs(20), || async {
-        (said(&read(&place))? == truth).then_some(())
-    })
-    .await;
+    let settled = Instant::now();
+    loop {
+        let Some(differs) = difference(&said(&read(&place)), &truth) else { break };
+        assert!(settled.elapsed() < Duration::from_secs(20), "{differs}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
     println!(
         "{services} services: {changes} changes in {took:?}, {} questions, in step {:?} later",
         questions.load(Ordering::Relaxed),
