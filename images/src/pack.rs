@@ -125,11 +125,11 @@ fn append<W: Write>(
 }
 
 fn xattrs(path: &Path) -> io::Result<Vec<(String, Vec<u8>)>> {
-    let mut names = vec![0u8; rustix::fs::llistxattr(path, &mut [0u8; 0][..])?];
+    let mut names = vec![0u8; rustix::fs::llistxattr_query(path)?];
     let n = rustix::fs::llistxattr(path, &mut names[..])?;
     let mut out = Vec::new();
     for name in names[..n].split(|&b| b == 0).filter(|n| !n.is_empty()) {
-        let size = match rustix::fs::lgetxattr(path, name, &mut [0u8; 0][..]) {
+        let size = match rustix::fs::lgetxattr_query(path, name) {
             Ok(n) => n,
             Err(Errno::NODATA) => continue,
             Err(e) => return Err(e.into()),

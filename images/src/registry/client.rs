@@ -333,8 +333,12 @@ impl Session {
         path: &str,
         range: Option<&str>,
     ) -> Result<Response<Incoming>, Failure> {
-        let url = Url::parse(&format!("{}{path}", endpoint.host.base))
+        let mut url = Url::parse(&format!("{}{path}", endpoint.host.base))
             .map_err(|e| final_failure(self.registry_error(endpoint, format!("its URL is invalid: {e}"))))?;
+        // A mirror may stand for several registries; containerd tells it in the same way.
+        if endpoint.host.authority != hosts::own_authority(&self.reference.registry) {
+            url.query_pairs_mut().append_pair("ns", &self.reference.registry);
+        }
         let first = self.send(endpoint, &method, url.clone(), range).await?;
         if first.status() != StatusCode::UNAUTHORIZED {
             return self.check(endpoint, first);

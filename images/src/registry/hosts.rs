@@ -130,8 +130,13 @@ fn scheme(authority: &str) -> &'static str {
     if is_local(authority) && !authority.ends_with(":443") { "http" } else { "https" }
 }
 
+/// Host and port where a registry itself answers.
+pub(crate) fn own_authority(registry: &str) -> &str {
+    if registry == "docker.io" { "registry-1.docker.io" } else { registry }
+}
+
 fn default_host(registry: &str) -> Host {
-    let authority = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
+    let authority = own_authority(registry);
     Host {
         base: format!("{}://{authority}/v2", scheme(authority)),
         authority: authority.to_owned(),
@@ -152,7 +157,7 @@ pub(crate) fn parse(text: &str, registry: &str, dir: &Path, default: bool) -> Re
         let settings: Settings =
             value.try_into().map_err(|e| format!("host {name:?}: {}", e.to_string().trim()))?;
         let mut host = make(&name, settings, dir)?;
-        host.upstream = host.authority == default_host(registry).authority;
+        host.upstream = host.authority == own_authority(registry);
         hosts.push(host);
     }
     // The `_default` folder's server is a last mirror for every registry, as in containerd.

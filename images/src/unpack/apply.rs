@@ -555,13 +555,13 @@ pub(crate) fn empty_folder(dir: &OwnedFd) -> rustix::io::Result<()> {
 pub(crate) fn copy_metadata(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> rustix::io::Result<()> {
     let stat = rustix::fs::fstat(from)?;
     own(to, (stat.st_uid, stat.st_gid))?;
-    let mut names = vec![0u8; rustix::fs::flistxattr(from, &mut [0u8; 0][..])?];
+    let mut names = vec![0u8; rustix::fs::flistxattr_query(from)?];
     let n = rustix::fs::flistxattr(from, &mut names[..])?;
     for name in names[..n].split(|&b| b == 0).filter(|n| !n.is_empty()) {
         if name.starts_with(b"trusted.overlay.") {
             continue;
         }
-        let mut value = vec![0u8; rustix::fs::fgetxattr(from, name, &mut [0u8; 0][..])?];
+        let mut value = vec![0u8; rustix::fs::fgetxattr_query(from, name)?];
         let n = rustix::fs::fgetxattr(from, name, &mut value[..])?;
         match rustix::fs::fsetxattr(to, name, &value[..n], XattrFlags::empty()) {
             Ok(()) | Err(Errno::OPNOTSUPP) => {}
@@ -570,6 +570,27 @@ pub(crate) fn copy_metadata(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> rustix:
     }
     rustix::fs::fchmod(to, Mode::from_raw_mode(stat.st_mode))?;
     rustix::fs::futimens(to, &timestamps((stat.st_mtime as i64, stat.st_mtime_nsec as u32)))
+}
+
+/// Copies a file's data and leaves its holes.
+fn copy_data(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> std::io::Result<()> {
+    use rustix::fs::{SeekFrom, seek};
+    let size = u64::try_from(rustix::fs::fstat(from)?.st_size).unwrap_or(0);
+    let source = std::fs::File::from(from.try_clone_to_owned()?);
+    let mut at = 0;
+    while at < size {
+        let data = match seek(from, SeekFrom::Data(at)) {
+            Ok(n) => n,
+            // Nothing but a hole is left.
+            Err(Errno::NXIO) => break,
+            Err(e) => return Err(e.into()),
+        };
+        at = seek(from, SeekFrom::Hole(data))?;
+        seek(from, SeekFrom::Start(data))?;
+        seek(to, SeekFrom::Start(data))?;
+        std::io::copy(&mut std::io::Read::take(&source, at - data), &mut Descriptor(to))?;
+    }
+    Ok(rustix::fs::ftruncate(to, size)?)
 }
 
 /// Completes a layer from those below it, topmost first: metadata of folders without an entry, and copies of hard-link
@@ -610,15 +631,7 @@ pub(crate) fn borrow_from_lower(
         }
         let to = rustix::fs::openat(&parent, base, exclusive, Mode::from(0o600))
             .map_err(Error::io("create", path))?;
-        std::io::copy(
-            &mut std::fs::File::from(from.try_clone().map_err(|source| Error::Io {
-                what: "copy",
-                path: String::from_utf8_lossy(target).into_owned(),
-                source,
-            })?),
-            &mut Descriptor(to.as_fd()),
-        )
-        .map_err(|source| Error::Io {
+        copy_data(from.as_fd(), to.as_fd()).map_err(|source| Error::Io {
             what: "copy",
             path: String::from_utf8_lossy(path).into_owned(),
             source,

@@ -527,6 +527,8 @@ impl Overrides {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -542,6 +544,32 @@ mod tests {
         assert_eq!(time(b"12.5"), Some((12, 500_000_000)));
         assert_eq!(time(b"-1.25"), Some((-2, 750_000_000)));
         assert_eq!(time(b"1.x"), None);
+    }
+
+    /// 12 GiB without a byte of memory: sizes in base 256, and in PAX records.
+    #[test]
+    fn entries_may_be_larger_than_four_gigabytes() {
+        const LARGE: u64 = 12 << 30;
+        let mut head = tar::Builder::new(Vec::new());
+        let mut h = Header::new_gnu();
+        h.set_path("large").unwrap();
+        h.set_size(LARGE);
+        h.set_cksum();
+        head.get_mut().extend_from_slice(h.as_bytes());
+        let mut pax = tar::Builder::new(Vec::new());
+        pax.append_pax_extensions([("size", LARGE.to_string().as_bytes())]).unwrap();
+        h.set_path("by-pax").unwrap();
+        h.set_size(7);
+        h.set_cksum();
+        pax.get_mut().extend_from_slice(h.as_bytes());
+        let (head, pax) = (std::mem::take(head.get_mut()), std::mem::take(pax.get_mut()));
+        let zeros = || std::io::BufReader::with_capacity(1 << 20, std::io::repeat(0).take(LARGE));
+        let mut tar = TarReader::new(head.chain(zeros()).chain(&pax[..]).chain(zeros()));
+        for name in [&b"large"[..], b"by-pax"] {
+            let entry = tar.next().unwrap().unwrap();
+            assert_eq!((&entry.path[..], entry.size), (name, LARGE));
+        }
+        assert!(tar.next().unwrap().is_none());
     }
 
     #[test]

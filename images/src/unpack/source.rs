@@ -294,11 +294,16 @@ mod tests {
         // Two members, as parallel compressors write them.
         let twice = [&gz[..], &gz[..]].concat();
         let zst = zstd::encode_all(&plain[..], 1).unwrap();
+        // As zstd:chunked writes it: frames, with a table of contents and a footer in skippable ones.
+        let skippable =
+            |data: &[u8]| [&0x184d_2a50u32.to_le_bytes(), &(data.len() as u32).to_le_bytes(), data].concat();
+        let chunked = [&zst[..], &zst, &skippable(b"table of contents"), &skippable(&[7; 64])].concat();
         for (input, want) in [
             (&plain[..], &plain[..]),
             (&gz, &plain),
             (&zst, &plain),
             (&twice, &[&plain[..], &plain].concat()),
+            (&chunked, &[&plain[..], &plain].concat()),
         ] {
             let (data, outer, inner) = through(input);
             assert!(data == want);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, symlink};
 use std::path::Path;
 
 use proptest::prelude::*;
@@ -275,6 +275,25 @@ fn what_a_layer_lacks_comes_from_below() {
     assert_eq!(fs::metadata(up.join("srv")).unwrap().mode() & 0o7777, 0o1770);
     assert_eq!(fs::metadata(&up).unwrap().mode() & 0o7777, 0o701);
     assert_eq!(fs::read_to_string(up.join("srv/link")).unwrap(), "shared");
+}
+
+#[test]
+fn a_link_to_a_sparse_file_below_copies_no_holes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (low, up) = (dir.path().join("low"), dir.path().join("up"));
+    fs::create_dir(&low).unwrap();
+    let disk = fs::File::create(low.join("disk")).unwrap();
+    disk.set_len(4 << 30).unwrap();
+    disk.write_all_at(b"middle", 3 << 30).unwrap();
+    let u = unpack_into(&up, &Layer::new().hard("copy", "disk").bytes()).unwrap();
+    borrow_from_lower(open_folder(&up).unwrap().as_fd(), &[open_folder(&low).unwrap()], &u).unwrap();
+    let copy = fs::File::open(up.join("copy")).unwrap();
+    let meta = copy.metadata().unwrap();
+    assert_eq!(meta.len(), 4 << 30);
+    assert!(meta.blocks() * 512 < 64 << 10, "{} blocks", meta.blocks());
+    let mut text = [0u8; 6];
+    copy.read_exact_at(&mut text, 3 << 30).unwrap();
+    assert_eq!(&text, b"middle");
 }
 
 #[test]

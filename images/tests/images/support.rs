@@ -99,8 +99,16 @@ impl Registry {
 #[derive(Clone)]
 pub struct Blob {
     pub bytes: Vec<u8>,
+    /// Of `bytes`.
+    pub digest: Digest,
     pub diff: Digest,
     pub kind: &'static str,
+}
+
+impl Blob {
+    fn new(bytes: Vec<u8>, tar: &[u8], kind: &'static str) -> Blob {
+        Blob { digest: Digest::of(&bytes), diff: Digest::of(tar), bytes, kind }
+    }
 }
 
 pub fn gzip(tar: Vec<u8>) -> Blob {
@@ -110,17 +118,15 @@ pub fn gzip(tar: Vec<u8>) -> Blob {
 pub fn gzip_level(tar: Vec<u8>, level: u32) -> Blob {
     let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(level));
     out.write_all(&tar).unwrap();
-    let kind = "application/vnd.oci.image.layer.v1.tar+gzip";
-    Blob { bytes: out.finish().unwrap(), diff: Digest::of(&tar), kind }
+    Blob::new(out.finish().unwrap(), &tar, "application/vnd.oci.image.layer.v1.tar+gzip")
 }
 
 pub fn zstd(tar: Vec<u8>) -> Blob {
-    let kind = "application/vnd.oci.image.layer.v1.tar+zstd";
-    Blob { bytes: zstd::encode_all(&tar[..], 1).unwrap(), diff: Digest::of(&tar), kind }
+    Blob::new(zstd::encode_all(&tar[..], 1).unwrap(), &tar, "application/vnd.oci.image.layer.v1.tar+zstd")
 }
 
 pub fn plain(tar: Vec<u8>) -> Blob {
-    Blob { diff: Digest::of(&tar), bytes: tar, kind: "application/vnd.oci.image.layer.v1.tar" }
+    Blob::new(tar.clone(), &tar, "application/vnd.oci.image.layer.v1.tar")
 }
 
 /// A tar of files; a name with a slash at the end is a folder.
@@ -161,7 +167,7 @@ pub fn config(layers: &[Blob]) -> Vec<u8> {
 pub fn manifest(config: &[u8], layers: &[Blob]) -> Value {
     let layers: Vec<_> = layers
         .iter()
-        .map(|l| json!({"mediaType": l.kind, "digest": Digest::of(&l.bytes), "size": l.bytes.len()}))
+        .map(|l| json!({"mediaType": l.kind, "digest": l.digest, "size": l.bytes.len()}))
         .collect();
     json!({
         "schemaVersion": 2,

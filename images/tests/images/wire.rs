@@ -157,3 +157,72 @@ async fn mirrors_come_first_and_see_no_credentials() {
     let e = store.pull(&format!("{}/b:v1", upstream.address), None).await.unwrap_err();
     assert!(matches!(&e, Error::Config { path, .. } if path.ends_with("hosts.toml")), "{e}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_that_expires_between_requests_is_renewed() {
+    let data = image();
+    let given = std::sync::atomic::AtomicU32::new(0);
+    let fake = Fake::start(Box::new(move |r, own| {
+        use std::sync::atomic::Ordering::SeqCst;
+        if r.line.contains("/token") {
+            let body = format!("{{\"token\":\"t{}\",\"expires_in\":1}}", given.fetch_add(1, SeqCst) + 1);
+            return response("200 OK", "", body.len(), body.as_bytes());
+        }
+        // Each token is good for one document: its number is the number of those that were served.
+        let good = match r.line.split('/').nth(3) {
+            Some("manifests") => "Bearer t1",
+            _ if r.line.contains(&Digest::of(&data.1).hex()) => "Bearer t2",
+            _ => "Bearer t3",
+        };
+        if r.headers.get("authorization").is_some_and(|a| a == good) {
+            return serve(&r.line, &data);
+        }
+        let header =
+            format!("www-authenticate: Bearer realm=\"http://{own}/token\",error=\"invalid_token\"\r\n");
+        response("401 Unauthorized", &header, 0, b"")
+    }));
+    let place = Place::new();
+    let store = store(&place, None).await;
+    store.pull(&format!("{}/a:v1", fake.address), None).await.unwrap();
+    let tokens = fake.requests("/token");
+    assert_eq!(tokens.len(), 3, "{tokens:?}");
+    // Without a scope in the challenge: the repository, to read.
+    assert!(tokens.iter().all(|t| t.line.contains("scope=repository%3Aa%3Apull")), "{tokens:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mirror_is_asked_as_hosts_toml_says() {
+    let data = image();
+    let mirror = Fake::start(Box::new(move |r, _| match r.line.split(' ').nth(1) {
+        // The path is used as it stands, and the mirror learns which registry is meant.
+        Some(p) if p.starts_with("/proxy/cache/team/a/") && p.ends_with("?ns=registry.example") => {
+            serve(&r.line, &data)
+        }
+        _ => response("404 Not Found", "", 0, b""),
+    }));
+    let blobs = {
+        let data = image();
+        Fake::start(Box::new(move |r, _| serve(&r.line, &data)))
+    };
+    let place = Place::new();
+    let certs = place.dir.path().join("certs.d");
+    std::fs::create_dir_all(certs.join("_default")).unwrap();
+    // The second serves no names, so the first must.
+    let hosts = format!(
+        "[host.\"http://{}\"]\ncapabilities = [\"pull\"]\n\
+         [host.\"http://{}/proxy/cache\"]\noverride_path = true\n\
+         [host.\"http://{}/proxy/cache\".header]\nx-token = [\"one\", \"two\"]\nauthorization = \"Basic bWU6aXQ=\"\n",
+        blobs.address, mirror.address, mirror.address
+    );
+    std::fs::write(certs.join("_default/hosts.toml"), hosts).unwrap();
+    let store = store(&place, Some(certs)).await;
+    let image = store.pull("registry.example/team/a:v1", None).await.unwrap();
+    assert_eq!(image.repo_tags, ["registry.example/team/a:v1"]);
+    let names = mirror.requests("/manifests/v1");
+    assert!(!names.is_empty() && blobs.requests("/manifests/v1").is_empty());
+    assert!(!blobs.requests("/blobs/").is_empty() && mirror.requests("/blobs/").is_empty());
+    for r in names {
+        assert_eq!(r.headers.get("authorization").map(String::as_str), Some("Basic bWU6aXQ="), "{r:?}");
+        assert!(r.headers.contains_key("x-token"), "{r:?}");
+    }
+}
