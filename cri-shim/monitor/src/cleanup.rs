@@ -39,13 +39,19 @@ pub fn run(dir: &Path) -> Result<(), CleanupError> {
         if r.phase != Phase::Exited && r.pid > 1 && journal::start_ticks(r.pid) == r.pid_start {
             let _ = cgroup::signal_pid(Pid::from_raw(r.pid), libc::SIGKILL);
         }
-        orlop_oci::delete_in_place(&dir.join("oci"), &r.id, &r.cgroups)?;
+        let root = journal::external_root(dir);
+        match r.external(&root) {
+            Some(external) => external.delete_here(&r.cgroups)?,
+            None => orlop_oci::delete_in_place(&dir.join("oci"), &r.id, &r.cgroups)?,
+        }
         journal::forget_container(dir, &r.id).map_err(at(dir))?;
     }
     if let Some(s) = journal::load_sandbox(dir)? {
         sandbox::destroy(dir, &s).map_err(at(dir))?;
     }
-    let _ = fs::remove_dir_all(dir.join("oci"));
+    for folder in [dir.join("oci"), journal::external_root(dir)] {
+        let _ = fs::remove_dir_all(folder);
+    }
     setup::leave(dir);
     match errors.into_iter().next() {
         Some(e) => Err(e.into()),

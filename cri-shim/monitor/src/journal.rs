@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use orlop_base::durable::{self, Sync};
+use orlop_oci::{External, Runtime};
 use orlop_proto::monitor::{ContainerPhase, ContainerState};
 use serde::{Deserialize, Serialize};
 
@@ -44,9 +45,18 @@ pub struct Record {
     pub oom_killed: bool,
     /// The cgroup's kill counter at creation.
     pub oom_baseline: u64,
+    /// The OCI runtime that runs it, when it is not this program itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runtime: Option<Runtime>,
 }
 
 impl Record {
+    /// Its container as one of another OCI runtime; `root` is [`external_root`].
+    pub fn external<'a>(&'a self, root: &'a Path) -> Option<External<'a>> {
+        let runtime = self.runtime.as_ref()?;
+        Some(External { runtime, root, id: &self.id, systemd_cgroup: self.systemd_cgroup })
+    }
+
     pub fn state(&self) -> ContainerState {
         ContainerState {
             container_id: self.id.clone(),
@@ -74,6 +84,11 @@ pub struct SandboxRecord {
     pub init_pid: i32,
     pub init_start: u64,
     pub init_cgroups: Vec<PathBuf>,
+}
+
+/// State of other OCI runtimes.
+pub fn external_root(dir: &Path) -> PathBuf {
+    dir.join("external")
 }
 
 pub fn sandbox_path(dir: &Path) -> PathBuf {

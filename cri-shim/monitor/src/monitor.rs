@@ -56,6 +56,8 @@ pub enum OpKind {
     Start(String),
     Delete(String),
     Update(String),
+    /// By another OCI runtime, which does it in its own way.
+    Signal,
     Exec(u64),
 }
 
@@ -99,6 +101,10 @@ pub fn oci_failure(e: &orlop_oci::Error) -> Failure {
 impl Monitor {
     pub fn oci_root(&self) -> PathBuf {
         self.dir.join("oci")
+    }
+
+    pub fn external_root(&self) -> PathBuf {
+        journal::external_root(&self.dir)
     }
 
     pub fn note(&mut self, text: &str) {

@@ -38,6 +38,7 @@ impl Monitor {
                 self.plain_answer(op.conn, op.request, reply);
                 self.not_busy(&id);
             }
+            OpKind::Signal => self.plain_answer(op.conn, op.request, reply),
             OpKind::Exec(id) => self.exec_begun(id, reply),
         }
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
 use nix::unistd::{Pid, pipe2};
-use orlop_oci::{CreateSpec, ExecSpec, Helper, Outcome, Reply, cgroup};
+use orlop_oci::{CreateSpec, ExecSpec, Helper, Outcome, Reply, Runtime, cgroup};
 use orlop_proto::monitor as pb;
 use pb::{ClientFrame, Done, FailureKind, client_frame::Body as Ask, server_frame::Body};
 
@@ -21,8 +21,8 @@ use crate::monitor::{Monitor, OP_LIMIT, Op, OpKind, Source, failure, oci_failure
 use crate::poll::{EventFlags, Token};
 use crate::sandbox;
 
-/// The protocol version of proto/monitor.proto.
-pub const PROTOCOL: u32 = 1;
+/// The highest protocol version of proto/monitor.proto that this program speaks; it speaks all from 1 on.
+pub const PROTOCOL: u32 = 2;
 
 impl Monitor {
     pub fn handle(&mut self, token: Token, frame: ClientFrame) {
@@ -37,10 +37,14 @@ impl Monitor {
             Role::Requests => {}
         }
         match body {
-            Ask::Hello(_) => {
+            Ask::Hello(pb::Hello { version: 0 }) => {
+                let text = format!("protocol version 0 is not spoken here, 1 to {PROTOCOL} are");
+                self.refuse(token, id, failure(FailureKind::Invalid, "hello", text));
+            }
+            Ask::Hello(hello) => {
                 conn.greeted = true;
                 let reply = pb::HelloReply {
-                    version: PROTOCOL,
+                    version: hello.version.min(PROTOCOL),
                     pid: std::process::id(),
                     build: env!("CARGO_PKG_VERSION").to_owned(),
                 };
@@ -265,6 +269,11 @@ impl Monitor {
                     .map_err(|e| io_failure("log", format!("cannot open the log {p}"), &e))?,
             ),
         };
+        let runtime = r.runtime.clone().map(|o| Runtime { program: o.program.into(), args: o.args });
+        if let Some(o) = runtime.as_ref().filter(|o| !o.program.is_absolute()) {
+            let text = format!("OCI runtime {} is not absolute", o.program.display());
+            return Err(failure(FailureKind::Invalid, "spec", text));
+        }
         let record = Record {
             id: r.container_id.clone(),
             bundle: PathBuf::from(&r.bundle),
@@ -272,25 +281,37 @@ impl Monitor {
             systemd_cgroup: r.systemd_cgroup,
             tty: r.tty,
             created_at_ns: journal::now_ns(),
+            runtime,
             ..Default::default()
         };
         journal::save_container(&self.dir, &record)
             .map_err(|e| failure(FailureKind::Internal, "journal", e.to_string()))?;
         let (io, stdio, tokens) = Io::new(&mut self.poll, r.tty, r.stdin, true, true)
             .map_err(|e| io_failure("stdio", "cannot make pipes".into(), &e))?;
-        let (channel, theirs) = orlop_oci::start_channel().map_err(|e| oci_failure(&e))?;
-        let helper = orlop_oci::create(CreateSpec {
-            root: &self.oci_root(),
-            id: &r.container_id,
-            bundle: Path::new(&r.bundle),
-            tty: r.tty,
-            systemd_cgroup: r.systemd_cgroup,
-            stdio,
-            channel: theirs,
-        })
-        .map_err(|e| oci_failure(&e))?;
+        let root = self.external_root();
+        let (channel, helper) = match record.external(&root) {
+            Some(external) => {
+                std::fs::create_dir_all(&root)
+                    .map_err(|e| io_failure("state", format!("cannot create {}", root.display()), &e))?;
+                (None, external.create(Path::new(&r.bundle), r.tty, stdio))
+            }
+            None => {
+                let (ours, theirs) = orlop_oci::start_channel().map_err(|e| oci_failure(&e))?;
+                let spec = CreateSpec {
+                    root: &self.oci_root(),
+                    id: &r.container_id,
+                    bundle: Path::new(&r.bundle),
+                    tty: r.tty,
+                    systemd_cgroup: r.systemd_cgroup,
+                    stdio,
+                    channel: theirs,
+                };
+                (Some(ours), orlop_oci::create(spec))
+            }
+        };
+        let helper = helper.map_err(|e| oci_failure(&e))?;
         let mut container = Container::new(record, io, tokens, log, r.stdin_once);
-        container.channel = Some(channel);
+        container.channel = channel;
         Ok((container, helper))
     }
 
@@ -328,10 +349,12 @@ impl Monitor {
     }
 
     fn start_container(&mut self, token: Token, id: u64, name: &str) {
+        let root = self.external_root();
         let Some(c) = self.containers.get_mut(name) else { return };
-        let helper = match (c.record.phase, c.channel.take()) {
-            (Phase::Created, Some(channel)) => orlop_oci::start(channel, c.record.pid),
-            (phase, _) => {
+        let helper = match (c.record.phase, c.channel.take(), c.record.external(&root)) {
+            (Phase::Created, Some(channel), None) => orlop_oci::start(channel, c.record.pid),
+            (Phase::Created, None, Some(external)) => external.start(),
+            (phase, ..) => {
                 let f = failure(
                     FailureKind::WrongState,
                     "state",
@@ -362,6 +385,10 @@ impl Monitor {
                 failure(FailureKind::WrongState, "state", format!("container {} has exited", r.container_id));
             return self.refuse(token, id, f);
         }
+        if let Some(external) = c.record.external(&self.external_root()) {
+            let helper = external.kill(r.signal as i32);
+            return self.begin_container_op(token, id, OpKind::Signal, helper);
+        }
         match cgroup::signal_pid(Pid::from_raw(c.record.pid), r.signal as i32) {
             Ok(()) => self.answer(token, id, Body::Done(Done {})),
             Err(e) => {
@@ -383,6 +410,10 @@ impl Monitor {
         cgroup::signal_all(&c.record.cgroups, libc::SIGKILL);
         if c.record.phase != Phase::Exited && c.record.pid > 1 {
             let _ = cgroup::signal_pid(Pid::from_raw(c.record.pid), libc::SIGKILL);
+        }
+        if let Some(external) = c.record.external(&self.external_root()) {
+            let helper = external.delete(&c.record.cgroups);
+            return self.begin_container_op(token, id, OpKind::Delete(name.to_owned()), helper);
         }
         let root = self.oci_root();
         if c.record.phase == Phase::Exited {
@@ -406,8 +437,16 @@ impl Monitor {
                 failure(FailureKind::WrongState, "state", format!("container {} has exited", r.container_id));
             return self.refuse(token, id, f);
         }
-        let helper =
-            orlop_oci::update(&r.container_id, &c.context, &r.linux_resources, c.record.systemd_cgroup);
+        let helper = match c.record.external(&self.external_root()) {
+            Some(external) => external.update(&r.linux_resources),
+            None => orlop_oci::update(
+                &r.container_id,
+                &c.context,
+                &c.record.cgroups,
+                &r.linux_resources,
+                c.record.systemd_cgroup,
+            ),
+        };
         self.begin_container_op(token, id, OpKind::Update(r.container_id.clone()), helper);
     }
 
@@ -459,18 +498,22 @@ impl Monitor {
                 return self.refuse(token, id, f);
             }
         };
-        let spec = ExecSpec {
-            root: &self.oci_root(),
-            id: &r.container_id,
-            init: c.record.pid,
-            context: &c.context,
-            cgroups: &c.record.cgroups,
-            process: &r.process,
-            tty: r.tty,
-            stdio,
-            report: theirs,
+        let begun = match c.record.external(&self.external_root()) {
+            // It answers when the program runs: nothing is left to report.
+            Some(external) => external.exec(self.next_exec, &r.process, r.tty, stdio),
+            None => orlop_oci::exec(ExecSpec {
+                root: &self.oci_root(),
+                id: &r.container_id,
+                init: c.record.pid,
+                context: &c.context,
+                cgroups: &c.record.cgroups,
+                process: &r.process,
+                tty: r.tty,
+                stdio,
+                report: theirs,
+            }),
         };
-        let helper = match orlop_oci::exec(spec) {
+        let helper = match begun {
             Ok(h) => h,
             Err(e) => return self.refuse(token, id, oci_failure(&e)),
         };

@@ -86,13 +86,17 @@ fn signals_and_codes() {
 fn failures_leave_nothing() {
     let pod = Pod::new("fail");
     let mut c = pod.client();
-    let r = pod.bundle("nocmd", &["no-such-program"], json!({}));
-    let f = c.failure(Ask::CreateContainer(r.clone()));
-    assert_eq!((f.kind, f.stage.as_str(), f.errno), (FailureKind::Runtime as i32, "exec", 2), "{f:?}");
-    assert!(f.message.contains("executable file not found in $PATH"), "{f:?}");
-    // The same name is free again.
-    let f = c.failure(Ask::CreateContainer(r));
-    assert_eq!(f.stage, "exec");
+    // Whether there is such a program shows at the start, as with other CRI runtimes.
+    for id in ["nocmd", "nocmd-libcontainer"] {
+        let more = if id == "nocmd" { json!({}) } else { by_libcontainer() };
+        pod.create(&mut c, id, &["no-such-program"], more);
+        assert_eq!(c.container(id).phase, ContainerPhase::Created as i32);
+        let f = c.failure(Ask::StartContainer(StartContainer { container_id: id.into() }));
+        assert_eq!((f.kind, f.stage.as_str(), f.errno), (FailureKind::Runtime as i32, "exec", 2), "{f:?}");
+        assert!(f.message.contains("executable file not found in $PATH"), "{f:?}");
+        assert_eq!(c.wait_exit(id).exit_code, 128);
+        c.delete(id);
+    }
     let r = pod.bundle("mount", &["true"], json!({"mounts": [{"destination": "/x", "type": "bind", "source": "/nonexistent/y", "options": ["bind"]}]}));
     let f = c.failure(Ask::CreateContainer(r));
     assert_eq!((f.kind, f.errno), (FailureKind::Runtime as i32, 2), "{f:?}");

@@ -150,6 +150,16 @@ fn cve_2024_21626_no_descriptor_leaks() {
     pod.finish();
 }
 
+/// As pods' containers are set up, and as libcontainer sets up those that ask for something rare.
+fn both_ways(name: &str, try_in: impl Fn(&Pod)) {
+    for rare in [false, true] {
+        let mut pod = Pod::new(name);
+        pod.rare = rare;
+        try_in(&pod);
+        pod.finish();
+    }
+}
+
 fn without_dev(id: &str, pod: &Pod, tty: bool) -> CreateContainer {
     let extra = json!({
         "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
@@ -161,16 +171,16 @@ fn without_dev(id: &str, pod: &Pod, tty: bool) -> CreateContainer {
 /// CVE-2025-31133: what covers masked paths is checked to be the null device, whatever the image has at /dev/null.
 #[test]
 fn cve_2025_31133_masked_paths_are_covered_by_the_null_device() {
-    let pod = Pod::new("mask");
-    let mut c = pod.client();
-    symlink("/proc/sys/kernel/core_pattern", pod.dir.join("rootfs/dev/null")).unwrap();
-    c.failure(Ask::CreateContainer(without_dev("a", &pod, false)));
-    // With a /dev of its own, as every container of the server has, the path is empty.
-    let masked = json!({"linux": {"maskedPaths": ["/proc/kcore", "/proc/keys"]}});
-    pod.create(&mut c, "b", &["sleep", "100"], masked);
-    c.start("b");
-    assert_eq!(text(&c.exec_sync("b", &["cat", "/proc/keys"]).stdout), "");
-    pod.finish();
+    both_ways("mask", |pod| {
+        let mut c = pod.client();
+        symlink("/proc/sys/kernel/core_pattern", pod.dir.join("rootfs/dev/null")).unwrap();
+        c.failure(Ask::CreateContainer(without_dev("a", &pod, false)));
+        // With a /dev of its own, as every container of the server has, the path is empty.
+        let masked = json!({"linux": {"maskedPaths": ["/proc/kcore", "/proc/keys"]}});
+        pod.create(&mut c, "b", &["sleep", "100"], masked);
+        c.start("b");
+        assert_eq!(text(&c.exec_sync("b", &["cat", "/proc/keys"]).stdout), "");
+    });
 }
 
 /// CVE-2025-52565: the terminal is not mounted over what an image's /dev/console leads to, and an exec does not take what lies
@@ -206,50 +216,50 @@ fn cve_2025_52565_consoles_are_checked() {
 /// reaches the kernel and not a file of the image's choice.
 #[test]
 fn cve_2025_52881_proc_is_a_real_one() {
-    let pod = Pod::new("proclink");
-    let mut c = pod.client();
-    let proc = pod.dir.join("rootfs/proc");
-    fs::remove_dir(&proc).unwrap();
-    fs::create_dir(pod.dir.join("rootfs/fake")).unwrap();
-    symlink("/fake", &proc).unwrap();
-    let f = c.failure(Ask::CreateContainer(pod.bundle("a", &["true"], json!({}))));
-    assert!(f.message.contains("proc"), "{f:?}");
-    pod.finish();
+    both_ways("proclink", |pod| {
+        let mut c = pod.client();
+        let proc = pod.dir.join("rootfs/proc");
+        fs::remove_dir(&proc).unwrap();
+        fs::create_dir(pod.dir.join("rootfs/fake")).unwrap();
+        symlink("/fake", &proc).unwrap();
+        let f = c.failure(Ask::CreateContainer(pod.bundle("a", &["true"], json!({}))));
+        assert!(f.message.contains("proc"), "{f:?}");
+    });
 }
 
 /// Links in an image cannot lead a mount out of it.
 #[test]
 fn mount_destinations_stay_inside() {
-    let pod = Pod::new("dest");
-    let mut c = pod.client();
-    let outside = pod.dir.join("outside");
-    fs::create_dir(&outside).unwrap();
-    fs::write(pod.dir.join("given"), "given").unwrap();
-    symlink(&outside, pod.dir.join("rootfs/absolute")).unwrap();
-    symlink(
-        "../../../../../../../../../..".to_owned() + outside.to_str().unwrap(),
-        pod.dir.join("rootfs/relative"),
-    )
-    .unwrap();
-    for (id, link) in [("a", "absolute"), ("r", "relative")] {
-        let mut request = pod.bundle(id, &["sleep", "100"], json!({}));
-        let file = Path::new(&request.bundle).join("config.json");
-        let mut spec: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
-        spec["mounts"]
-            .as_array_mut()
-            .unwrap()
-            .push(json!({"destination": format!("/{link}/file"), "type": "bind",
+    both_ways("dest", |pod| {
+        let mut c = pod.client();
+        let outside = pod.dir.join("outside");
+        fs::create_dir(&outside).unwrap();
+        fs::write(pod.dir.join("given"), "given").unwrap();
+        symlink(&outside, pod.dir.join("rootfs/absolute")).unwrap();
+        symlink(
+            "../../../../../../../../../..".to_owned() + outside.to_str().unwrap(),
+            pod.dir.join("rootfs/relative"),
+        )
+        .unwrap();
+        for (id, link) in [("a", "absolute"), ("r", "relative")] {
+            let mut request = pod.bundle(id, &["sleep", "100"], json!({}));
+            let file = Path::new(&request.bundle).join("config.json");
+            let mut spec: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+            spec["mounts"]
+                .as_array_mut()
+                .unwrap()
+                .push(json!({"destination": format!("/{link}/file"), "type": "bind",
             "source": pod.dir.join("given"), "options": ["bind"]}));
-        fs::write(&file, spec.to_string()).unwrap();
-        request.bundle = file.parent().unwrap().to_str().unwrap().into();
-        // Refused, or kept inside: both are safe.
-        if let Body::ContainerCreated(_) = c.call(Ask::CreateContainer(request)) {
-            c.start(id);
-            assert_eq!(text(&c.exec_sync(id, &["cat", &format!("/{link}/file")]).stdout), "given");
+            fs::write(&file, spec.to_string()).unwrap();
+            request.bundle = file.parent().unwrap().to_str().unwrap().into();
+            // Refused, or kept inside: both are safe.
+            if let Body::ContainerCreated(_) = c.call(Ask::CreateContainer(request)) {
+                c.start(id);
+                assert_eq!(text(&c.exec_sync(id, &["cat", &format!("/{link}/file")]).stdout), "given");
+            }
+            assert!(fs::read_dir(&outside).unwrap().next().is_none(), "{link} led outside");
         }
-        assert!(fs::read_dir(&outside).unwrap().next().is_none(), "{link} led outside");
-    }
-    pod.finish();
+    });
 }
 
 /// A container in the pod's user namespace: root inside, nobody outside, in the start and in an exec.

@@ -150,6 +150,15 @@ fn remove_tree(folder: &Path) -> io::Result<bool> {
     }
 }
 
+/// The folder of a v1 controller, which may be mounted together with others (`cpu,cpuacct`).
+pub(crate) fn v1_folder<'a>(folders: &'a [PathBuf], controller: &str) -> Option<&'a Path> {
+    let carries = |f: &&PathBuf| {
+        let hierarchy = f.strip_prefix(ROOT).ok().and_then(|r| r.components().next());
+        hierarchy.is_some_and(|h| h.as_os_str().to_string_lossy().split(',').any(|c| c == controller))
+    };
+    folders.iter().find(carries).map(PathBuf::as_path)
+}
+
 /// The folder of the memory controller.
 pub fn memory_folder(folders: &[PathBuf]) -> Option<&PathBuf> {
     if is_unified() {
@@ -197,7 +206,7 @@ pub fn make(path: &str) -> io::Result<Vec<PathBuf>> {
             Err(_) if !base.join("cgroup.procs").exists() => continue,
             Err(_) => fs::create_dir_all(&folder)?,
         }
-        if name == "cpuset" || folder.join("cpuset.cpus").exists() {
+        if name.to_string_lossy().split(',').any(|c| c == "cpuset") {
             inherit_cpuset(&base, rel)?;
         }
         out.push(folder);
@@ -228,19 +237,19 @@ fn make_unified(rel: &str) -> io::Result<PathBuf> {
 /// A new v1 cpuset is empty and refuses members until it has its parent's CPUs and memory nodes.
 fn inherit_cpuset(base: &Path, rel: &str) -> io::Result<()> {
     for file in ["cpuset.cpus", "cpuset.mems"] {
-        let mut at = base.to_owned();
-        let mut above = String::new();
-        for part in std::iter::once("").chain(rel.split('/')) {
-            at.push(part);
-            let mut own = fs::read_to_string(at.join(file))?;
-            if own.trim().is_empty() {
-                fs::write(at.join(file), above.trim())?;
-                own = above;
-            }
-            above = own;
-        }
+        cpuset_value(base, Path::new(rel), file)?;
     }
     Ok(())
+}
+
+/// What a folder has, after those above it have handed down theirs where it has nothing.
+fn cpuset_value(base: &Path, rel: &Path, file: &str) -> io::Result<String> {
+    let at = base.join(rel).join(file);
+    let own = fs::read_to_string(&at)?;
+    let Some(above) = rel.parent().filter(|_| own.trim().is_empty()) else { return Ok(own) };
+    let value = cpuset_value(base, above, file)?;
+    fs::write(&at, value.trim())?;
+    Ok(value)
 }
 
 /// How a process gets into its cgroup. Opened by whoever has the rights, used by whoever goes in.
@@ -313,6 +322,14 @@ mod tests {
         );
         assert_eq!(folders("0::/kubepods/b\n", true), [PathBuf::from("/sys/fs/cgroup/kubepods/b")]);
         assert!(folders("0::/../x\nnonsense\n", true).is_empty());
+    }
+
+    #[test]
+    fn controllers_by_folder() {
+        let all = [PathBuf::from("/sys/fs/cgroup/cpu,cpuacct/a"), "/sys/fs/cgroup/memory/a".into()];
+        assert_eq!(v1_folder(&all, "cpu"), Some(all[0].as_path()));
+        assert_eq!(v1_folder(&all, "memory"), Some(all[1].as_path()));
+        assert_eq!(v1_folder(&all, "cpuset"), None);
     }
 
     #[test]

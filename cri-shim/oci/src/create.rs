@@ -1,11 +1,12 @@
-//! OCI "create". The helper process prepares what needs the host's rights and forks the container's first process, which
-//! libcontainer sets up: namespaces, root file system, mounts, devices, masked paths, terminal.
+//! OCI "create". The helper process prepares what needs the host's rights and forks the container's first process, which sets
+//! itself up: namespaces, root file system, mounts, devices, masked paths, terminal. What pods ask for is done by [`crate::init`];
+//! specs with more than that (hooks, sysctls, labels, rare mount options) by libcontainer.
 //!
 //! libcontainer's own builder is not used: it forks three times, keeps its state in files that it reads again at every step,
 //! and moves processes between cgroups in a way that waits (see [`cgroup::Entry`]).
 
 use std::fs;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -31,6 +32,7 @@ use crate::adapt::{self, Adaptation, Taken};
 use crate::console::{self, Console};
 use crate::executor::{Init, Program};
 use crate::identity::{Identity, become_root};
+use crate::init::{First, Opened, Plan, wait_ready};
 use crate::ops::{Outcome, Stdio, check_id, filter_path, set_oom_score_adj};
 use crate::rlimits::Rlimits;
 use crate::seccomp::{self, Filter};
@@ -159,6 +161,20 @@ fn take_back(c: &CreateSpec<'_>, made: &Made) {
     let _ = cgroup::remove_within(&made.cgroups, Duration::from_secs(2));
 }
 
+/// What the fork of the first process starts from, whoever sets it up.
+struct Parts<'a> {
+    c: &'a CreateSpec<'a>,
+    spec: Spec,
+    rootfs: PathBuf,
+    entry: cgroup::Entry,
+    tty: Option<Console>,
+    init: Init,
+    limits: Rlimits,
+    /// The user namespace to join.
+    users: Option<LinuxNamespace>,
+    cgroup_path: PathBuf,
+}
+
 fn make(
     c: &CreateSpec<'_>,
     spec: Spec,
@@ -171,70 +187,26 @@ fn make(
     let rootfs = fs::canonicalize(c.bundle.join(&rootfs))
         .map_err(|e| Error::io("rootfs", &format!("cannot use {}", rootfs.display()), &e))?;
     let entry = place(c, &spec, &taken, made)?;
-    let tty = Console::new(c.tty)?;
-    let channels = Channels::new()?;
     let state = match spec.hooks().is_some() || !taken.start_hooks.is_empty() {
         true => Some(container(c)?),
         false => None,
     };
-    let executor = Init {
+    let init = Init {
         program: Program::new(&taken.process),
         identity: Identity::new(&taken.process, filter),
         channel: c.channel.as_raw_fd(),
         hooks: state.as_ref().map(|s| (taken.start_hooks.clone(), s.state.clone())),
     };
-    let raw = |f: &Option<OwnedFd>| f.as_ref().map(AsRawFd::as_raw_fd);
-    let args = ContainerArgs {
-        container_type: ContainerType::InitContainer,
-        syscall: SyscallType::default(),
-        spec: Rc::new(spec),
-        rootfs,
-        console_socket: tty.as_ref().map(Console::theirs),
-        notify_listener: open_gate(c)?,
-        preserve_fds: 0,
-        container: state,
-        user_ns_config: None,
-        cgroup_config: CgroupConfig {
-            cgroup_path: taken.cgroup_path.clone(),
-            systemd_cgroup: c.systemd_cgroup,
-            container_name: c.id.to_owned(),
-        },
-        detached: true,
-        executor: Box::new(executor),
-        no_pivot: false,
-        stdin: raw(&c.stdio.stdin),
-        stdout: raw(&c.stdio.stdout),
-        stderr: raw(&c.stdio.stderr),
-        as_sibling: false,
-        pid_file: None,
-    };
     let limits = Rlimits::new(&taken.process);
     made.clamped = limits.clamped().to_vec();
-    let user = namespace(&args.spec, LinuxNamespaceType::User);
-    let here =
-        fs::File::open("/proc/self/ns/pid").map_err(|e| Error::io("namespace", "/proc/self/ns/pid", &e))?;
-    if let Some(user) = &user {
-        // Raising limits needs the host's rights.
-        limits.set()?;
-        enter(user, CloneFlags::CLONE_NEWUSER)?;
-        become_root().map_err(|e| Error::new(Kind::Runtime, "namespace", e.to_string(), e.errno))?;
-    }
-    for (kind, flag) in [
-        (LinuxNamespaceType::Time, CloneFlags::from_bits_retain(libc::CLONE_NEWTIME)),
-        (LinuxNamespaceType::Pid, CloneFlags::CLONE_NEWPID),
-    ] {
-        if let Some(n) = namespace(&args.spec, kind) {
-            enter(&n, flag)?;
-        }
-    }
-    let pid = sys::fork_sibling(entry.folder()).map_err(|e| Error::io("namespace", "cannot fork", &e))?;
-    let Some(pid) = pid else { first_process(&args, &entry, channels, user.is_none().then_some(limits)) };
-    made.pid = pid.as_raw();
-    if made.cgroups.is_empty() {
-        // systemd has named them.
-        made.cgroups = cgroup::of_process(made.pid, nix::unistd::getppid().as_raw());
-    }
-    channels.follow(&args, pid, &here, user.is_some(), details)?;
+    let users = namespace(&spec, LinuxNamespaceType::User);
+    let tty = Console::new(c.tty)?;
+    let parts =
+        Parts { c, spec, rootfs, entry, tty, init, limits, users, cgroup_path: taken.cgroup_path.clone() };
+    let tty = match Plan::of(&parts.spec) {
+        Some(plan) => parts.by_plan(&plan, made)?,
+        None => parts.by_libcontainer(state, made, details)?,
+    };
     let uid = taken.process.user().uid();
     tty.map(Console::receive).transpose().inspect(|master| {
         if let Some(m) = master {
@@ -244,25 +216,126 @@ fn make(
     })
 }
 
+impl Parts<'_> {
+    /// Joins what a fork must be in from its beginning, then forks. `None` in the first process.
+    fn fork(&self, made: &mut Made) -> Result<Option<Pid>, Error> {
+        if let Some(users) = &self.users {
+            // Raising limits needs the host's rights.
+            self.limits.set()?;
+            enter(users, CloneFlags::CLONE_NEWUSER)?;
+            become_root().map_err(|e| Error::new(Kind::Runtime, "namespace", e.to_string(), e.errno))?;
+        }
+        for (kind, flag) in [
+            (LinuxNamespaceType::Time, CloneFlags::from_bits_retain(libc::CLONE_NEWTIME)),
+            (LinuxNamespaceType::Pid, CloneFlags::CLONE_NEWPID),
+        ] {
+            if let Some(n) = namespace(&self.spec, kind) {
+                enter(&n, flag)?;
+            }
+        }
+        let pid =
+            sys::fork_sibling(self.entry.folder()).map_err(|e| Error::io("namespace", "cannot fork", &e))?;
+        if let Some(pid) = pid {
+            made.pid = pid.as_raw();
+            if made.cgroups.is_empty() {
+                // systemd has named them.
+                made.cgroups = cgroup::of_process(made.pid, nix::unistd::getppid().as_raw());
+            }
+        }
+        Ok(pid)
+    }
+
+    fn by_plan(mut self, plan: &Plan, made: &mut Made) -> Result<Option<Console>, Error> {
+        let opened = Opened::new(plan, self.users.is_some())?;
+        let (ready, report) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
+            .map_err(|e| Error::io("helper", "cannot make a pipe", &e.into()))?;
+        if self.fork(made)?.is_none() {
+            let limits = self.users.is_none().then_some(self.limits);
+            let first = First {
+                plan,
+                opened,
+                rootfs: &self.rootfs,
+                entry: &self.entry,
+                limits,
+                stdio: &self.c.stdio,
+                tty: self.tty.as_ref(),
+                init: self.init,
+                report: report.as_raw_fd(),
+            };
+            first.go();
+        }
+        // So that the end of the first process is an end of file here.
+        drop(report);
+        wait_ready(ready.as_fd())?;
+        Ok(self.tty.take())
+    }
+
+    fn by_libcontainer(
+        self,
+        state: Option<Container>,
+        made: &mut Made,
+        details: &dyn Fn() -> String,
+    ) -> Result<Option<Console>, Error> {
+        let channels = Channels::new()?;
+        let here = fs::File::open("/proc/self/ns/pid")
+            .map_err(|e| Error::io("namespace", "/proc/self/ns/pid", &e))?;
+        let notify_listener = open_gate(self.c)?;
+        let Some(pid) = self.fork(made)? else {
+            let raw = |f: &Option<OwnedFd>| f.as_ref().map(AsRawFd::as_raw_fd);
+            let limits = self.users.is_none().then_some(self.limits);
+            let args = ContainerArgs {
+                container_type: ContainerType::InitContainer,
+                syscall: SyscallType::default(),
+                spec: Rc::new(self.spec),
+                rootfs: self.rootfs,
+                console_socket: self.tty.as_ref().map(Console::theirs),
+                notify_listener,
+                preserve_fds: 0,
+                container: state,
+                user_ns_config: None,
+                cgroup_config: CgroupConfig {
+                    cgroup_path: self.cgroup_path,
+                    systemd_cgroup: self.c.systemd_cgroup,
+                    container_name: self.c.id.to_owned(),
+                },
+                detached: true,
+                executor: Box::new(self.init),
+                no_pivot: false,
+                stdin: raw(&self.c.stdio.stdin),
+                stdout: raw(&self.c.stdio.stdout),
+                stderr: raw(&self.c.stdio.stderr),
+                as_sibling: false,
+                pid_file: None,
+            };
+            first_process(&args, &self.entry, channels, limits)
+        };
+        channels.follow(&self.spec, state.as_ref(), pid, &here, self.users.is_some(), details)?;
+        Ok(self.tty)
+    }
+}
+
 fn container(c: &CreateSpec<'_>) -> Result<Container, Error> {
     Container::new(c.id, ContainerStatus::Creating, None, c.bundle, c.root)
         .map_err(|e| convert::libcontainer(&e, ""))
+}
+
+fn group<'a>(c: &CreateSpec<'a>, path: &'a Path, folders: &'a [PathBuf]) -> limits::Group<'a> {
+    limits::Group { path, id: c.id, systemd: c.systemd_cgroup, folders }
 }
 
 /// Makes the cgroup with its limits.
 fn place(c: &CreateSpec<'_>, spec: &Spec, taken: &Taken, made: &mut Made) -> Result<cgroup::Entry, Error> {
     let path = &taken.cgroup_path;
     let by_systemd = c.systemd_cgroup && cgroup::is_unified() && !path.is_absolute();
-    let manager = limits::manager(path, c.id, c.systemd_cgroup)?;
     if by_systemd {
-        limits::enter_scope(&manager)?;
+        group(c, path, &[]).enter_scope()?;
     } else {
         let text = path.to_string_lossy();
         made.cgroups = cgroup::make(&text)
             .map_err(|e| Error::io("cgroup", &format!("cannot make the cgroup {text}"), &e))?;
     }
     if let Some(r) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
-        limits::apply(&manager, r)?;
+        group(c, path, &made.cgroups).apply(r, true)?;
         if let (true, Some(folder)) = (cgroup::is_unified(), made.cgroups.first()) {
             devices::confine(folder, r.devices().as_deref().unwrap_or_default())?;
         }
@@ -328,7 +401,8 @@ impl Channels {
     /// The helper's side, until the first process waits for its start.
     fn follow(
         mut self,
-        args: &ContainerArgs,
+        spec: &Spec,
+        container: Option<&Container>,
         pid: Pid,
         here: &fs::File,
         in_user_namespace: bool,
@@ -337,9 +411,9 @@ impl Channels {
         let failed = |e: &dyn std::error::Error| convert::from_text(&convert::chain(e), &details());
         // So that the end of the first process is an end of file here.
         let _ = (self.to_main.close(), self.from_main.close());
-        if let Some(hooks) = args.spec.hooks() {
+        if let Some(hooks) = spec.hooks() {
             self.from_init.wait_for_hook_request().map_err(|e| failed(&e))?;
-            let state = args.container.as_ref().map(|c| &c.state);
+            let state = container.map(|c| &c.state);
             if in_user_namespace {
                 return Err(Error::new(
                     Kind::Invalid,

@@ -1,8 +1,8 @@
 //! A further process in a running container. All of it is this crate's own: the helper joins the container's namespaces through
 //! a pidfd and forks the process, which goes into the cgroup, becomes the user and executes the program.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::fs::{self, OpenOptions};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use nix::sched::{CloneFlags, setns};
 use oci_spec::runtime::Process;
 use rustix::process::PidfdFlags;
 
+use crate::apparmor::AppArmor;
 use crate::console::{self, Console};
 use crate::create::Context;
 use crate::executor::{Program, Report, send_report};
@@ -137,23 +138,6 @@ fn read_filter(path: &Path) -> Result<Filter, Error> {
         .ok_or_else(|| Error::new(Kind::Runtime, "seccomp", format!("{what}: damaged"), 0))
 }
 
-/// The host's file for the profile of the next execve: after the change of the mount namespace, /proc is the container's
-/// to decide (CVE-2025-52881).
-struct AppArmor {
-    file: File,
-    profile: String,
-}
-
-impl AppArmor {
-    fn open(profile: &str) -> Result<AppArmor, Error> {
-        let open = |p| OpenOptions::new().write(true).open(p);
-        let file = open("/proc/self/attr/apparmor/exec")
-            .or_else(|_| open("/proc/self/attr/exec"))
-            .map_err(|e| Error::io("apparmor", "this kernel has no AppArmor", &e))?;
-        Ok(AppArmor { file, profile: profile.to_owned() })
-    }
-}
-
 /// The new process, from its fork on.
 struct Begun<'a> {
     entry: &'a cgroup::Entry,
@@ -168,7 +152,7 @@ struct Begun<'a> {
 }
 
 impl Begun<'_> {
-    fn go(mut self) -> ! {
+    fn go(self) -> ! {
         let report = match self.prepare() {
             Ok(()) => self.program.run(&self.identity),
             Err(r) => r,
@@ -177,7 +161,7 @@ impl Begun<'_> {
         helper::leave(1)
     }
 
-    fn prepare(&mut self) -> Result<(), Report> {
+    fn prepare(&self) -> Result<(), Report> {
         let io = |what: &'static str| {
             move |e: io::Error| (e.raw_os_error().unwrap_or(libc::EIO), format!("{what}: {e}"))
         };
@@ -188,26 +172,12 @@ impl Begun<'_> {
         }
         nix::unistd::setsid().map_err(nix("cannot make a session"))?;
         self.connect().map_err(io("cannot connect the standard streams"))?;
-        if let Some(a) = &mut self.apparmor {
-            a.file
-                .write_all(format!("exec {}", a.profile).as_bytes())
-                .map_err(io("cannot set the AppArmor profile"))?;
+        if let Some(a) = &self.apparmor {
+            a.set_for_execve().map_err(io("cannot set the AppArmor profile"))?;
         }
         // Nothing that is open here may be reachable for the program or as its folder (CVE-2024-21626).
         sys::close_on_exec_from(3).map_err(io("cannot mark descriptors"))?;
-        // As root first, then as the user: each may be allowed what the other is not.
-        let first = nix::unistd::chdir(self.cwd);
-        self.identity.assume().map_err(|e| (e.errno, e.to_string()))?;
-        if first == Err(nix::Error::EPERM) || first == Err(nix::Error::EACCES) {
-            nix::unistd::chdir(self.cwd).map_err(nix("cannot change to the working directory"))?;
-        } else {
-            first.map_err(nix("cannot change to the working directory"))?;
-        }
-        let inside = nix::unistd::getcwd().map_err(nix("the working directory is outside the container"))?;
-        if !inside.is_absolute() {
-            return Err((libc::ENOENT, "the working directory is outside the container".into()));
-        }
-        Ok(())
+        self.identity.assume_in(self.cwd).map_err(|e| (e.errno, e.to_string()))
     }
 
     fn connect(&self) -> io::Result<()> {

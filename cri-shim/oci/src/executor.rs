@@ -81,7 +81,7 @@ impl Program {
         self.env.iter().find_map(|v| v.strip_prefix(name)?.strip_prefix('='))
     }
 
-    pub(crate) fn find(&self) -> Result<PathBuf, Report> {
+    fn find(&self) -> Result<PathBuf, Report> {
         let name = self.args.first().map_or("", String::as_str);
         resolve(name, self.variable("PATH").unwrap_or(DEFAULT_PATH))
     }
@@ -155,7 +155,7 @@ fn parse_report(bytes: &[u8]) -> Report {
     split.unwrap_or((0, text.into_owned()))
 }
 
-/// Our part of a container's first process, in the shape that libcontainer calls.
+/// The end of a container's first process; libcontainer can call it, too.
 #[derive(Clone)]
 pub(crate) struct Init {
     pub program: Program,
@@ -167,12 +167,11 @@ pub(crate) struct Init {
 }
 
 impl Executor for Init {
-    /// The last step that can still refuse the creation.
+    /// The last step that can still refuse the creation. Whether there is such a program shows at the start.
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         let bad = |m: String| ExecutorValidationError::ArgValidationError(m);
         crate::propagation::set(spec).map_err(|(errno, m)| bad(format!("{m} (os error {errno})")))?;
-        self.identity.assume().map_err(|e| bad(format!("{e} (os error {})", e.errno)))?;
-        self.program.find().map(|_| ()).map_err(|(errno, m)| bad(format!("{m} (os error {errno})")))
+        self.identity.assume().map_err(|e| bad(format!("{e} (os error {})", e.errno)))
     }
 
     /// The program is given its own; the process keeps what it has.
@@ -181,6 +180,14 @@ impl Executor for Init {
     }
 
     fn exec(&self, _: &Spec) -> Result<(), ExecutorError> {
+        // Not back to libcontainer: its channel to the helper is closed by now.
+        self.wait_and_run()
+    }
+}
+
+impl Init {
+    /// Never returns: it executes the user's program after the word to start, or ends.
+    pub(crate) fn wait_and_run(&self) -> ! {
         if !self.may_go() {
             // The monitor is gone: nobody would look after the container.
             helper::leave(1);
@@ -193,12 +200,9 @@ impl Executor for Init {
         }
         let report = self.program.run(&self.identity);
         send_report(self.channel, &report);
-        // Not back to libcontainer: its channel to the helper is closed by now.
         helper::leave(1)
     }
-}
 
-impl Init {
     fn may_go(&self) -> bool {
         let mut buf = [0u8; 8];
         loop {

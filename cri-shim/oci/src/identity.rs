@@ -5,6 +5,7 @@
 //! filter needs, [`Identity::finish`] is the last thing before execve.
 
 use std::io;
+use std::path::Path;
 
 use caps::{CapSet, Capability, CapsHashSet};
 use libcontainer::capabilities::CapabilityExt;
@@ -19,6 +20,7 @@ use crate::sys;
 /// What failed, for the user.
 #[derive(Debug)]
 pub(crate) struct Failure {
+    pub stage: &'static str,
     pub what: &'static str,
     pub errno: i32,
 }
@@ -30,7 +32,7 @@ impl std::fmt::Display for Failure {
 }
 
 fn nix(what: &'static str) -> impl Fn(nix::Error) -> Failure {
-    move |e| Failure { what, errno: e as i32 }
+    move |e| Failure { stage: "user", what, errno: e as i32 }
 }
 
 #[derive(Clone, Debug)]
@@ -77,6 +79,29 @@ impl Identity {
 
     fn filter_needs_rights(&self) -> bool {
         self.filter.is_some() && !self.no_new_privileges
+    }
+
+    /// [`Identity::assume`], with `cwd` as the working directory, which must lie inside the container.
+    pub(crate) fn assume_in(&self, cwd: &Path) -> Result<(), Failure> {
+        let failed = |e: nix::Error| Failure {
+            stage: "cwd",
+            what: "change to the working directory",
+            errno: e as i32,
+        };
+        // As root first, then as the user: each may be allowed what the other is not.
+        let first = nix::unistd::chdir(cwd);
+        self.assume()?;
+        match first {
+            Err(nix::Error::EPERM | nix::Error::EACCES) => nix::unistd::chdir(cwd).map_err(failed)?,
+            other => other.map_err(failed)?,
+        }
+        let outside = |e| Failure {
+            stage: "cwd",
+            what: "the working directory is outside the container",
+            errno: e as i32,
+        };
+        let inside = nix::unistd::getcwd().map_err(outside)?;
+        if inside.is_absolute() { Ok(()) } else { Err(outside(nix::Error::ENOENT)) }
     }
 
     /// The calling process becomes the user. It keeps CAP_SYS_ADMIN only where the filter needs it.
@@ -132,6 +157,7 @@ impl Identity {
     pub(crate) fn finish(&self) -> Result<(), Failure> {
         let load = || match &self.filter {
             Some(f) => sys::load_filter(f).map_err(|e| Failure {
+                stage: "seccomp",
                 what: "load the seccomp filter",
                 errno: e.raw_os_error().unwrap_or(libc::EIO),
             }),
@@ -159,6 +185,7 @@ pub(crate) fn become_root() -> Result<(), Failure> {
 /// The library tells no number; it comes from the call that it has just made.
 fn capability(_: caps::errors::CapsError) -> Failure {
     Failure {
+        stage: "capabilities",
         what: "set the capabilities",
         errno: io::Error::last_os_error().raw_os_error().unwrap_or(libc::EPERM),
     }

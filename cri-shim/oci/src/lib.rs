@@ -6,6 +6,7 @@
 //! to serve others meanwhile.
 
 mod adapt;
+mod apparmor;
 pub mod cgroup;
 mod console;
 mod convert;
@@ -13,8 +14,10 @@ mod create;
 mod devices;
 mod exec;
 mod executor;
+mod external;
 pub mod helper;
 mod identity;
+mod init;
 mod limits;
 mod ops;
 mod propagation;
@@ -26,6 +29,7 @@ pub use adapt::Adaptation;
 pub use create::{Context, CreateSpec, Created, create};
 pub use exec::{ExecSpec, exec};
 pub use executor::read_report;
+pub use external::{External, Runtime};
 pub use helper::{Helper, Reply};
 pub use ops::{Outcome, Stdio, delete, delete_in_place, delete_now, start, start_channel, update};
 

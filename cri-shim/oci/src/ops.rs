@@ -92,14 +92,20 @@ pub fn start(channel: OwnedFd, init: i32) -> Result<Helper, Error> {
 }
 
 /// Applies new limits (OCI LinuxResources as JSON) to a container's cgroup.
-pub fn update(id: &str, context: &Context, resources: &[u8], systemd_cgroup: bool) -> Result<Helper, Error> {
+pub fn update(
+    id: &str,
+    context: &Context,
+    cgroups: &[PathBuf],
+    resources: &[u8],
+    systemd_cgroup: bool,
+) -> Result<Helper, Error> {
     check_id(id)?;
     let resources: LinuxResources = serde_json::from_slice(resources)
         .map_err(|e| Error::new(Kind::Invalid, "spec", format!("the resources do not parse: {e}"), 0))?;
     helper::run(&[], |_| {
-        let applied = limits::manager(&context.cgroup_path, id, systemd_cgroup)
-            .and_then(|manager| limits::apply(&manager, &resources));
-        (applied.map(|()| Outcome::Done), None)
+        let group =
+            limits::Group { path: &context.cgroup_path, id, systemd: systemd_cgroup, folders: cgroups };
+        (group.apply(&resources, false).map(|()| Outcome::Done), None)
     })
 }
 

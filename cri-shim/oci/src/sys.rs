@@ -146,3 +146,27 @@ pub(crate) fn attach_device_program(cgroup: RawFd, program: RawFd) -> io::Result
     };
     bpf(BPF_PROG_ATTACH, &attributes).map(|_| ())
 }
+
+/// Changes a mount's attributes and propagation, with those of all below it if `recursive`.
+pub(crate) fn set_mount(
+    mount: BorrowedFd<'_>,
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    recursive: bool,
+) -> io::Result<()> {
+    let attributes = libc::mount_attr { attr_set: set, attr_clr: clear, propagation, userns_fd: 0 };
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path and the struct outlive the call and are as long as is said.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &attributes as *const libc::mount_attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -33,8 +33,8 @@ impl Client {
 
     pub fn new(dir: &Path) -> Client {
         let mut c = Client::raw(dir);
-        match c.call(Ask::Hello(Hello { version: 1 })) {
-            Body::Hello(h) => assert_eq!(h.version, 1),
+        match c.call(Ask::Hello(Hello { version: 2 })) {
+            Body::Hello(h) => assert_eq!(h.version, 2),
             other => panic!("{other:?}"),
         }
         c
@@ -209,10 +209,17 @@ fn merge(a: &mut Value, b: Value) {
     }
 }
 
+/// Makes libcontainer set a container up: it asks for something rare.
+pub fn by_libcontainer() -> Value {
+    json!({"linux": {"personality": {"domain": "LINUX"}}})
+}
+
 /// A monitor with its folder and a busybox root file system.
 pub struct Pod {
     pub dir: PathBuf,
     pub name: String,
+    /// Containers ask for something that only libcontainer does.
+    pub rare: bool,
 }
 
 impl Pod {
@@ -238,7 +245,7 @@ impl Pod {
         ] {
             std::os::unix::fs::symlink("busybox", bin.join(a)).unwrap();
         }
-        Pod { dir, name }
+        Pod { dir, name, rare: false }
     }
 
     pub fn new(test: &str) -> Pod {
@@ -299,6 +306,9 @@ impl Pod {
             },
         });
         merge(&mut spec, extra);
+        if self.rare {
+            merge(&mut spec, by_libcontainer());
+        }
         fs::write(bundle.join("config.json"), serde_json::to_vec_pretty(&spec).unwrap()).unwrap();
         CreateContainer {
             container_id: id.into(),

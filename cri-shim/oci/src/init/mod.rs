@@ -1,0 +1,221 @@
+//! The first process of a container, from its fork to its start, for specs that have a [`Plan`].
+
+mod dev;
+mod mount;
+pub(crate) mod plan;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::Path;
+
+use nix::sched::{setns, unshare};
+use nix::sys::stat::{Mode, umask};
+pub(crate) use plan::Plan;
+
+use crate::apparmor::AppArmor;
+use crate::console::Console;
+use crate::executor::Init;
+use crate::ops::Stdio;
+use crate::rlimits::Rlimits;
+use crate::{Error, Kind, cgroup, helper, sys};
+
+/// What failed in the first process, for its helper.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    stage: &'static str,
+    message: String,
+    errno: i32,
+}
+
+impl Failure {
+    fn io(stage: &'static str, what: impl std::fmt::Display, e: &io::Error) -> Failure {
+        Failure { stage, message: format!("{what}: {e}"), errno: e.raw_os_error().unwrap_or(0) }
+    }
+}
+
+/// Descriptors that the helper opened while it had the host's rights.
+#[derive(Default)]
+pub(crate) struct Opened {
+    namespaces: Vec<OwnedFd>,
+    /// By the index of the mount; only with a user namespace.
+    sources: Vec<Option<OwnedFd>>,
+    apparmor: Option<AppArmor>,
+}
+
+impl Opened {
+    /// `sources`: those of bind mounts, too, because what is opened later has the rights of a user namespace.
+    pub(crate) fn new(plan: &Plan, sources: bool) -> Result<Opened, Error> {
+        let open = |p: &Path| {
+            File::open(p)
+                .map(OwnedFd::from)
+                .map_err(|e| Error::io("namespace", &format!("cannot open {}", p.display()), &e))
+        };
+        let source = |m: &plan::Mount| match &m.source {
+            plan::Source::Bind { path, recursive } => mount::open_source(path, *recursive)
+                .map(Some)
+                .map_err(|e| Error::io("mount", &format!("cannot bind {}", path.display()), &e)),
+            _ => Ok(None),
+        };
+        let mut out = Opened {
+            namespaces: plan.join.iter().map(|(p, _)| open(p)).collect::<Result<_, _>>()?,
+            apparmor: plan.apparmor.as_deref().map(AppArmor::open).transpose()?,
+            ..Opened::default()
+        };
+        if sources {
+            out.sources = plan.mounts.iter().map(source).collect::<Result<_, _>>()?;
+        }
+        Ok(out)
+    }
+}
+
+/// Everything that the first process needs.
+pub(crate) struct First<'a> {
+    pub plan: &'a Plan,
+    pub opened: Opened,
+    pub rootfs: &'a Path,
+    pub entry: &'a cgroup::Entry,
+    pub limits: Option<Rlimits>,
+    pub stdio: &'a Stdio,
+    pub tty: Option<&'a Console>,
+    pub init: Init,
+    /// Takes a [`Failure`], or [`READY`].
+    pub report: RawFd,
+}
+
+const READY: &[u8] = b"+";
+
+impl First<'_> {
+    /// Never returns: it executes the user's program or ends.
+    pub(crate) fn go(mut self) -> ! {
+        let word = match self.prepare() {
+            Ok(()) => READY.to_vec(),
+            Err(f) => format!("-{}\t{}\t{}", f.stage, f.errno, f.message).into_bytes(),
+        };
+        let told = nix::unistd::write(helper::borrow(self.report), &word[..word.len().min(4096)]);
+        if word != READY || told.is_err() {
+            helper::leave(1);
+        }
+        self.init.wait_and_run()
+    }
+
+    fn prepare(&mut self) -> Result<(), Failure> {
+        let plan = self.plan;
+        let io = |stage: &'static str, what: &'static str| move |e: io::Error| Failure::io(stage, what, &e);
+        let nix = |stage: &'static str, what: &'static str| {
+            move |e: nix::Error| Failure::io(stage, what, &e.into())
+        };
+        self.entry.enter().map_err(io("cgroup", "cannot enter the cgroup"))?;
+        if let Some(l) = self.limits.take() {
+            l.set().map_err(|e| Failure { stage: "rlimit", message: e.message, errno: e.errno })?;
+        }
+        nix::unistd::setsid().map_err(nix("runtime", "cannot make a session"))?;
+        self.connect().map_err(nix("stdio", "cannot connect the standard streams"))?;
+        for (fd, (path, flag)) in self.opened.namespaces.iter().zip(&plan.join) {
+            setns(fd, *flag).map_err(|e| {
+                Failure::io("namespace", format!("cannot join {}", path.display()), &e.into())
+            })?;
+        }
+        unshare(plan.make).map_err(nix("namespace", "cannot make the namespaces"))?;
+        self.file_system()?;
+        if let Some(a) = &self.opened.apparmor {
+            a.set_for_execve().map_err(io("apparmor", "cannot set the AppArmor profile"))?;
+        }
+        self.close_off()?;
+        // Nothing that is open here may be reachable for the program or as its folder (CVE-2024-21626).
+        sys::close_on_exec_from(3).map_err(io("runtime", "cannot mark descriptors"))?;
+        let becomes = self.init.identity.assume_in(&plan.cwd);
+        becomes.map_err(|e| Failure { stage: e.stage, message: e.to_string(), errno: e.errno })
+    }
+
+    fn connect(&self) -> nix::Result<()> {
+        if let Some(fd) = &self.stdio.stdin {
+            nix::unistd::dup2_stdin(fd)?;
+        }
+        if let Some(fd) = &self.stdio.stdout {
+            nix::unistd::dup2_stdout(fd)?;
+        }
+        if let Some(fd) = &self.stdio.stderr {
+            nix::unistd::dup2_stderr(fd)?;
+        }
+        Ok(())
+    }
+
+    /// Until the process is inside its own root.
+    fn file_system(&mut self) -> Result<(), Failure> {
+        let plan = self.plan;
+        let failed = |what: &'static str| move |e: io::Error| Failure::io("rootfs", what, &e);
+        let root = mount::open_root(self.rootfs, plan.host_propagation)
+            .map_err(failed("cannot use the root file system"))?;
+        let before = umask(Mode::empty());
+        let mut sources = std::mem::take(&mut self.opened.sources).into_iter();
+        for m in &plan.mounts {
+            mount::mount(&root, m, sources.next().flatten())?;
+        }
+        if plan.own_dev {
+            dev::fill(&root, &plan.nodes)?;
+        }
+        umask(before);
+        // An image's working directory need not exist (the OCI image spec does not say so).
+        if plan.cwd.is_absolute()
+            && let Err(e) = root.folder(&plan.cwd)
+            && e != rustix::io::Errno::ROFS
+        {
+            return Err(Failure::io("cwd", format!("cannot use {}", plan.cwd.display()), &e.into()));
+        }
+        mount::enter(&root, plan.host_propagation).map_err(failed("cannot change the root"))?;
+        if let Some(p) = plan.root_propagation {
+            rustix::mount::mount_change("/", p)
+                .map_err(|e| Failure::io("rootfs", "cannot set the root's propagation", &e.into()))?;
+        }
+        Ok(())
+    }
+
+    /// Terminal and null device, then what must not be seen or written.
+    fn close_off(&self) -> Result<(), Failure> {
+        let plan = self.plan;
+        let null = dev::null().map_err(|e| Failure::io("rootfs", "cannot open /dev/null", &e))?;
+        dev::take_null(&null).map_err(|e| Failure::io("stdio", "cannot use /dev/null", &e))?;
+        if let Some(console) = self.tty {
+            dev::take_console(console).map_err(|e| Failure::io("tty", "cannot set up the terminal", &e))?;
+        }
+        if plan.readonly_root {
+            mount::make_root_readonly()
+                .map_err(|e| Failure::io("rootfs", "cannot make the root read-only", &e))?;
+        }
+        for path in &plan.readonly {
+            mount::make_readonly(path)
+                .map_err(|e| Failure::io("mount", format!("cannot make {} read-only", path.display()), &e))?;
+        }
+        mount::mask(&plan.masked, null.as_fd())
+    }
+}
+
+/// Waits until the first process is ready to be started.
+pub(crate) fn wait_ready(from: BorrowedFd<'_>) -> Result<(), Error> {
+    let mut buf = [0u8; 4096];
+    let n = loop {
+        match nix::unistd::read(from, &mut buf) {
+            Err(nix::errno::Errno::EINTR) => {}
+            other => {
+                break other.map_err(|e| Error::io("runtime", "cannot hear the first process", &e.into()))?;
+            }
+        }
+    };
+    match &buf[..n] {
+        b"+" => Ok(()),
+        [b'-', rest @ ..] => {
+            let text = String::from_utf8_lossy(rest);
+            let mut parts = text.splitn(3, '\t');
+            let stage = parts.next().unwrap_or("runtime");
+            let errno = parts.next().and_then(|n| n.parse().ok()).unwrap_or(0);
+            Err(Error::new(Kind::Runtime, stage, parts.next().unwrap_or_default(), errno))
+        }
+        _ => Err(Error::new(
+            Kind::Runtime,
+            "runtime",
+            "the container's first process died while it was set up",
+            0,
+        )),
+    }
+}

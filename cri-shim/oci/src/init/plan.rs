@@ -1,0 +1,398 @@
+//! Pure: what a container's first process will do, taken from its spec. A spec that asks for more than this crate does itself has
+//! no plan; libcontainer sets up such a container.
+
+use std::path::{Component, Path, PathBuf};
+
+use nix::sched::CloneFlags;
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, LinuxNamespaceType, Mount as SpecMount, Spec};
+use rustix::mount::{MountAttrFlags, MountPropagationFlags};
+
+/// How a mount passes mounts on, with all below it if `recursive`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Propagation {
+    pub flags: MountPropagationFlags,
+    pub recursive: bool,
+}
+
+/// What is mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// A folder or file of the host.
+    Bind { path: PathBuf, recursive: bool },
+    /// A new file system with its options.
+    New { kind: String, source: String, options: Vec<(String, Option<String>)> },
+    /// The container's own cgroup, version 2.
+    Cgroup,
+}
+
+/// One entry of the spec's mount table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Mount {
+    /// Below the container's root; absolute, without dots.
+    pub at: PathBuf,
+    pub source: Source,
+    pub attributes: MountAttrFlags,
+    /// Set on everything below, too.
+    pub recursive_attributes: MountAttrFlags,
+    pub propagation: Option<Propagation>,
+}
+
+/// A device node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Node {
+    pub at: PathBuf,
+    pub kind: NodeKind,
+    pub major: u32,
+    pub minor: u32,
+    pub mode: u32,
+    pub owner: (u32, u32),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NodeKind {
+    Character,
+    Block,
+    Fifo,
+}
+
+/// Everything but who the process becomes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// Namespaces to join, by their files.
+    pub join: Vec<(PathBuf, CloneFlags)>,
+    /// Namespaces to make, the mount namespace among them.
+    pub make: CloneFlags,
+    /// What mounts of the host do to the container's while it is set up, and its own root's afterwards.
+    pub host_propagation: MountPropagationFlags,
+    pub root_propagation: Option<MountPropagationFlags>,
+    pub mounts: Vec<Mount>,
+    /// /dev is the container's own, so that nodes and links are made in it.
+    pub own_dev: bool,
+    pub nodes: Vec<Node>,
+    pub readonly_root: bool,
+    pub masked: Vec<PathBuf>,
+    pub readonly: Vec<PathBuf>,
+    pub cwd: PathBuf,
+    pub apparmor: Option<String>,
+}
+
+impl Plan {
+    /// `None`: for libcontainer.
+    pub(crate) fn of(spec: &Spec) -> Option<Plan> {
+        let linux = spec.linux().as_ref()?;
+        let process = spec.process().as_ref()?;
+        let rare = spec.hooks().is_some()
+            || spec.hostname().is_some()
+            || spec.domainname().is_some()
+            || linux.sysctl().as_ref().is_some_and(|s| !s.is_empty())
+            || linux.intel_rdt().is_some()
+            || linux.personality().is_some()
+            || linux.memory_policy().is_some()
+            || linux.mount_label().as_ref().is_some_and(|l| !l.is_empty())
+            || process.selinux_label().as_ref().is_some_and(|l| !l.is_empty())
+            || process.scheduler().is_some()
+            || process.io_priority().is_some()
+            || process.exec_cpu_affinity().is_some();
+        if rare {
+            return None;
+        }
+        let (host_propagation, root_propagation) = match linux.rootfs_propagation().as_deref() {
+            None | Some("" | "slave" | "rslave") => (MountPropagationFlags::DOWNSTREAM, None),
+            Some("shared") => (MountPropagationFlags::SHARED, Some(MountPropagationFlags::SHARED)),
+            Some("private") => (MountPropagationFlags::PRIVATE, None),
+            Some("unbindable") => {
+                (MountPropagationFlags::DOWNSTREAM, Some(MountPropagationFlags::UNBINDABLE))
+            }
+            Some(_) => return None,
+        };
+        let mounts = spec.mounts().iter().flatten().map(mount).collect::<Option<Vec<_>>>()?;
+        let dev = mounts.iter().rfind(|m| m.at == Path::new("/dev"));
+        if dev.is_some_and(|d| d.attributes.contains(MountAttrFlags::MOUNT_ATTR_RDONLY)) {
+            return None;
+        }
+        // The host's own /dev, or a volume in its place, stays as it is.
+        let own_dev = !dev.is_some_and(|d| matches!(d.source, Source::Bind { .. }));
+        let given = linux.devices().iter().flatten().map(node).collect::<Option<Vec<_>>>()?;
+        let mut nodes: Vec<Node> = standard_nodes().filter(|n| !given.iter().any(|g| g.at == n.at)).collect();
+        nodes.extend(given);
+        let mut plan = Plan {
+            join: Vec::new(),
+            make: CloneFlags::empty(),
+            host_propagation,
+            root_propagation,
+            mounts,
+            own_dev,
+            nodes,
+            readonly_root: spec.root().as_ref()?.readonly().unwrap_or(false),
+            masked: paths(linux.masked_paths()),
+            readonly: paths(linux.readonly_paths()),
+            cwd: process.cwd().clone(),
+            apparmor: process.apparmor_profile().clone().filter(|p| !p.is_empty()),
+        };
+        for n in linux.namespaces().iter().flatten() {
+            let flag = match n.typ() {
+                // These are the helper's: they count for its fork.
+                LinuxNamespaceType::User | LinuxNamespaceType::Pid => continue,
+                LinuxNamespaceType::Time => return None,
+                LinuxNamespaceType::Mount => CloneFlags::CLONE_NEWNS,
+                LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
+                LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
+                LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
+                LinuxNamespaceType::Cgroup => CloneFlags::CLONE_NEWCGROUP,
+            };
+            match n.path() {
+                Some(path) => plan.join.push((path.clone(), flag)),
+                None => plan.make |= flag,
+            }
+        }
+        Some(plan)
+    }
+}
+
+fn paths(given: &Option<Vec<String>>) -> Vec<PathBuf> {
+    given.iter().flatten().map(PathBuf::from).collect()
+}
+
+/// Absolute and free of dots, as a path below some root; `None` for a relative one.
+fn clean(path: &Path) -> Option<PathBuf> {
+    let mut out = PathBuf::from("/");
+    let mut parts = path.components();
+    if parts.next() != Some(Component::RootDir) {
+        return None;
+    }
+    for c in parts {
+        match c {
+            Component::Normal(n) => out.push(n),
+            Component::ParentDir => drop(out.pop()),
+            Component::CurDir => {}
+            Component::RootDir | Component::Prefix(_) => return None,
+        }
+    }
+    Some(out)
+}
+
+enum Word {
+    Set(MountAttrFlags),
+    SetBelow(MountAttrFlags),
+    Clear(MountAttrFlags),
+    Propagate(MountPropagationFlags, bool),
+    Bind(bool),
+    Nothing,
+    Option,
+}
+
+fn word(option: &str) -> Option<Word> {
+    use MountAttrFlags as A;
+    use MountPropagationFlags as P;
+    Some(match option {
+        "defaults" => Word::Nothing,
+        "bind" => Word::Bind(false),
+        "rbind" => Word::Bind(true),
+        "ro" => Word::Set(A::MOUNT_ATTR_RDONLY),
+        "rw" => Word::Clear(A::MOUNT_ATTR_RDONLY),
+        "rro" => Word::SetBelow(A::MOUNT_ATTR_RDONLY),
+        "nosuid" => Word::Set(A::MOUNT_ATTR_NOSUID),
+        "suid" => Word::Clear(A::MOUNT_ATTR_NOSUID),
+        "nodev" => Word::Set(A::MOUNT_ATTR_NODEV),
+        "dev" => Word::Clear(A::MOUNT_ATTR_NODEV),
+        "noexec" => Word::Set(A::MOUNT_ATTR_NOEXEC),
+        "exec" => Word::Clear(A::MOUNT_ATTR_NOEXEC),
+        "noatime" => Word::Set(A::MOUNT_ATTR_NOATIME),
+        "strictatime" => Word::Set(A::MOUNT_ATTR_STRICTATIME),
+        "nodiratime" => Word::Set(A::MOUNT_ATTR_NODIRATIME),
+        "relatime" => Word::Nothing,
+        "private" => Word::Propagate(P::PRIVATE, false),
+        "rprivate" => Word::Propagate(P::PRIVATE, true),
+        "slave" => Word::Propagate(P::DOWNSTREAM, false),
+        "rslave" => Word::Propagate(P::DOWNSTREAM, true),
+        "shared" => Word::Propagate(P::SHARED, false),
+        "rshared" => Word::Propagate(P::SHARED, true),
+        "unbindable" => Word::Propagate(P::UNBINDABLE, false),
+        "runbindable" => Word::Propagate(P::UNBINDABLE, true),
+        // Flags of the file system rather than of the mount, and what only libcontainer knows.
+        "idmap" | "ridmap" | "sync" | "async" | "dirsync" | "remount" | "mand" | "nomand" | "atime"
+        | "diratime" | "norelatime" | "nostrictatime" | "tmpcopyup" | "rrw" | "rsuid" | "rnosuid"
+        | "rdev" | "rnodev" | "rexec" | "rnoexec" | "ratime" | "rnoatime" | "rrelatime" | "rnorelatime"
+        | "rstrictatime" | "rnostrictatime" | "rdiratime" | "rnodiratime" | "rsymfollow" | "rnosymfollow"
+        | "symfollow" | "nosymfollow" | "silent" | "loud" | "lazytime" | "nolazytime" | "iversion"
+        | "noiversion" => {
+            return None;
+        }
+        _ => Word::Option,
+    })
+}
+
+fn mount(m: &SpecMount) -> Option<Mount> {
+    let at = clean(m.destination())?;
+    if at == Path::new("/") {
+        return None;
+    }
+    let mut out = Mount {
+        at,
+        source: Source::Cgroup,
+        attributes: MountAttrFlags::empty(),
+        recursive_attributes: MountAttrFlags::empty(),
+        propagation: None,
+    };
+    let mut bind = None;
+    let mut options = Vec::new();
+    for o in m.options().iter().flatten() {
+        match word(o)? {
+            Word::Nothing => {}
+            Word::Set(flag) => out.attributes |= flag,
+            Word::SetBelow(flag) => out.recursive_attributes |= flag,
+            Word::Clear(flag) => out.attributes &= !flag,
+            Word::Propagate(flags, recursive) => out.propagation = Some(Propagation { flags, recursive }),
+            Word::Bind(recursive) => bind = Some(recursive),
+            Word::Option => options.push(match o.split_once('=') {
+                Some((k, v)) => (k.to_owned(), Some(v.to_owned())),
+                None => (o.clone(), None),
+            }),
+        }
+    }
+    if m.uid_mappings().is_some() || m.gid_mappings().is_some() {
+        return None;
+    }
+    let kind = m.typ().clone().unwrap_or_else(|| "bind".to_owned());
+    if bind.is_some() || kind == "bind" {
+        if !options.is_empty() {
+            return None;
+        }
+        let path = m.source().clone().filter(|p| p.is_absolute())?;
+        out.source = Source::Bind { path, recursive: bind.unwrap_or(false) };
+        return Some(out);
+    }
+    if kind != "cgroup" {
+        let source = m.source().as_ref().map_or(kind.clone(), |s| s.to_string_lossy().into_owned());
+        out.source = Source::New { kind, source, options };
+    } else if !options.is_empty() {
+        return None;
+    }
+    Some(out)
+}
+
+fn node(d: &LinuxDevice) -> Option<Node> {
+    let at = clean(d.path()).filter(|p| p.starts_with("/dev") && p != Path::new("/dev"))?;
+    let (kind, standard_mode) = match d.typ() {
+        LinuxDeviceType::C | LinuxDeviceType::U => (NodeKind::Character, 0o666),
+        LinuxDeviceType::B => (NodeKind::Block, 0o666),
+        LinuxDeviceType::P => (NodeKind::Fifo, 0o666),
+        LinuxDeviceType::A => return None,
+    };
+    Some(Node {
+        at,
+        kind,
+        major: u32::try_from(d.major()).ok()?,
+        minor: u32::try_from(d.minor()).ok()?,
+        mode: d.file_mode().unwrap_or(standard_mode) & 0o7777,
+        owner: (d.uid().unwrap_or(0), d.gid().unwrap_or(0)),
+    })
+}
+
+/// The devices that every container has (OCI runtime spec, config-linux, "Default Devices").
+fn standard_nodes() -> impl Iterator<Item = Node> {
+    [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("tty", 5, 0), ("urandom", 1, 9), ("random", 1, 8)]
+        .into_iter()
+        .map(|(name, major, minor)| Node {
+            at: Path::new("/dev").join(name),
+            kind: NodeKind::Character,
+            major,
+            minor,
+            mode: 0o666,
+            owner: (0, 0),
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn spec(change: Value) -> Spec {
+        let mut all = json!({
+            "ociVersion": "1.2.0", "root": {"path": "/r"},
+            "process": {"cwd": "/w", "args": ["a"], "user": {"uid": 7, "gid": 8}},
+            "linux": {"namespaces": [{"type": "mount"}, {"type": "pid"}, {"type": "network", "path": "/n"}]},
+        });
+        for (section, more) in change.as_object().expect("an object") {
+            match more.as_object() {
+                Some(fields) if section != "hooks" => {
+                    for (k, v) in fields {
+                        all[section][k] = v.clone();
+                    }
+                }
+                _ => all[section] = more.clone(),
+            }
+        }
+        serde_json::from_value(all).expect("a spec")
+    }
+
+    fn mount_of(m: Value) -> Option<Mount> {
+        Plan::of(&spec(json!({"mounts": [m]}))).map(|mut p| p.mounts.remove(0))
+    }
+
+    #[test]
+    fn namespaces_and_paths() {
+        let p = Plan::of(&spec(json!({"linux": {"maskedPaths": ["/m"], "readonlyPaths": ["/o"]}}))).unwrap();
+        assert_eq!(p.join, [(PathBuf::from("/n"), CloneFlags::CLONE_NEWNET)]);
+        assert_eq!(p.make, CloneFlags::CLONE_NEWNS);
+        assert_eq!((p.masked, p.readonly), (vec!["/m".into()], vec!["/o".into()]));
+        assert_eq!((p.cwd, p.own_dev, p.nodes.len()), ("/w".into(), true, 6));
+    }
+
+    #[test]
+    fn what_is_rare_is_libcontainers() {
+        for rare in [
+            json!({"hostname": "h"}),
+            json!({"linux": {"sysctl": {"a": "b"}}}),
+            json!({"linux": {"personality": {"domain": "LINUX"}}}),
+            json!({"linux": {"mountLabel": "l"}}),
+            json!({"linux": {"rootfsPropagation": "odd"}}),
+            json!({"hooks": {"prestart": []}}),
+            json!({"mounts": [{"destination": "/a", "type": "tmpfs", "options": ["tmpcopyup"]}]}),
+            json!({"mounts": [{"destination": "/a", "source": "/b", "options": ["bind", "odd"]}]}),
+            json!({"mounts": [{"destination": "/a", "source": "/b", "options": ["bind", "ridmap"]}]}),
+            json!({"mounts": [{"destination": "a", "source": "/b", "options": ["bind"]}]}),
+            json!({"mounts": [{"destination": "/dev", "type": "tmpfs", "options": ["ro"]}]}),
+            json!({"linux": {"devices": [{"path": "/etc/x", "type": "c", "major": 1, "minor": 1}]}}),
+        ] {
+            assert_eq!(Plan::of(&spec(rare.clone())), None, "{rare}");
+        }
+    }
+
+    #[test]
+    fn mounts() {
+        let m = mount_of(json!({"destination": "/a/../b", "type": "bind", "source": "/s",
+            "options": ["rbind", "rslave", "rw", "rro", "nosuid"]}))
+        .unwrap();
+        assert_eq!((m.at, m.source), ("/b".into(), Source::Bind { path: "/s".into(), recursive: true }));
+        assert_eq!(m.attributes, MountAttrFlags::MOUNT_ATTR_NOSUID);
+        assert_eq!(m.recursive_attributes, MountAttrFlags::MOUNT_ATTR_RDONLY);
+        assert_eq!(
+            m.propagation,
+            Some(Propagation { flags: MountPropagationFlags::DOWNSTREAM, recursive: true })
+        );
+        let m = mount_of(json!({"destination": "/t", "type": "tmpfs", "source": "tmpfs",
+            "options": ["mode=755", "size=64k", "ro"]}))
+        .unwrap();
+        let options = vec![("mode".into(), Some("755".into())), ("size".into(), Some("64k".into()))];
+        assert_eq!(m.source, Source::New { kind: "tmpfs".into(), source: "tmpfs".into(), options });
+        assert_eq!(m.attributes, MountAttrFlags::MOUNT_ATTR_RDONLY);
+        let m =
+            mount_of(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup"})).unwrap();
+        assert_eq!(m.source, Source::Cgroup);
+    }
+
+    #[test]
+    fn devices() {
+        let p = Plan::of(&spec(json!({"linux": {"devices": [
+            {"path": "/dev/null", "type": "c", "major": 1, "minor": 3, "fileMode": 0o600, "uid": 5},
+            {"path": "/dev/net/tun", "type": "c", "major": 10, "minor": 200}]}})))
+        .unwrap();
+        assert_eq!(p.nodes.len(), 7);
+        let null = p.nodes.iter().find(|n| n.at == Path::new("/dev/null")).unwrap();
+        assert_eq!((null.mode, null.owner), (0o600, (5, 0)));
+        let host = json!({"mounts": [{"destination": "/dev", "source": "/dev", "options": ["rbind"]}]});
+        assert!(!Plan::of(&spec(host)).unwrap().own_dev, "the host's /dev stays as it is");
+    }
+}
