@@ -20,6 +20,8 @@ cargo clippy --workspace --all-targets --quiet -- -D warnings
 step "release programs"
 scripts/build.sh
 scripts/demo-image.sh target/demo/demo-web.tar
+step "the monitor of an earlier release"
+scripts/previous-monitor.sh
 step "unit and integration tests"
 export ORLOP_MONITOR=$PWD/target/release/orlop-monitor ORLOP_CNI=$PWD/target/release/orlop-cni
 cargo test --workspace --exclude orlop-test-vms --quiet --no-fail-fast

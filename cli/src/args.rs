@@ -256,6 +256,10 @@ pub struct RuntimeArgs {
     /// Mirrors and certificates of registries: <DIR>/<host>/hosts.toml, as containerd reads them
     #[arg(long, value_name = "DIR", default_value = "/etc/containerd/certs.d")]
     pub registry_config_dir: PathBuf,
+
+    /// OCI runtime for pods whose RuntimeClass has this handler: NAME=/PROGRAM [ARGUMENT]..., as runc=/usr/sbin/runc (repeatable)
+    #[arg(long = "runtime-handler", value_name = "NAME=PROGRAM")]
+    pub runtime_handlers: Vec<orlop_cri::Handler>,
 }
 
 /// The service load balancer alone, or a look at what is in the kernel.

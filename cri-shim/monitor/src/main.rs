@@ -11,6 +11,9 @@ mod container;
 mod daemon;
 mod exec;
 mod frame;
+#[cfg(test)]
+mod fuzz;
+mod idle;
 mod init;
 mod io;
 mod journal;

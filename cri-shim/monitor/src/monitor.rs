@@ -15,6 +15,7 @@ use crate::conn::{self, Conn, Health, Role};
 use crate::container::Container;
 use crate::daemon::OwnLog;
 use crate::exec::Exec;
+use crate::idle;
 use crate::journal::{self, Phase, SandboxRecord};
 use crate::log::{self, Stream};
 use crate::oom;
@@ -113,9 +114,17 @@ impl Monitor {
 
     /// Serves until Shutdown.
     pub fn run(&mut self) -> io::Result<()> {
+        let mut rested = false;
         while !(self.stop && self.conns.values().all(|c| c.queued() == 0)) {
-            let timeout = self.next_deadline().map(|d| d.saturating_duration_since(Instant::now()));
-            for (token, flags) in self.poll.wait(timeout)? {
+            let deadline = self.next_deadline().map(|d| d.saturating_duration_since(Instant::now()));
+            let resting = deadline.is_none() && !rested;
+            let events = self.poll.wait(if resting { Some(idle::AFTER) } else { deadline })?;
+            if events.is_empty() && resting {
+                idle::give_back_pages();
+                rested = true;
+            }
+            for (token, flags) in events {
+                rested = false;
                 self.dispatch(token, flags);
             }
             self.tick(Instant::now());

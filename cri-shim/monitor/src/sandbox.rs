@@ -63,7 +63,7 @@ pub fn wanted(r: &CreateSandbox) -> Vec<(&'static str, CloneFlags)> {
 }
 
 /// Pure: a sysctl's file, when its name can only lie below /proc/sys and its namespace is the sandbox's own.
-fn sysctl_file(name: &str, r: &CreateSandbox) -> Result<PathBuf, SandboxError> {
+pub fn sysctl_file(name: &str, r: &CreateSandbox) -> Result<PathBuf, SandboxError> {
     // Both separators are in use; in the slash form a dot belongs to the name (an interface such as eth0.100).
     let rel = if name.contains('/') { name.to_owned() } else { name.replace('.', "/") };
     if rel.is_empty() || rel.split('/').any(|p| p.is_empty() || p == "." || p == "..") || rel.contains('\0') {

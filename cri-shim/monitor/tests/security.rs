@@ -174,7 +174,7 @@ fn cve_2025_31133_masked_paths_are_covered_by_the_null_device() {
     both_ways("mask", |pod| {
         let mut c = pod.client();
         symlink("/proc/sys/kernel/core_pattern", pod.dir.join("rootfs/dev/null")).unwrap();
-        c.failure(Ask::CreateContainer(without_dev("a", &pod, false)));
+        c.failure(Ask::CreateContainer(without_dev("a", pod, false)));
         // With a /dev of its own, as every container of the server has, the path is empty.
         let masked = json!({"linux": {"maskedPaths": ["/proc/kcore", "/proc/keys"]}});
         pod.create(&mut c, "b", &["sleep", "100"], masked);

@@ -1,5 +1,5 @@
 //! Runs the CRI server alone: `cri --root DIR --monitor FILE [--cni-conf DIR] [--cni-bin DIR]...
-//! [--certs-dir DIR] [--cdi-dir DIR] [--cgroup-parent PATH] [--cni-timeout SECONDS] [--import ARCHIVE] [--purge]`. Everything is below the root folder; the socket is DIR/cri.sock.
+//! [--certs-dir DIR] [--cdi-dir DIR] [--cgroup-parent PATH] [--runtime-handler NAME=PROGRAM]... [--cni-timeout SECONDS] [--import ARCHIVE] [--purge]`. Everything is below the root folder; the socket is DIR/cri.sock.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -38,6 +38,10 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Asked, String> {
             }
             "--certs-dir" => config.images.certs_dir = Some(value.into()),
             "--cdi-dir" => config.cdi_spec_dirs = vec![value.into()],
+            "--runtime-handler" => {
+                let orlop_cri::Handler(name, runtime) = value.parse()?;
+                config.runtimes.insert(name, runtime);
+            }
             "--cgroup-parent" => config.default_cgroup_parent = value,
             other => return Err(format!("unknown flag {other}")),
         }

@@ -1,7 +1,9 @@
 //! Everything the CRI server is told from outside.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 /// Who makes cgroups: the runtime itself, or systemd on its request (`RuntimeConfig` tells the kubelet which).
@@ -12,6 +14,43 @@ pub enum CgroupDriver {
     Cgroupfs,
     /// Transient scopes; `cgroup_parent` is a slice.
     Systemd,
+}
+
+/// An OCI runtime of a RuntimeClass: a program with the command line of runc.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OciRuntime {
+    /// Absolute.
+    pub program: PathBuf,
+    /// Before the command.
+    pub args: Vec<String>,
+}
+
+/// A handler's name and what stands for it: `NAME=PROGRAM [ARGUMENT]...`, separated by blanks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Handler(pub String, pub OciRuntime);
+
+impl FromStr for Handler {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Handler, String> {
+        let form = || format!("{text:?} is not of the form NAME=/PROGRAM [ARGUMENT]...");
+        let (name, command) = text.split_once('=').ok_or_else(form)?;
+        let mut words = command.split_whitespace();
+        let program = words.next().map(PathBuf::from).filter(|p| p.is_absolute()).ok_or_else(form)?;
+        // RuntimeClass handlers are DNS labels (node.k8s.io/v1, RuntimeClass.handler).
+        let is_label = !name.is_empty()
+            && name.len() <= 63
+            && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            && !name.starts_with('-')
+            && !name.ends_with('-');
+        if !is_label {
+            return Err(format!("{name:?} cannot be a RuntimeClass handler: it is no DNS label"));
+        }
+        if name == crate::status::RUNTIME {
+            return Err(format!("the handler {name:?} is this server's own"));
+        }
+        Ok(Handler(name.to_owned(), OciRuntime { program, args: words.map(str::to_owned).collect() }))
+    }
 }
 
 /// The server's configuration. Nothing else is read from the environment.
@@ -42,6 +81,8 @@ pub struct Config {
     pub cgroup_driver: CgroupDriver,
     /// The parent of cgroups of sandboxes that name none: a path, or a slice with the systemd driver.
     pub default_cgroup_parent: String,
+    /// OCI runtimes that RuntimeClasses may name, by handler, beside this server's own.
+    pub runtimes: BTreeMap<String, OciRuntime>,
     /// Where `Localhost` seccomp profiles with a relative name are looked up.
     pub seccomp_profile_root: PathBuf,
     /// Folders with CDI spec files; a later one counts more.
@@ -65,6 +106,7 @@ impl Default for Config {
             streaming_idle_timeout: Duration::from_secs(4 * 3600),
             cgroup_driver: CgroupDriver::Cgroupfs,
             default_cgroup_parent: "/orlop".into(),
+            runtimes: BTreeMap::new(),
             seccomp_profile_root: "/var/lib/kubelet/seccomp".into(),
             cdi_spec_dirs: crate::container::cdi::default_dirs(),
         }
@@ -92,5 +134,20 @@ impl Config {
 
     pub(crate) fn bundle_dir(&self, sandbox: &str, container: &str) -> PathBuf {
         self.sandbox_run_dir(sandbox).join("bundles").join(container)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn handlers() {
+        let Handler(name, runtime) = "runc=/usr/sbin/runc --debug -x".parse().unwrap();
+        assert_eq!((name.as_str(), runtime.program.to_str()), ("runc", Some("/usr/sbin/runc")));
+        assert_eq!(runtime.args, ["--debug", "-x"]);
+        for bad in ["runc", "runc=", "runc=runc", "=/runc", "Run_c=/runc", "orlop=/runc", "-a=/runc"] {
+            assert!(bad.parse::<Handler>().is_err(), "{bad}");
+        }
     }
 }

@@ -26,7 +26,7 @@ mod status;
 mod store;
 mod streaming;
 
-pub use config::{CgroupDriver, Config};
+pub use config::{CgroupDriver, Config, Handler, OciRuntime};
 pub use error::Error;
 pub use monitor::Error as MonitorError;
 pub use serve::{purge, run};

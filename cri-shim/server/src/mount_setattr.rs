@@ -10,6 +10,7 @@ pub(crate) enum Change<'a> {
     Propagation(u64),
     /// Owners are translated by this user namespace.
     Idmap(BorrowedFd<'a>),
+    ReadOnly,
 }
 
 /// With `recursive` also what is mounted below it; then all of them change or none.
@@ -21,6 +22,7 @@ pub(crate) fn set(mount: BorrowedFd<'_>, change: Change<'_>, recursive: bool) ->
             attributes.attr_set = libc::MOUNT_ATTR_IDMAP;
             attributes.userns_fd = namespace.as_raw_fd() as u64;
         }
+        Change::ReadOnly => attributes.attr_set = libc::MOUNT_ATTR_RDONLY,
     }
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the kernel reads the path, which is an empty C string, and the structure of the size that is given; both

@@ -174,7 +174,7 @@ impl Runtime {
                     self.watch(sandbox.clone());
                     tracing::info!(sandbox = %sandbox.id, "adopted a running pod");
                 }
-                Err(e) if e.kind().is_none() => {
+                Err(e) if e.is_death() => {
                     tracing::warn!(sandbox = %sandbox.id, error = %e, "the pod's monitor is gone");
                     self.bury(sandbox).await?;
                 }

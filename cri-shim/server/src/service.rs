@@ -247,7 +247,7 @@ impl RuntimeService for Service {
     ) -> Answer<cri::CheckpointContainerResponse> {
         answer(
             "CheckpointContainer",
-            Err(Error::Unimplemented("checkpointing needs criu, which this runtime does not drive")),
+            Err(Error::Unimplemented("CheckpointContainer is not implemented: this server does not drive criu")),
         )
     }
 

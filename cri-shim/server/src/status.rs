@@ -57,15 +57,22 @@ impl Runtime {
             });
             info.insert("config".to_owned(), text.to_string());
         }
-        let features =
-            || Some(cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: true });
-        let handler = |name: &str| cri::RuntimeHandler { name: name.to_owned(), features: features() };
+        let handler = |name: &str, own: bool| cri::RuntimeHandler {
+            name: name.to_owned(),
+            // Of other programs nobody has asked.
+            features: Some(cri::RuntimeHandlerFeatures {
+                recursive_read_only_mounts: own,
+                user_namespaces: own,
+            }),
+        };
+        let mut runtime_handlers = vec![handler("", true), handler(RUNTIME, true)];
+        runtime_handlers.extend(self.config.runtimes.keys().map(|name| handler(name, false)));
         cri::StatusResponse {
             status: Some(cri::RuntimeStatus {
                 conditions: vec![condition("RuntimeReady", monitor), condition("NetworkReady", network)],
             }),
             info,
-            runtime_handlers: vec![handler(""), handler(RUNTIME)],
+            runtime_handlers,
             features: Some(cri::RuntimeFeatures {
                 supplemental_groups_policy: true,
                 user_namespaces_host_network: false,

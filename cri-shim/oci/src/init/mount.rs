@@ -222,9 +222,7 @@ pub(super) fn open_root(rootfs: &Path, host: MountPropagationFlags) -> io::Resul
         let private = Propagation { flags: MountPropagationFlags::PRIVATE, recursive: false };
         propagate(&mount_above(rootfs)?, private)?;
     }
-    if is_mount(&folder)? {
-        return Ok(Root(folder));
-    }
+    // A mount of the host cannot become the root: below a user namespace it is locked to its place, and its parent may be shared.
     let tree = copy_of(&folder, true)?;
     attach(&tree, &folder)?;
     Ok(Root(tree))

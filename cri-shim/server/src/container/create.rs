@@ -190,6 +190,7 @@ impl Runtime {
                 tty: config.tty,
                 systemd_cgroup: self.config.cgroup_driver == CgroupDriver::Systemd,
                 log_line_limit: 0,
+                runtime: self.oci_runtime(&sandbox.record().runtime_handler)?,
             })
             .await?;
         failpoint::pass("create-container-before-record")?;
@@ -202,6 +203,20 @@ impl Runtime {
         })?;
         self.store.add_container(container.clone());
         Ok(())
+    }
+
+    /// What runs containers of a handler; `None` is the monitor itself.
+    fn oci_runtime(&self, handler: &str) -> Result<Option<proto::OciRuntime>> {
+        if matches!(handler, "" | crate::status::RUNTIME) {
+            return Ok(None);
+        }
+        let Some(runtime) = self.config.runtimes.get(handler) else {
+            return Err(Error::Invalid(format!(
+                "the pod's runtime handler {handler:?} is not known any more; start the server with it again"
+            )));
+        };
+        let program = runtime.program.to_string_lossy().into_owned();
+        Ok(Some(proto::OciRuntime { program, args: runtime.args.clone() }))
     }
 
     /// Mounts each image volume and returns the content's place by the index of its mount (KEP-4639).

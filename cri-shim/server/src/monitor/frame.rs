@@ -135,4 +135,84 @@ mod tests {
         let bytes = encode(3, client_frame::Body::Hello(Hello { version: 1 }));
         assert_eq!(u32::from_be_bytes(bytes[..4].try_into().unwrap()) as usize, bytes.len() - 4);
     }
+
+    /// Fuzz target: what a monitor sends, which may be of another release or damaged. For longer:
+    /// `PROPTEST_CASES=1000000 cargo test --release -p orlop-cri fuzz_server_frames`.
+    mod fuzz {
+        use orlop_proto::monitor::{
+            ContainerExited, ContainerState, ExecDone, Failure, HelloReply, State, StreamEnded,
+        };
+        use proptest::prelude::*;
+        use proptest::sample::Index;
+        use server_frame::Body;
+
+        use super::*;
+
+        fn seeds() -> Vec<Vec<u8>> {
+            let container =
+                || ContainerState { container_id: "c".into(), pid: 7, exit_code: -1, ..Default::default() };
+            let bodies = vec![
+                Body::Hello(HelloReply { version: 2, pid: 7, build: "0.1.0".into() }),
+                Body::Failure(Failure { kind: 5, message: "m".into(), stage: "exec".into(), errno: 2 }),
+                Body::State(State {
+                    sandbox_created: true,
+                    init_pid: 9,
+                    containers: vec![container(), container()],
+                }),
+                Body::ContainerExited(ContainerExited { container: Some(container()) }),
+                Body::ExecDone(ExecDone {
+                    exit_code: 1,
+                    stdout: vec![1; 300],
+                    stderr: vec![2; 3],
+                    timed_out: false,
+                }),
+                Body::Stdout(vec![0, 255]),
+                Body::StreamEnded(StreamEnded { exit_code: 137 }),
+            ];
+            let one = |(i, body): (usize, Body)| {
+                let f = ServerFrame { id: i as u64, body: Some(body) };
+                let mut out = (f.encoded_len() as u32).to_be_bytes().to_vec();
+                f.encode(&mut out).unwrap();
+                out
+            };
+            let mut out: Vec<Vec<u8>> = bodies.into_iter().enumerate().map(one).collect();
+            out.push(out.concat());
+            out
+        }
+
+        proptest! {
+            #![proptest_config(ProptestConfig {
+                cases: ProptestConfig::default().cases.max(2000), ..ProptestConfig::default()
+            })]
+
+            #[test]
+            fn fuzz_server_frames(
+                seed in prop::sample::select(seeds()),
+                flips in prop::collection::vec((any::<Index>(), any::<u8>()), 0..6),
+                end in any::<Index>(),
+                cut in 1usize..200,
+            ) {
+                let mut bytes = seed;
+                for (at, value) in flips {
+                    let at = at.index(bytes.len());
+                    bytes[at] = value;
+                }
+                bytes.truncate(end.index(bytes.len()) + 1);
+                let mut buffer = BytesMut::new();
+                let mut frames = 0;
+                'all: for piece in bytes.chunks(cut) {
+                    buffer.extend_from_slice(piece);
+                    loop {
+                        match take_frame(&mut buffer) {
+                            Ok(Some(_)) => frames += 1,
+                            Ok(None) => break,
+                            Err(_) => break 'all,
+                        }
+                    }
+                }
+                prop_assert!(frames <= bytes.len() / 4 && buffer.len() <= bytes.len());
+                prop_assert!(buffer.capacity() <= MAX_FRAME + 4 + bytes.len() + 64);
+            }
+        }
+    }
 }

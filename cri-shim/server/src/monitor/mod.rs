@@ -4,6 +4,7 @@
 //! answer nor a dropped future can then disturb another request.
 
 mod frame;
+mod seal;
 
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -20,8 +21,8 @@ pub(crate) use proto::FailureKind as Kind;
 pub(crate) use proto::client_frame::Body as Request;
 pub(crate) use proto::server_frame::Body as Reply;
 
-/// The only protocol version there is.
-const VERSION: u32 = 1;
+/// The highest protocol version spoken here; all from 1 on are.
+const VERSION: u32 = 2;
 /// How long anything but an exec may take. Container creation on a machine under load is the slowest.
 const CALL_LIMIT: Duration = Duration::from_secs(120);
 
@@ -37,9 +38,11 @@ pub enum Error {
     #[error("the connection to the pod's monitor broke")]
     Broken(#[source] std::io::Error),
     #[error(
-        "the pod's monitor speaks protocol version {0}, this server speaks {VERSION}; upgrade the older of the two"
+        "the pod's monitor does not speak the protocol of this server, versions 1 to {VERSION} ({0}); the pod goes on: use the server that started it"
     )]
-    Version(u32),
+    Foreign(String),
+    #[error("the pod's monitor is older than {0}: it speaks protocol version {1}; make the pod anew")]
+    TooOld(&'static str, u32),
     #[error("the pod's monitor answered {got} to {to}")]
     Unexpected { to: &'static str, got: String },
     #[error("the pod's monitor did not answer {0} in time")]
@@ -58,6 +61,11 @@ fn stage_suffix(stage: &str, errno: &i32) -> String {
 }
 
 impl Error {
+    /// Nobody is there to answer. What does not speak our language lives all the same.
+    pub(crate) fn is_death(&self) -> bool {
+        matches!(self, Error::Connect { .. } | Error::Broken(_) | Error::Timeout(_))
+    }
+
     /// The monitor's own verdict; `None` when it could not be asked.
     pub(crate) fn kind(&self) -> Option<Kind> {
         match self {
@@ -77,6 +85,8 @@ pub(crate) struct Monitor {
 
 /// A connection after Hello.
 pub(crate) struct Connection {
+    /// What both sides speak.
+    version: u32,
     pub reader: FrameReader,
     pub writer: FrameWriter,
 }
@@ -92,9 +102,14 @@ impl Monitor {
     /// Starts `program` in `dir` and returns when it listens.
     pub async fn start(program: &Path, dir: PathBuf) -> Result<Monitor> {
         let spawn_err = |source| Error::Spawn { program: program.to_owned(), source };
-        let mut child = tokio::process::Command::new(program)
+        // The descriptor's name is looked up by the child, before it is closed there.
+        let sealed = seal::read_only(program).ok();
+        let path = sealed.as_ref().map(|s| PathBuf::from(format!("/proc/self/fd/{}", s.as_raw_fd())));
+        let mut child = tokio::process::Command::new(path.as_deref().unwrap_or(program))
+            .arg0(program)
             .arg("--dir")
             .arg(&dir)
+            .env_clear()
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -102,6 +117,7 @@ impl Monitor {
             .kill_on_drop(true)
             .spawn()
             .map_err(spawn_err)?;
+        drop(sealed);
         let status = match timeout(Duration::from_secs(20), child.wait()).await {
             Ok(s) => s.map_err(spawn_err)?,
             Err(_) => return Err(Error::Timeout("its start")),
@@ -141,9 +157,11 @@ impl Monitor {
         let hello =
             timeout(Duration::from_secs(20), reader.next()).await.map_err(|_| Error::Timeout("Hello"))??;
         match hello.map(|f| f.body) {
-            Some(Some(Reply::Hello(h))) if h.version == VERSION => Ok(Connection { reader, writer }),
-            Some(Some(Reply::Hello(h))) => Err(Error::Version(h.version)),
-            Some(Some(Reply::Failure(f))) => Err(refused(f)),
+            Some(Some(Reply::Hello(h))) if (1..=VERSION).contains(&h.version) => {
+                Ok(Connection { version: h.version, reader, writer })
+            }
+            Some(Some(Reply::Hello(h))) => Err(Error::Foreign(format!("it speaks version {}", h.version))),
+            Some(Some(Reply::Failure(f))) => Err(Error::Foreign(f.message)),
             other => Err(Error::Unexpected { to: "Hello", got: format!("{other:?}") }),
         }
     }
@@ -151,6 +169,12 @@ impl Monitor {
     async fn call_within(&self, what: &'static str, request: Request, limit: Duration) -> Result<Reply> {
         let work = async {
             let mut c = self.connect().await?;
+            if let Request::CreateContainer(r) = &request
+                && r.runtime.is_some()
+                && c.version < 2
+            {
+                return Err(Error::TooOld("runtime handlers", c.version));
+            }
             c.writer.send(1, request).await?;
             loop {
                 let Some(frame) = c.reader.next().await? else {

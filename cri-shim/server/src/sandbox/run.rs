@@ -1,5 +1,6 @@
 //! RunPodSandbox: a monitor, namespaces, network. Whatever fails, all of it is taken back.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -9,7 +10,7 @@ use orlop_base::durable::{self, Sync};
 use orlop_base::failpoint;
 use orlop_proto::{cri, monitor as proto};
 
-use crate::config::CgroupDriver;
+use crate::config::{CgroupDriver, OciRuntime};
 use crate::container::spec::cgroups_path;
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
@@ -37,18 +38,44 @@ pub(crate) fn hostname(config: &cri::PodSandboxConfig) -> String {
     config.metadata.as_ref().map(|m| m.name.chars().take(MAX_HOSTNAME - 1).collect()).unwrap_or_else(node)
 }
 
-fn check(config: &cri::PodSandboxConfig, handler: &str) -> Result<cri::PodSandboxMetadata> {
+type Runtimes = BTreeMap<String, OciRuntime>;
+
+fn check_handler(config: &cri::PodSandboxConfig, handler: &str, runtimes: &Runtimes) -> Result<()> {
+    if matches!(handler, "" | crate::status::RUNTIME) {
+        return Ok(());
+    }
+    let Some(runtime) = runtimes.get(handler) else {
+        let mut known = vec![crate::status::RUNTIME];
+        known.extend(runtimes.keys().map(String::as_str));
+        return Err(Error::Invalid(format!(
+            "runtime handler {handler:?} is not known; this node has {known:?} (--runtime-handler adds one)"
+        )));
+    };
+    if !runtime.program.exists() {
+        let program = runtime.program.display();
+        return Err(Error::Invalid(format!("runtime handler {handler:?}: {program} is missing; install it")));
+    }
+    let users = namespaces(config).userns_options;
+    if users.is_some_and(|u| u.mode() == cri::NamespaceMode::Pod) {
+        return Err(Error::Invalid(format!(
+            "runtime handler {handler:?} does not offer user namespaces; set hostUsers or another RuntimeClass"
+        )));
+    }
+    Ok(())
+}
+
+fn check(
+    config: &cri::PodSandboxConfig,
+    handler: &str,
+    runtimes: &Runtimes,
+) -> Result<cri::PodSandboxMetadata> {
     let Some(meta) = config.metadata.clone() else {
         return Err(Error::Invalid("the sandbox config has no metadata".into()));
     };
     if meta.name.is_empty() || meta.uid.is_empty() && meta.namespace.is_empty() {
         return Err(Error::Invalid("the sandbox's metadata needs a name, and a namespace or uid".into()));
     }
-    if !matches!(handler, "" | "orlop") {
-        return Err(Error::Invalid(format!(
-            "runtime handler {handler:?} is not known; there is only \"orlop\""
-        )));
-    }
+    check_handler(config, handler, runtimes)?;
     if config.hostname.len() > MAX_HOSTNAME {
         return Err(Error::Invalid(format!("hostname {:?} is longer than {MAX_HOSTNAME}", config.hostname)));
     }
@@ -127,7 +154,7 @@ impl Runtime {
         request: cri::RunPodSandboxRequest,
     ) -> Result<cri::RunPodSandboxResponse> {
         let config = request.config.unwrap_or_default();
-        let meta = check(&config, &request.runtime_handler)?;
+        let meta = check(&config, &request.runtime_handler, &self.config.runtimes)?;
         let id = new_id();
         self.store.names.reserve(&sandbox_name(&meta), &id)?;
         let record = SandboxRecord {
@@ -311,6 +338,13 @@ fn write_files(config: &cri::PodSandboxConfig, hostname: &str, dir: &Path) -> Re
 mod tests {
     use super::*;
 
+    fn check(config: &cri::PodSandboxConfig, handler: &str) -> Result<cri::PodSandboxMetadata> {
+        let runtime = |program: &str| OciRuntime { program: program.into(), args: Vec::new() };
+        let runtimes =
+            [("there".to_owned(), runtime("/proc/self/exe")), ("gone".to_owned(), runtime("/nonexistent"))];
+        super::check(config, handler, &runtimes.into())
+    }
+
     fn config(change: impl FnOnce(&mut cri::PodSandboxConfig)) -> cri::PodSandboxConfig {
         let mut c = cri::PodSandboxConfig {
             metadata: Some(cri::PodSandboxMetadata {
@@ -337,7 +371,10 @@ mod tests {
             c.linux.as_mut().unwrap().sysctls.insert(name.into(), "1".into());
         };
         assert!(check(&config(|_| {}), "").is_ok());
-        assert!(check(&config(|_| {}), "kata").is_err());
+        let unknown = check(&config(|_| {}), "kata").unwrap_err().to_string();
+        assert!(unknown.contains("\"kata\"") && unknown.contains("\"there\""), "{unknown}");
+        assert!(check(&config(|_| {}), "there").is_ok());
+        assert!(check(&config(|_| {}), "gone").unwrap_err().to_string().contains("install it"));
         assert!(check(&config(|c| c.metadata = None), "").is_err());
         assert!(check(&config(|c| c.hostname = "h".repeat(65)), "").is_err());
         assert!(check(&config(|c| sysctl(c, "net.ipv4.ip_forward")), "").is_ok());

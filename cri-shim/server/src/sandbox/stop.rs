@@ -38,12 +38,18 @@ impl Runtime {
         if sandbox.record().stopped {
             return Ok(());
         }
+        if let Err(e) = sandbox.monitor.connect().await
+            && !e.is_death()
+        {
+            // A monitor that lives and does not understand this server: the pod is not ours to end.
+            return Err(e.into());
+        }
         // From here on no container can be made in it.
         sandbox.update(|r| r.phase = SandboxPhase::NotReady)?;
         let containers = self.store.containers_of(&sandbox.id);
         for c in containers.iter().filter(|c| c.record().phase == ContainerPhase::Running) {
             match sandbox.monitor.signal(&c.id, libc::SIGKILL, true).await {
-                Err(e) if e.kind().is_none() => {
+                Err(e) if e.is_death() => {
                     tracing::warn!(container = %c.id, error = %e, "the monitor cannot be asked; the container counts as lost");
                     c.update(|r| r.lost(now_ns(), "the pod's monitor could not be asked"))?;
                 }

@@ -34,6 +34,11 @@ impl Runtime {
             match self.follow_once(sandbox).await {
                 // The connection ended; whether the monitor did shows when connecting again.
                 Ok(()) => refused = 0,
+                Err(e) if !e.is_death() => {
+                    // It lives; only this server cannot follow it.
+                    tracing::error!(sandbox = %sandbox.id, error = %e, "cannot follow the pod's containers");
+                    return;
+                }
                 Err(e) => {
                     refused += 1;
                     tracing::debug!(sandbox = %sandbox.id, error = %e, "lost the monitor's events");

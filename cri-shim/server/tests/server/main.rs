@@ -3,6 +3,8 @@
 mod devices;
 mod node;
 mod pods;
+mod runtimes;
 mod security;
 mod survival;
+mod upgrade;
 mod volumes;

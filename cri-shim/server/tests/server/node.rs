@@ -20,6 +20,8 @@ type Answer<T> = Result<T, tonic::Status>;
 pub struct Node {
     pub dir: PathBuf,
     pub cgroup: String,
+    /// More flags of the server, from its next start on.
+    pub flags: Vec<String>,
     child: Option<Child>,
 }
 
@@ -103,7 +105,7 @@ impl Node {
         assert!(nix::unistd::geteuid().is_root(), "run this test as root");
         fs::create_dir_all(dir.join("cni-conf")).unwrap();
         let cgroup = format!("/{}", dir.file_name().unwrap().to_string_lossy());
-        let mut node = Node { dir, cgroup, child: None };
+        let mut node = Node { dir, cgroup, flags: Vec::new(), child: None };
         let archive = make_image(&node.dir, IMAGE, |_, config| config);
         let done = node.server(&[]).arg("--import").arg(archive).stdout(Stdio::null()).status().unwrap();
         assert!(done.success());
@@ -134,6 +136,7 @@ impl Node {
             .arg("--cgroup-parent")
             .arg(&self.cgroup)
             .args(["--cni-timeout", "3"])
+            .args(&self.flags)
             .envs(env.iter().copied());
         command
     }

@@ -102,13 +102,15 @@ async fn how_containers_end() {
         }
         assert_eq!((status.exit_code, status.reason.as_str()), (code, reason), "{name}");
     }
-    // A program that is not there fails the start or the creation, and says so.
-    let missing = node.create(&pod, container_config("missing", &["/no/such/program"]), &config).await;
-    let error = match missing {
-        Err(e) => e,
-        Ok(id) => node.start_container(&id).await.unwrap_err(),
-    };
+    // A program that is not there fails the start, as in containerd, and the container has ended with that.
+    let missing =
+        node.create(&pod, container_config("missing", &["/no/such/program"]), &config).await.unwrap();
+    assert_eq!(node.status(&missing).await.state, cri::ContainerState::ContainerCreated as i32);
+    let error = node.start_container(&missing).await.unwrap_err();
     assert!(error.message().contains("no/such/program"), "{error}");
+    let status = node.ended(&missing).await;
+    assert_eq!((status.exit_code, status.reason.as_str()), (128, "StartError"));
+    assert!(status.message.contains("no/such/program"), "{}", status.message);
     let user = |name: &str| {
         let mut c = container_config(name, &["sh", "-c", "id -u; id -g; sleep 1000"]);
         let s = c.linux.get_or_insert_default().security_context.get_or_insert_default();
