@@ -303,6 +303,22 @@ pub struct ProxyArgs {
     /// Interfaces that clients outside of the node come in by [default: found by their addresses] (repeatable)
     #[arg(long = "uplink", value_name = "NAME")]
     pub uplinks: Vec<String>,
+
+    /// Uplinks whose driver sends packets of known connections on by itself, if it can (repeatable)
+    #[arg(long, value_name = "NAME")]
+    pub xdp: Vec<String>,
+
+    /// Let the backend's node answer TCP clients of node ports and load balancers itself; all nodes must have it
+    #[arg(long)]
+    pub direct_return: bool,
+
+    /// How backends are chosen for clients outside of the node, where a Service does not say: maglev or random
+    #[arg(long, value_name = "HOW", default_value = "maglev", value_parser = selection)]
+    pub selection: orlop_proxy::Selection,
+}
+
+fn selection(name: &str) -> Result<orlop_proxy::Selection, &'static str> {
+    orlop_proxy::Selection::named(name).ok_or("write maglev or random")
 }
 
 #[derive(Clone, Debug, Args)]
@@ -342,7 +358,13 @@ pub enum ProxyCommand {
         pins: BpfDir,
     },
     /// Remove all programs, maps and links; the proxy must not run
-    Cleanup(BpfDir),
+    Cleanup {
+        /// Remove what kube-proxy left as well: its nftables tables, iptables chains and IPVS servers
+        #[arg(long)]
+        kube_proxy: bool,
+        #[command(flatten)]
+        pins: BpfDir,
+    },
 }
 
 /// What `orlop image` does. All but `build` go to the CRI server, which owns the store, when it runs.

@@ -360,6 +360,9 @@ pub async fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
         config.node_port_addresses = file.node_port_addresses;
     }
     config.uplinks = args.uplinks;
+    config.datapath.xdp = args.xdp;
+    config.direct_return = args.direct_return;
+    config.selection = args.selection;
     let stop = crate::shutdown::on_signal()?;
     Ok(orlop_proxy::run(config, Ready::default(), stop).await?)
 }
@@ -372,9 +375,15 @@ pub fn ask_proxy(command: ProxyCommand) -> Result<(), Failure> {
         ProxyCommand::Backends(p) => (p, Question::Backends),
         ProxyCommand::Flows { service, pins } => (pins, Question::Flows { service }),
         ProxyCommand::Trace { to, udp, outside, pins } => (pins, Question::Trace { to, udp, outside }),
-        ProxyCommand::Cleanup(p) => {
-            let config = proxy_config(Path::new(""), "", &p.bpf_dir, Address(None), Address(None));
-            return Ok(orlop_proxy::purge(&config)?);
+        ProxyCommand::Cleanup { kube_proxy, pins } => {
+            let config = proxy_config(Path::new(""), "", &pins.bpf_dir, Address(None), Address(None));
+            orlop_proxy::purge(&config)?;
+            if kube_proxy {
+                for removed in orlop_proxy::leftovers::remove()? {
+                    crate::say(format_args!("removed {removed}"))?;
+                }
+            }
+            return Ok(());
         }
     };
     print!("{}", orlop_proxy::inspect(&pins.bpf_dir, &question)?);

@@ -206,16 +206,34 @@ pub mod config_flags {
     /// Node ports answer on 127.0.0.0/8, and on ::1.
     pub const LOOPBACK4: u32 = 1;
     pub const LOOPBACK6: u32 = 2;
+    /// Backends on other nodes answer TCP clients themselves, past this node (direct server return).
+    pub const DIRECT: u32 = 4;
 }
 
 pub mod uplink_flags {
     /// The node's end of a pod's veth pair: who comes in here is inside the cluster.
     pub const POD: u32 = 1;
+    /// Served by XDP too; only such interfaces are sent to by XDP.
+    pub const XDP: u32 = 2;
 }
 
 pub mod backend_flags {
     /// Runs on this node.
     pub const LOCAL: u8 = 1;
+}
+
+/// What a node tells the node of a backend about a connection that is to be answered from there: the Service's address
+/// and port, in the connection's first packet, as an IPv4 option or an IPv6 destination option. Numbers that are kept for
+/// experiments (RFC 4727); who does not know them passes over them.
+pub mod direct {
+    /// Copied into fragments, class 0, number 30.
+    pub const OPTION4: u8 = 158;
+    /// Type and length, port, address.
+    pub const LEN4: usize = 8;
+    /// To be skipped by who does not know it, does not change on the way.
+    pub const OPTION6: u8 = 0x1e;
+    /// Next header and length, type and length, port, two bytes of nothing, address.
+    pub const LEN6: usize = 24;
 }
 
 pub mod local_flags {
@@ -238,6 +256,8 @@ pub mod ct_flags {
     pub const REDIRECT: u32 = 4;
     /// A FIN or RST was seen: the entry may be taken over.
     pub const CLOSING: u32 = 8;
+    /// The backend's node answers the client itself: it is told by the connection's first packet what for.
+    pub const DIRECT: u32 = 16;
 }
 
 /// Indexes of COUNTERS.
@@ -255,6 +275,10 @@ pub mod counters {
     pub const NOT_ADMITTED: u32 = 8;
     /// Packets that were larger than the way to another node allows.
     pub const TOO_BIG: u32 = 9;
+    /// Connections that another node handed over, to be answered from here.
+    pub const DIRECT: u32 = 10;
+    /// Packets sent on by XDP.
+    pub const XDP: u32 = 11;
     pub const COUNT: u32 = 16;
 }
 

@@ -6,13 +6,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use aya::programs::{CgroupSockAddr, ProgramFd, SchedClassifier};
+use aya::programs::{CgroupSockAddr, ProgramFd, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
-use orlop_ebpf_common::{Config as KernelConfig, LAYOUT, Uplink};
+use orlop_ebpf_common::{Config as KernelConfig, LAYOUT, Uplink, uplink_flags};
 
 use crate::maps::RealMaps;
 use crate::sys::{self, AttachType};
-use crate::{Config, Error, MapFailure, clsact, path_err, pin, probe};
+use crate::{Config, Error, MapFailure, Sizes, clsact, path_err, pin, probe};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb.o"));
 
@@ -41,6 +41,8 @@ pub struct Datapath {
     /// The object, until its socket programs are attached.
     object: Option<Ebpf>,
     packet: Packet,
+    /// When interfaces are to be served by XDP.
+    xdp: Option<ProgramFd>,
     config: Config,
 }
 
@@ -55,6 +57,7 @@ impl Datapath {
     pub fn load(config: &Config) -> Result<Datapath, Error> {
         pin::prepare(&config.pins)?;
         pin::adopt_older(&config.pins)?;
+        pin::check_shapes(&config.pins)?;
         let mut bpf = load(config)?;
         let mut maps = RealMaps::take(&mut bpf)?;
         let snat = snat_ports();
@@ -79,7 +82,8 @@ impl Datapath {
                 egress: Box::new(lasting(&mut bpf, "lb_egress", &config.pins)?),
             }
         };
-        Ok(Datapath { maps, object: Some(bpf), packet, config: config.clone() })
+        let xdp = if config.xdp.is_empty() { None } else { Some(xdp(&mut bpf)?) };
+        Ok(Datapath { maps, object: Some(bpf), packet, xdp, config: config.clone() })
     }
 
     /// [`Datapath::load`] and [`Datapath::attach`] in one.
@@ -122,6 +126,8 @@ impl Datapath {
     /// Serves packets of an interface, or changes how it is served. The interface's settings are in place before its
     /// programs run.
     pub fn attach_uplink(&mut self, index: u32, name: &str, uplink: Uplink) -> Result<(), Error> {
+        let by_driver = if self.attach_xdp(index, name, &uplink)? { uplink_flags::XDP } else { 0 };
+        let uplink = Uplink { flags: uplink.flags | by_driver, ..uplink };
         self.maps.put_uplink(index, uplink).map_err(|e| map_error("UPLINKS", e))?;
         let links = pin::links(&self.config.pins);
         match &mut self.packet {
@@ -142,6 +148,32 @@ impl Datapath {
         Ok(())
     }
 
+    /// Attaches the XDP program where it is wanted and the driver takes it; says whether it is there. Without it packets
+    /// go through the other programs, as all but those of known connections do anyway.
+    fn attach_xdp(&self, index: u32, name: &str, uplink: &Uplink) -> Result<bool, Error> {
+        let path = pin::links(&self.config.pins).join(format!("xdp_{index}"));
+        let wanted = self.config.xdp.iter().any(|x| x == name) && uplink.flags & uplink_flags::POD == 0;
+        let Some(program) = self.xdp.as_ref().filter(|_| wanted) else {
+            pin::remove_link(&path)?;
+            return Ok(false);
+        };
+        let refused = if uplink.l3_offset == 0 {
+            io::Error::other("it is no Ethernet interface")
+        } else {
+            let target = Target { number: index, id: u64::from(index) };
+            match link(&path, program.as_fd(), target, AttachType::Xdp) {
+                Ok(()) => return Ok(true),
+                Err(e) => e,
+            }
+        };
+        tracing::warn!(
+            interface = name,
+            error = %refused,
+            "the interface's driver takes no XDP program; its packets go through the stack's hooks"
+        );
+        Ok(false)
+    }
+
     /// Stops serving every interface whose index is not in `wanted`, whoever attached it.
     pub fn keep_uplinks(&mut self, wanted: &[u32]) -> Result<(), Error> {
         let links = pin::links(&self.config.pins);
@@ -154,7 +186,7 @@ impl Datapath {
             }
             match kind {
                 "clsact" => clsact::detach(&self.config.pins, index),
-                "in" | "out" => pin::remove_link(&entry.path())?,
+                "in" | "out" | "xdp" => pin::remove_link(&entry.path())?,
                 _ => {}
             }
         }
@@ -165,6 +197,26 @@ impl Datapath {
         }
         Ok(())
     }
+}
+
+/// Shows every program to this kernel's verifier, with maps that are gone afterwards. Nothing is attached.
+pub(crate) fn verify() -> Result<(), Error> {
+    let small = Sizes { frontends: 16, slots: 16, backends: 16, connections: 16, sockets: 16 };
+    let pins = Config::default().pins.with_file_name(format!("orlop-check-{}", std::process::id()));
+    let config = Config { pins, sizes: small, ..Config::default() };
+    pin::prepare(&config.pins)?;
+    let result = load(&config).and_then(|mut bpf| {
+        for (name, _) in SOCKET_PROGRAMS {
+            let p: &mut CgroupSockAddr = program(&mut bpf, name)?;
+            p.load().map_err(|e| Error::Program { program: name, source: Box::new(e) })?;
+        }
+        classifier(&mut bpf, "lb_ingress")?;
+        classifier(&mut bpf, "lb_egress")?;
+        xdp(&mut bpf).map(drop)
+    });
+    pin::remove(&config.pins)?;
+    sys::release_memory();
+    result
 }
 
 fn map_error(name: &'static str, e: MapFailure) -> Error {
@@ -234,6 +286,15 @@ fn classifier(bpf: &mut Ebpf, name: &'static str) -> Result<ProgramFd, Error> {
     fd.try_clone().map_err(|e| Error::Program { program: name, source: Box::new(e.into()) })
 }
 
+fn xdp(bpf: &mut Ebpf) -> Result<ProgramFd, Error> {
+    const NAME: &str = "lb_xdp";
+    let failed = |e| Error::Program { program: NAME, source: Box::new(e) };
+    let p: &mut Xdp = program(bpf, NAME)?;
+    p.load().map_err(failed)?;
+    let fd = p.fd().map_err(failed)?;
+    fd.try_clone().map_err(|e| Error::Program { program: NAME, source: Box::new(e.into()) })
+}
+
 /// The program as a handle that outlives the object it was loaded from.
 fn lasting(bpf: &mut Ebpf, name: &'static str, pins: &Path) -> Result<SchedClassifier, Error> {
     let failed = |e| Error::Program { program: name, source: Box::new(e) };
@@ -261,7 +322,7 @@ fn link(path: &Path, program: BorrowedFd<'_>, target: Target, attach: AttachType
             let info = sys::link_info(old.as_fd())?;
             let attached_to = match attach {
                 // The kernel reports 32 bits for interfaces; the other half is the attach type.
-                AttachType::TcxIngress | AttachType::TcxEgress => info.target & 0xffff_ffff,
+                AttachType::TcxIngress | AttachType::TcxEgress | AttachType::Xdp => info.target & 0xffff_ffff,
                 _ => info.target,
             };
             if attached_to == target.id && sys::link_update(old.as_fd(), program).is_ok() {

@@ -19,7 +19,7 @@ use orlop_ebpf_common::LAYOUT;
 
 pub use attach::Datapath;
 pub use maps::{Dump, MapFailure, Maps, Op, Range, RealMaps};
-pub use probe::{Finding, Level, check};
+pub use probe::{Finding, Level, check, verify_programs};
 pub use sys::release_memory;
 
 /// Where the load balancer lives on this machine.
@@ -31,6 +31,8 @@ pub struct Config {
     pub cgroup: Option<PathBuf>,
     /// Attach to interfaces by clsact even where tcx exists.
     pub force_clsact: bool,
+    /// Interfaces whose drivers send packets of known connections on themselves (XDP), where they can.
+    pub xdp: Vec<String>,
     pub sizes: Sizes,
 }
 
@@ -40,6 +42,7 @@ impl Default for Config {
             pins: PathBuf::from("/sys/fs/bpf/orlop"),
             cgroup: None,
             force_clsact: false,
+            xdp: Vec::new(),
             sizes: Sizes::default(),
         }
     }
@@ -79,6 +82,11 @@ pub enum Error {
     Missing { name: &'static str },
     #[error("cannot open BPF map {name}; `orlop proxy cleanup` removes all of them")]
     Map { name: &'static str, source: Box<aya::maps::MapError> },
+    #[error(
+        "BPF map {name} at {pins} has another shape than this program's; `orlop proxy cleanup` removes all of them",
+        pins = pins.display()
+    )]
+    Shape { name: &'static str, pins: PathBuf },
     #[error("no service load balancer is loaded at {pins}; start `orlop proxy`", pins = pins.display())]
     NotLoaded { pins: PathBuf },
     #[error(

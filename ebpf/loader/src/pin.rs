@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <pins>/links/<program>          cgroup links           <pins>/links/{in,out}_<ifindex>   tcx links
+//! <pins>/links/xdp_<ifindex>      XDP links
 //! <pins>/links/clsact_<ifindex>   a folder: attached by clsact
 //! <pins>/links/qdisc_<ifindex>    a folder: the queueing discipline is ours
 //! <pins>/v<layout>/               maps                   <pins>/mounted   a folder: the file system is ours
@@ -15,8 +16,9 @@ use std::os::fd::AsFd;
 
 use aya::maps::MapData;
 use orlop_ebpf_common::{
-    AffinityKey, AffinityValue, Backend, CtKey, CtValue, FrontendKey, FrontendValue, LAYOUT, ServiceName,
-    SlotKey, SockFlow, SockKey, SockReverse, Stats,
+    Addr, AffinityKey, AffinityValue, Backend, Config, CtKey, CtValue, FragmentKey, FragmentPorts,
+    FrontendKey, FrontendValue, LAYOUT, MaglevTable, RangeKey, ServiceName, SlotKey, SockFlow, SockKey,
+    SockReverse, Stats, Uplink,
 };
 use rustix::mount::{MountFlags, UnmountFlags};
 
@@ -102,8 +104,22 @@ pub(crate) fn adopt_older(pins: &Path) -> Result<(), Error> {
     Ok(())
 }
 
+/// Refuses maps of this layout whose keys or values have another size than ours, whoever made them: nothing else looks.
+pub(crate) fn check_shapes(pins: &Path) -> Result<(), Error> {
+    for shape in SHAPES.iter().chain(&OTHER_SHAPES) {
+        let path = maps(pins).join(shape.0);
+        if path.exists() && !has_shape(&path, shape) {
+            return Err(Error::Shape { name: shape.0, pins: pins.to_owned() });
+        }
+    }
+    Ok(())
+}
+
 fn like_ours(path: &Path, name: &str) -> bool {
-    let Some((_, key, value)) = SHAPES.iter().find(|(n, ..)| *n == name) else { return false };
+    SHAPES.iter().find(|(n, ..)| *n == name).is_some_and(|s| has_shape(path, s))
+}
+
+fn has_shape(path: &Path, (_, key, value): &(&str, usize, usize)) -> bool {
     MapData::from_pin(path)
         .and_then(|m| m.info())
         .is_ok_and(|i| i.key_size() as usize == *key && i.value_size() as usize == *value)
@@ -121,6 +137,18 @@ const SHAPES: [(&str, usize, usize); 10] = [
     ("AFFINITY", size_of::<AffinityKey>(), size_of::<AffinityValue>()),
     ("SOCK_REVERSE", size_of::<SockKey>(), size_of::<SockReverse>()),
     ("SOCK_FLOWS", size_of::<SockKey>(), size_of::<SockFlow>()),
+];
+
+/// Maps that an upgrade makes anew, and the counters.
+const OTHER_SHAPES: [(&str, usize, usize); 7] = [
+    ("CONFIG", size_of::<u32>(), size_of::<Config>()),
+    ("COUNTERS", size_of::<u32>(), size_of::<u64>()),
+    ("FRAGMENTS", size_of::<FragmentKey>(), size_of::<FragmentPorts>()),
+    ("LOCAL_ADDRS", size_of::<Addr>(), size_of::<u32>()),
+    ("MAGLEV", size_of::<u32>(), size_of::<MaglevTable>()),
+    // A trie's key begins with the length of its prefix.
+    ("RANGES", size_of::<u32>() + size_of::<RangeKey>(), size_of::<u32>()),
+    ("UPLINKS", size_of::<u32>(), size_of::<Uplink>()),
 ];
 
 /// Removes the maps of older layouts, which no program uses any more.

@@ -150,6 +150,28 @@ pub fn check() -> Vec<Finding> {
     found
 }
 
+/// Has the kernel look at every program, as it does when they are loaded: its own word, where [`check`] says why it may
+/// be no.
+pub fn verify_programs() -> Finding {
+    let refused = crate::attach::verify().err().map(|e| {
+        let mut text = e.to_string();
+        let mut source = std::error::Error::source(&e);
+        while let Some(s) = source {
+            text.push_str(&format!(": {s}"));
+            source = s.source();
+        }
+        // The verifier's log may be long; how it begins is enough here.
+        text.chars().take(400).collect::<String>()
+    });
+    Finding::new(
+        "bpf-programs",
+        refused.is_none(),
+        Level::Missing,
+        refused.unwrap_or_else(|| "the kernel accepts all of them".to_owned()),
+        "run as root, on Linux 5.18 or later with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF",
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -28,9 +28,14 @@ pub enum AttachType {
     Recvmsg6 = 20,
     Peername4 = 29,
     Peername6 = 30,
+    Xdp = 37,
     TcxIngress = 46,
     TcxEgress = 47,
 }
+
+/// XDP by the driver itself. By the stack it would cost more than it saves, and could not tell checksums that are not
+/// filled in yet.
+const XDP_DRIVER: u32 = 4;
 
 #[repr(C)]
 #[derive(Default)]
@@ -88,7 +93,7 @@ pub struct LinkInfo {
     pub id: u32,
     pub program: u32,
     pad: u32,
-    /// For cgroup links the cgroup's id; for tcx links the interface index in the lower half, 0 when it is gone.
+    /// For cgroup links the cgroup's id; for tcx and XDP links the interface index in the lower half, 0 when it is gone.
     pub target: u64,
     pub attach_type: u32,
     rest: [u32; 13],
@@ -118,6 +123,7 @@ pub fn link_create(program: BorrowedFd<'_>, target: u32, attach: AttachType) -> 
         prog_fd: program.as_raw_fd() as u32,
         target,
         attach_type: attach as u32,
+        flags: if attach == AttachType::Xdp { XDP_DRIVER } else { 0 },
         ..Create::default()
     };
     bpf(LINK_CREATE, &mut attr).map(owned)

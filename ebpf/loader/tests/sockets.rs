@@ -169,6 +169,85 @@ fn a_pods_loopback_is_its_own() {
     purge(&config).unwrap();
 }
 
+/// As an upgrade or a downgrade finds them: maps in a folder of another layout's name.
+#[test]
+fn maps_of_an_older_layout_are_taken_over_and_those_of_a_newer_one_refused() {
+    let place = Place::new("ly");
+    let config = place.config();
+    let folder = |layout: u32| config.pins.join(format!("v{layout}"));
+    let vip: SocketAddr = "127.201.11.1:80".parse().unwrap();
+    let mut dp = Datapath::open(&config).unwrap();
+    service(&mut dp, vip, TCP, 7, &[tcp_server("a")]);
+    drop(dp);
+    assert_eq!(ask(vip).unwrap(), "a");
+
+    std::fs::rename(folder(LAYOUT), folder(LAYOUT - 1)).unwrap();
+    assert_eq!(ask(vip).unwrap(), "a", "the older programs run on");
+    let dp = Datapath::open(&config).unwrap();
+    assert_eq!(dp.maps.dump().unwrap().frontends.len(), 1, "adopted");
+    assert_eq!(ask(vip).unwrap(), "a");
+    assert!(folder(LAYOUT).exists() && !folder(LAYOUT - 1).exists());
+    drop(dp);
+
+    // One that has another shape under the same name is not taken for what it is not.
+    std::fs::rename(folder(LAYOUT), folder(LAYOUT - 1)).unwrap();
+    std::fs::remove_file(folder(LAYOUT - 1).join("BACKENDS")).unwrap();
+    std::fs::rename(folder(LAYOUT - 1).join("NAMES"), folder(LAYOUT - 1).join("BACKENDS")).unwrap();
+    let dp = Datapath::open(&config).unwrap();
+    let dump = dp.maps.dump().unwrap();
+    assert_eq!((dump.frontends.len(), dump.backends.len()), (1, 0), "the proxy fills in what is missing");
+    drop(dp);
+
+    // The same within this layout is nothing that an upgrade makes: refused, with what to do.
+    std::fs::remove_file(folder(LAYOUT).join("BACKENDS")).unwrap();
+    std::fs::rename(folder(LAYOUT).join("NAMES"), folder(LAYOUT).join("BACKENDS")).unwrap();
+    let refused = Datapath::load(&config).map(drop).unwrap_err().to_string();
+    assert!(refused.contains("BACKENDS") && refused.contains("orlop proxy cleanup"), "{refused}");
+
+    std::fs::rename(folder(LAYOUT), folder(LAYOUT + 1)).unwrap();
+    let refused = Datapath::load(&config).map(drop).unwrap_err().to_string();
+    assert!(refused.contains("newer version") && refused.contains("orlop proxy cleanup"), "{refused}");
+    purge(&config).unwrap();
+    assert!(!folder(LAYOUT + 1).exists());
+    Datapath::load(&config).unwrap();
+    purge(&config).unwrap();
+}
+
+#[test]
+fn this_kernel_accepts_all_programs() {
+    let found = orlop_ebpf_loader::verify_programs();
+    assert_eq!(found.level, orlop_ebpf_loader::Level::Ok, "{}", found.detail);
+}
+
+/// Sockets of one network namespace stay with a backend until they have been silent for long enough.
+#[test]
+fn affinity_of_sockets_ends_after_its_time() {
+    let place = Place::new("la");
+    let config = place.config();
+    let vip: SocketAddr = "127.201.12.1:80".parse().unwrap();
+    let mut dp = Datapath::open(&config).unwrap();
+    service(&mut dp, vip, TCP, 8, &[tcp_server("a"), tcp_server("b")]);
+    let key = FrontendKey { addr: addr_from(vip.ip()), port: 80, proto: TCP, scope: SCOPE_INTERNAL };
+    let flags = frontend_flags::MEMBERS | frontend_flags::AFFINITY;
+    let value = FrontendValue { set: 8, count: 2, service: 8, affinity_seconds: 1, flags };
+    dp.maps.apply(&Op::PutFrontend(key, value)).unwrap();
+    let mut last = ask(vip).unwrap();
+    for i in 0..40 {
+        let begin = std::time::Instant::now();
+        let now = ask(vip).unwrap();
+        if begin.elapsed() < Duration::from_millis(500) {
+            assert_eq!(now, last, "connection {i}");
+        }
+        last = now;
+    }
+    let moved = (0..20).any(|_| {
+        std::thread::sleep(Duration::from_millis(1100));
+        ask(vip).unwrap() != last
+    });
+    assert!(moved, "always {last}");
+    purge(&config).unwrap();
+}
+
 /// Ids of this load balancer's maps, and of programs that use one of them.
 fn in_kernel(maps: &[u32]) -> (usize, usize) {
     let programs = aya::programs::loaded_programs()

@@ -2,6 +2,7 @@
 #![no_std]
 #![no_main]
 
+mod direct;
 mod icmp;
 mod maps;
 mod packet;
@@ -9,6 +10,7 @@ mod parse;
 mod rewrite;
 mod select;
 mod sock;
+mod xdp;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -15,6 +15,7 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use orlop_ebpf_common::*;
 
+use crate::direct;
 use crate::icmp;
 use crate::maps::*;
 use crate::parse::{Kind, parse};
@@ -31,9 +32,9 @@ const SNAT_TRIES: u32 = 12;
 /// Clients of [`AffinityKey`] that are addresses.
 const KIND_ADDRESS: u32 = 0;
 
-const TCP_FIN: u8 = 1;
-const TCP_SYN: u8 = 2;
-const TCP_RST: u8 = 4;
+pub const TCP_FIN: u8 = 1;
+pub const TCP_SYN: u8 = 2;
+pub const TCP_RST: u8 = 4;
 const TCP_ACK: u8 = 16;
 
 #[inline(always)]
@@ -80,7 +81,7 @@ fn touch(e: *mut CtValue, p: &Packet, now: u64) {
 }
 
 #[inline(always)]
-fn idle(v: &CtValue, proto: u8, now: u64) -> bool {
+pub fn idle(v: &CtValue, proto: u8, now: u64) -> bool {
     let limit = if proto == UDP {
         UDP_IDLE
     } else if v.flags & ct_flags::CLOSING != 0 {
@@ -139,7 +140,8 @@ fn carry_out(ctx: &TcContext, s: &mut Scratch, kind: Kind, found: Result<*const 
     } else {
         rewrite::apply(ctx, &s.packet, v)
     };
-    if done.is_none() {
+    let tells = v.flags & ct_flags::DIRECT != 0 && kind as u8 == Kind::Transport as u8 && opens(&s.packet);
+    if done.is_none() || (tells && direct::tell(ctx, s).is_none()) {
         return dropped();
     }
     if out == 0 { NEXT } else { rewrite::send(ctx, s.packet.l3, s.packet.v4, out) }
@@ -204,6 +206,10 @@ fn incoming(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const Ct
     let scope = if link.flags & uplink_flags::POD != 0 { SCOPE_INTERNAL } else { SCOPE_EXTERNAL };
     let p = &s.packet;
     let Some(front) = select::frontend(&p.dst, p.dport, p.proto, scope, false, config) else {
+        if opens(p) && config.flags & config_flags::DIRECT != 0 && direct::told(ctx, s).is_some() {
+            return Err(take_charge(s, now));
+        }
+        let p = &s.packet;
         if p.proto == UDP || opens(p) {
             forget(&mut s.key, p);
         }
@@ -227,6 +233,33 @@ fn incoming(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const Ct
         }
     }
     connect(ctx, front, config, link, s, now)
+}
+
+/// Another node has handed a connection over: its answers get the name that is in the reply's entry.
+#[inline(always)]
+fn take_charge(s: &mut Scratch, now: u64) -> i32 {
+    let (addr, port) = (s.reply.src, s.reply.sport);
+    let mut front = FrontendKey { addr, port, proto: s.packet.proto, scope: SCOPE_EXTERNAL };
+    // Under no other name than a Service's: what comes by the network says much.
+    if FRONTENDS.get_ptr(&front).is_none() {
+        front.addr = any_addr(is_v4(&addr));
+        if FRONTENDS.get_ptr(&front).is_none() {
+            return NEXT;
+        }
+    }
+    set_key(&mut s.rkey, &s.packet, ct_dir::REPLY);
+    (s.rkey.src, s.rkey.dst) = (s.packet.dst, s.packet.src);
+    (s.rkey.sport, s.rkey.dport) = (s.packet.dport, s.packet.sport);
+    (s.reply.dst, s.reply.dport) = (s.packet.src, s.packet.sport);
+    s.reply.flags = ct_flags::SRC;
+    (s.reply.backend, s.reply.service) = (0, 0);
+    (s.reply.last_seen_ns, s.reply.created_ns) = (now, now);
+    // The same client's connection by another name is still alive; its answers would get the wrong one.
+    if clashes(s, now) || CONNECTIONS.insert(&s.rkey, &s.reply, 0).is_err() {
+        return dropped();
+    }
+    count(counters::DIRECT);
+    NEXT
 }
 
 /// The client talks to the backend itself, by the port that it once used by way of a Service: the answers must not get
@@ -311,6 +344,10 @@ fn connect(
     (s.rkey.dst, s.rkey.dport) = (p.src, p.sport);
     (s.rkey.proto, s.rkey.dir, s.rkey.pad) = (p.proto, ct_dir::REPLY, 0);
     let mut own_source = masquerade(ctx, flags, link, s);
+    if own_source && config.flags & config_flags::DIRECT != 0 && hands_over(link, s, now) {
+        own_source = false;
+        s.forward.flags |= ct_flags::REDIRECT | ct_flags::DIRECT;
+    } else
     // Nothing can be sent to the node itself with a source of its own; there the newer connection wins.
     if !own_source && !is_local(&s.forward.dst) && clashes(s, now) {
         s.rkey.dst = own_address(link, s.packet.v4);
@@ -339,6 +376,23 @@ fn connect(
         count_connection(front.service, true);
     }
     Ok(&raw const s.forward)
+}
+
+/// Whether a connection to another node is answered from there. If so the reply's entry is made one that names back
+/// errors alone, as no answer comes here.
+#[inline(always)]
+fn hands_over(link: &Uplink, s: &mut Scratch, now: u64) -> bool {
+    if s.packet.proto != TCP || link.flags & uplink_flags::POD != 0 || same(&s.forward.dst, &s.packet.src) {
+        return false;
+    }
+    let own = s.rkey.dst;
+    (s.rkey.dst, s.rkey.dir) = (s.packet.src, ct_dir::ERROR);
+    // The backend's node could not tell their answers apart.
+    if !clashes(s, now) {
+        return true;
+    }
+    (s.rkey.dst, s.rkey.dir) = (own, ct_dir::REPLY);
+    false
 }
 
 #[inline(always)]

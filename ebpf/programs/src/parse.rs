@@ -11,6 +11,10 @@ const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
 const IPV6_FRAGMENT: u8 = 44;
+const IPV6_HOP_BY_HOP: u8 = 0;
+const IPV6_DESTINATION: u8 = 60;
+/// More of IPv6's headers in front of the transport's than this are nobody's.
+const MAX_EXTENSIONS: usize = 2;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -22,7 +26,7 @@ pub enum Kind {
 
 /// Reads `N` bytes into the scratch's room for headers.
 #[inline(always)]
-fn load<const N: usize>(ctx: &TcContext, at: u32, head: &mut [u8; 40]) -> Option<()> {
+pub fn load<const N: usize>(ctx: &TcContext, at: u32, head: &mut [u8; 40]) -> Option<()> {
     const { assert!(N <= 40) }
     // SAFETY: the room is at least that large.
     let r = unsafe { bpf_skb_load_bytes(ctx.skb.skb.cast(), at, head.as_mut_ptr().cast(), N as u32) };
@@ -30,12 +34,12 @@ fn load<const N: usize>(ctx: &TcContext, at: u32, head: &mut [u8; 40]) -> Option
 }
 
 #[inline(always)]
-fn word(head: &[u8; 40], at: usize) -> u32 {
+pub fn word(head: &[u8; 40], at: usize) -> u32 {
     u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]])
 }
 
 #[inline(always)]
-fn half(head: &[u8; 40], at: usize) -> u16 {
+pub fn half(head: &[u8; 40], at: usize) -> u16 {
     u16::from_be_bytes([head[at], head[at + 1]])
 }
 
@@ -81,6 +85,16 @@ fn inner(ctx: &TcContext, l3: u32, v4: bool, s: &mut Scratch) -> Option<Kind> {
     let p = &mut s.packet;
     ip_header(ctx, l3, v4, &mut s.head, p)?;
     // The fragment's offset, whether more follow, and the datagram's number.
+    if !v4 {
+        for _ in 0..MAX_EXTENSIONS {
+            if p.proto != IPV6_HOP_BY_HOP && p.proto != IPV6_DESTINATION {
+                break;
+            }
+            load::<2>(ctx, p.l4, &mut s.head)?;
+            p.proto = s.head[0];
+            p.l4 += (s.head[1] as u32 + 1) * 8;
+        }
+    }
     p.divisible = false;
     let (later, more, id) = if v4 {
         let place = half(&s.head, 6);

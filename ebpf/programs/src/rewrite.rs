@@ -11,8 +11,8 @@ use crate::maps::*;
 pub const NEXT: i32 = -1;
 pub const DROP: i32 = 2;
 
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
+pub const AF_INET: u8 = 2;
+pub const AF_INET6: u8 = 10;
 const FIB_SUCCESS: i64 = 0;
 /// The route is known, the neighbour not yet: bpf_redirect_neigh resolves it.
 const FIB_NO_NEIGH: i64 = 7;

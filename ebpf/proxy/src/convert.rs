@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use orlop_ebpf_common::{TCP, UDP};
 
+use crate::desired::Selection;
 use crate::model::{Endpoint, Hint, Hints, Port, Service, Slice, SlicePort};
 use crate::objects::{self, keys};
 
@@ -102,6 +103,7 @@ pub fn service(s: &objects::Service) -> Option<Service> {
         external_local: spec.external_traffic_policy.as_deref() == Some("Local"),
         affinity_seconds,
         health_check_node_port: port(spec.health_check_node_port.unwrap_or(0)),
+        selection: s.metadata.annotations.as_ref().and_then(|a| Selection::named(a.get(keys::SELECTION)?)),
     })
 }
 

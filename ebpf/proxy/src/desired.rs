@@ -66,6 +66,17 @@ pub enum Selection {
     Random,
 }
 
+impl Selection {
+    /// By the name that flags and annotations have for it.
+    pub fn named(name: &str) -> Option<Selection> {
+        match name {
+            "maglev" => Some(Selection::Maglev),
+            "random" => Some(Selection::Random),
+            _ => None,
+        }
+    }
+}
+
 /// The entries of a Service; none when the model does not have it.
 pub fn desired(model: &Model, name: &str, selection: Selection) -> Desired {
     let Some(service) = model.service(name) else { return Desired::default() };
@@ -84,6 +95,7 @@ pub fn desired(model: &Model, name: &str, selection: Selection) -> Desired {
         },
         ..Desired::default()
     };
+    let selection = service.selection.unwrap_or(selection);
     for port in &service.ports {
         for v4 in [true, false] {
             add_port(&mut d, model, name, service, port, v4, selection);
@@ -357,6 +369,22 @@ mod tests {
         assert_eq!(ranged(&m).1, [true, false]);
         let d = desired(&m, "n/s", Selection::Random);
         assert_eq!(d.ranges, [(RangeKey { service: 0, addr: addr_from("10.0.0.0".parse().unwrap()) }, 104)]);
+    }
+
+    #[test]
+    fn a_service_may_say_how_its_backends_are_chosen() {
+        let eps = [("10.1.0.1", "rs"), ("10.1.0.2", "rs")];
+        let cases = [
+            (None, Selection::Maglev, true),
+            (None, Selection::Random, false),
+            (Some(Selection::Random), Selection::Maglev, false),
+            (Some(Selection::Maglev), Selection::Random, true),
+        ];
+        for (own, general, expected) in cases {
+            let m = model(Service { selection: own, ..service() }, &eps);
+            let d = desired(&m, "n/s", general);
+            assert_eq!(d.sets.iter().any(|s| s.maglev), expected, "{own:?} {general:?}");
+        }
     }
 
     #[test]

@@ -130,6 +130,7 @@ impl View {
             let name =
                 name.ok().and_then(|n| n.into_string().ok()).unwrap_or_else(|| format!("#{index}, gone"));
             let how = if links.contains(&format!("clsact_{index}")) { "clsact" } else { "tcx" };
+            let how = if u.flags & uplink_flags::XDP != 0 { format!("{how}, XDP") } else { how.to_owned() };
             let what = if u.flags & uplink_flags::POD != 0 { "pod" } else { "uplink" };
             let own: Vec<String> =
                 [u.addr4, u.addr6].iter().filter(|a| **a != [0; 4]).map(|a| addr_to(a).to_string()).collect();
@@ -206,7 +207,9 @@ impl View {
             if k.dir != ct_dir::FORWARD || !wanted(v.service) {
                 continue;
             }
-            let via = if v.flags & ct_flags::SRC != 0 {
+            let via = if v.flags & ct_flags::DIRECT != 0 {
+                " answered from there".to_owned()
+            } else if v.flags & ct_flags::SRC != 0 {
                 format!(" from {}", at(&v.src, v.sport))
             } else {
                 String::new()
@@ -282,7 +285,7 @@ impl View {
     }
 }
 
-const COUNTERS: [(&str, u32); 10] = [
+const COUNTERS: [(&str, u32); 12] = [
     ("socket translations", counters::SOCK_TRANSLATED),
     ("socket refusals", counters::SOCK_REFUSED),
     ("packet connections", counters::PACKET_CONNECTIONS),
@@ -293,6 +296,8 @@ const COUNTERS: [(&str, u32); 10] = [
     ("ICMP errors translated", counters::ICMP_ERRORS),
     ("sources not admitted", counters::NOT_ADMITTED),
     ("packets too big for their way", counters::TOO_BIG),
+    ("connections handed over to us", counters::DIRECT),
+    ("packets sent on by XDP", counters::XDP),
 ];
 
 fn line(out: &mut String, what: &str, value: &str) {

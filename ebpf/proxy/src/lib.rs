@@ -11,6 +11,7 @@ pub mod desired;
 mod gather;
 mod health;
 mod inspect;
+pub mod leftovers;
 mod metrics;
 pub mod model;
 mod objects;
@@ -27,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 pub use config_file::ConfigFile;
 pub use desired::Selection;
 pub use inspect::{Question, inspect};
-pub use orlop_ebpf_loader::{Config as DatapathConfig, Finding, Level, Sizes, check};
+pub use orlop_ebpf_loader::{Config as DatapathConfig, Finding, Level, Sizes, check, verify_programs};
 
 /// Everything that the proxy is told.
 #[derive(Clone, Debug)]
@@ -49,7 +50,11 @@ pub struct Config {
     pub metrics_address: Option<SocketAddr>,
     /// Where node ports answer; empty: on all of the node's addresses.
     pub node_port_addresses: Vec<IpNet>,
+    /// How backends are chosen, where a Service does not say (annotation `orlop.dev/selection`).
     pub selection: Selection,
+    /// TCP clients outside of the node are answered by the backend's node itself. Every node must run this proxy with the
+    /// same setting, and the network between them must let IP options pass.
+    pub direct_return: bool,
 }
 
 impl Config {
@@ -65,6 +70,7 @@ impl Config {
             metrics_address: Some(SocketAddr::from(([127, 0, 0, 1], 10249))),
             node_port_addresses: Vec::new(),
             selection: Selection::default(),
+            direct_return: false,
         }
     }
 }
@@ -86,6 +92,8 @@ pub enum Error {
     Addresses { source: rtnetlink::Error },
     #[error("cannot read the BPF maps of an earlier run; `orlop proxy cleanup` removes them")]
     Adopt { source: orlop_ebpf_loader::MapFailure },
+    #[error("cannot remove what kube-proxy left by means of {tool}; what is left can be removed by hand")]
+    Leftovers { tool: String, source: std::io::Error },
     #[error("cannot read the BPF maps; are you root?")]
     Inspect { source: orlop_ebpf_loader::MapFailure },
     #[error(transparent)]

@@ -28,6 +28,8 @@ pub struct Service {
     pub affinity_seconds: u32,
     /// 0 for none.
     pub health_check_node_port: u16,
+    /// How its backends are chosen; `None`: as the proxy is set.
+    pub selection: Option<crate::Selection>,
 }
 
 #[derive(Clone, Debug, PartialEq)]

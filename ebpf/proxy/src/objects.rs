@@ -14,7 +14,9 @@ pub mod keys {
     pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
     pub const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
     pub const ZONE: &str = "topology.kubernetes.io/zone";
-    pub const ALL: [&str; 5] = [PROXY_NAME, HEADLESS, SERVICE_NAME, TRIGGER_TIME, ZONE];
+    /// How a Service's backends are chosen: maglev or random.
+    pub const SELECTION: &str = "orlop.dev/selection";
+    pub const ALL: [&str; 6] = [PROXY_NAME, HEADLESS, SERVICE_NAME, TRIGGER_TIME, ZONE, SELECTION];
 }
 
 macro_rules! kinds {

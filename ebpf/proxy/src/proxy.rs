@@ -10,7 +10,7 @@ use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt, watcher as watch};
 use orlop_base::supervise::{Ready, TaskGroup};
 use orlop_base::telemetry::{Metrics, chain};
-use orlop_ebpf_common::{TCP, UDP, Uplink, counters};
+use orlop_ebpf_common::{TCP, UDP, Uplink, config_flags, counters};
 use orlop_ebpf_loader::{Datapath, MapFailure, Maps, RealMaps};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -443,7 +443,8 @@ impl Proxy {
         let node = addresses::decide(&interfaces, &c.node_port_addresses, &c.uplinks, c.pod_packets);
         self.model.set_node_ips(node.ips);
         let mut datapath = self.datapath.lock();
-        datapath.maps.set_flags(node.flags).map_err(|source| Error::Adopt { source })?;
+        let direct = if self.config.direct_return { config_flags::DIRECT } else { 0 };
+        datapath.maps.set_flags(node.flags | direct).map_err(|source| Error::Adopt { source })?;
         self.tables
             .sync_locals(&mut datapath.maps, &node.locals)
             .map_err(|source| Error::Adopt { source })?;

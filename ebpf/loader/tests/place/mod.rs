@@ -31,7 +31,7 @@ impl Place {
         let home = std::env::temp_dir().join(orlop_base::testkit::unique_name(&format!("ebpf-{prefix}")));
         let sizes = Sizes { frontends: 1024, slots: 1024, backends: 1024, connections: 1024, sockets: 1024 };
         let config =
-            Config { pins: home.join("bpf"), cgroup: Some(cgroup.clone()), force_clsact: false, sizes };
+            Config { pins: home.join("bpf"), cgroup: Some(cgroup.clone()), sizes, ..Config::default() };
         Place { config, root, cgroup, home }
     }
 

@@ -2,7 +2,10 @@
 //! maps are made from a model by the proxy's own code, the packets and sockets are the kernel's, and what must come out
 //! is said here by other means.
 
+mod beside;
+mod fuzz;
 mod ways;
+mod wire;
 mod world;
 
 use std::collections::BTreeMap;
@@ -404,7 +407,8 @@ impl Home {
         let dir = std::env::temp_dir().join(&name);
         let sizes =
             Sizes { frontends: 4096, slots: 4096, backends: 1024, connections: 65_536, sockets: 65_536 };
-        let config = Config { pins: dir.join("bpf"), cgroup: Some(cgroup.clone()), force_clsact, sizes };
+        let pins = dir.join("bpf");
+        let config = Config { pins, cgroup: Some(cgroup.clone()), force_clsact, sizes, ..Config::default() };
         Home { config, cgroup, dir }
     }
 }

@@ -4,10 +4,16 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use orlop_ebpf_common::counters;
+use orlop_ebpf_common::{
+    FrontendKey, SCOPE_EXTERNAL, TCP, Uplink, addr_from, config_flags, counters, uplink_flags,
+};
+use orlop_ebpf_loader::{Datapath, Maps, Op};
+use orlop_proxy::desired::{Selection, desired};
+use orlop_proxy::model::Model;
+use orlop_proxy::tables::Tables;
 
 use crate::world::*;
-use crate::{Home, Ranges, Spec, State, program_with};
+use crate::{Home, Kind, Ranges, Spec, State, program_with};
 
 /// Larger than [`NARROW`] lets pass and smaller than what leaves every client.
 const DATAGRAM: usize = 1440;
@@ -101,13 +107,7 @@ fn narrow_way(routes: [&str; 2], force_clsact: bool) {
     let w = World::new();
     let home = Home::new(force_clsact);
     echo(&w.other, REMOTE_POD);
-    let dp = program_with(&w, &home.config, |model| {
-        let s = spec(State::RemoteOnly);
-        model.set_service(&s.name(), Some(s.service()));
-        for v4 in [true, false] {
-            model.set_slice(&format!("{}-{v4}", s.name()), Some(s.slice(v4)));
-        }
-    });
+    let dp = remote_only(&w, &home);
     for route in routes {
         w.node.ip(&format!("route replace {route} mtu lock {NARROW}"));
     }
@@ -137,4 +137,245 @@ fn a_narrow_way_back_to_the_client_is_found_out() {
 #[test]
 fn narrow_ways_are_found_out_by_clsact() {
     narrow_way(TO_THE_OTHER, true);
+}
+
+/// The programs, and a Service whose only backend is on another node.
+fn remote_only(w: &World, home: &Home) -> orlop_ebpf_loader::Datapath {
+    program_with(w, &home.config, |model| {
+        let s = spec(State::RemoteOnly);
+        model.set_service(&s.name(), Some(s.service()));
+        for v4 in [true, false] {
+            model.set_slice(&format!("{}-{v4}", s.name()), Some(s.slice(v4)));
+        }
+    })
+}
+
+/// Two interfaces whose drivers take XDP programs, with peers that do what a card does.
+#[test]
+fn drivers_send_known_connections_on() {
+    let w = World::new();
+    let mut home = Home::new(false);
+    home.config.xdp = vec!["up0".into(), "up1".into()];
+    echo(&w.other, REMOTE_POD);
+    for net in [&w.outside, &w.other] {
+        net.run(|| crate::wire::like_a_card("eth0")).join().unwrap();
+    }
+    let dp = remote_only(&w, &home);
+    let served: Vec<_> =
+        dp.maps.uplinks().into_iter().filter(|(_, u)| u.flags & uplink_flags::XDP != 0).collect();
+    assert_eq!(served.len(), 2, "veth's driver takes the program");
+    both_families(&w, false, bulk);
+    let by_tcp = dp.maps.counter(counters::XDP);
+    assert!(by_tcp > 100, "{by_tcp} packets went the short way");
+    both_families(&w, true, |to| {
+        let s = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).unwrap();
+        s.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        s.connect(to).unwrap();
+        for i in 0..50 {
+            let mut buf = [0; 2048];
+            let n = s.send(&[i; 700]).and_then(|_| s.recv(&mut buf)).map_err(|e| e.to_string())?;
+            if buf[..n] != [i; 700] {
+                return Err("it came back changed".into());
+            }
+        }
+        Ok(())
+    });
+    assert!(dp.maps.counter(counters::XDP) >= by_tcp + 150, "datagrams too");
+
+    // Who is larger than the way goes up and is told, as before.
+    for route in TO_THE_OTHER {
+        w.node.ip(&format!("route replace {route} mtu lock {NARROW}"));
+    }
+    both_families(&w, false, bulk);
+    assert!(dp.maps.counter(counters::TOO_BIG) > 0);
+    drop(dp);
+
+    // Without the setting the drivers' programs go.
+    home.config.xdp.clear();
+    let dp = remote_only(&w, &home);
+    assert!(dp.maps.uplinks().iter().all(|(_, u)| u.flags & uplink_flags::XDP == 0));
+    let before = dp.maps.counter(counters::XDP);
+    both_families(&w, false, bulk);
+    assert_eq!(dp.maps.counter(counters::XDP), before);
+}
+
+/// The other node runs the programs too, and has a way of its own to the client.
+#[test]
+fn backends_on_other_nodes_answer_clients_themselves() {
+    let w = World::new();
+    let (home, elsewhere) = (Home::new(false), Home::new(false));
+    w.other.ip(&format!("link add away type veth peer name eth1 netns {}", w.outside.0));
+    for (net, own, dev) in [
+        (&w.other, ["10.71.3.1/24", "fd71:3::1/64"], "away"),
+        (&w.outside, ["10.71.3.2/24", "fd71:3::2/64"], "eth1"),
+    ] {
+        for name in ["all", "default", dev, "eth0"] {
+            net.sysctl(&format!("net/ipv4/conf/{name}/rp_filter"), "0");
+        }
+        own.iter().for_each(|a| net.ip(&format!("addr add {a} dev {dev}")));
+        net.ip(&format!("link set {dev} up"));
+    }
+    w.other.ip("route add 10.71.1.2/32 via 10.71.3.2");
+    w.other.ip("route add fd71:1::2/128 via fd71:3::2");
+    serve(&w.other, "remote", REMOTE_POD);
+    let mut dp = remote_only(&w, &home);
+    let config = elsewhere.config.clone();
+    let mut there = w
+        .other
+        .run(move || {
+            let mut dp = Datapath::open(&config).unwrap();
+            for (name, own) in [("eth0", OTHER), ("away", ["10.71.3.1", "fd71:3::1"])] {
+                let [addr4, addr6] = own.map(|a| addr_from(a.parse().unwrap()));
+                let index = nix::net::if_::if_nametoindex(name).unwrap();
+                let uplink = Uplink { addr4, addr6, l3_offset: 14, ..Uplink::default() };
+                dp.attach_uplink(index, name, uplink).unwrap();
+            }
+            let (mut tables, mut model) = (Tables::default(), Model::default());
+            let s = spec(State::RemoteOnly);
+            model.set_service(&s.name(), Some(s.service()));
+            for v4 in [true, false] {
+                let mut slice = s.slice(v4);
+                slice.endpoints.iter_mut().for_each(|e| e.local = true);
+                model.set_slice(&format!("{}-{v4}", s.name()), Some(slice));
+            }
+            for name in model.take_dirty() {
+                tables.sync(&mut dp.maps, &name, &desired(&model, &name, Selection::Maglev)).unwrap();
+            }
+            dp
+        })
+        .join()
+        .unwrap();
+    let s = spec(State::RemoteOnly);
+    let ask = |udp: bool| {
+        let mut seen = Vec::new();
+        for v in [0, 1] {
+            for kind in [Kind::NodePort, Kind::LoadBalancer] {
+                let to = match kind {
+                    Kind::NodePort => SocketAddr::new(NODE[v].parse().unwrap(), s.node_port(udp)),
+                    _ => SocketAddr::new(s.ip(kind, v == 0), 80),
+                };
+                let got = w.outside.run(move || probe(udp, to, 1)).join().unwrap();
+                seen.push(got.strip_prefix("remote ").unwrap_or(&got).to_owned());
+            }
+        }
+        seen
+    };
+    let by_us: Vec<&str> = [0, 1].iter().flat_map(|v| [NODE_TO_OTHER[*v]; 2]).collect();
+    let by_itself: Vec<&str> = [0, 1].iter().flat_map(|v| [OUTSIDE[*v]; 2]).collect();
+    assert_eq!(ask(false), by_us, "off by default");
+    for dp in [&mut dp, &mut there] {
+        dp.maps.set_flags(config_flags::DIRECT).unwrap();
+    }
+    assert_eq!(ask(false), by_itself);
+    assert_eq!(there.maps.counter(counters::DIRECT), 4);
+    assert_eq!(ask(true), by_us, "datagrams go by this node");
+
+    // A name that is no Service's is nobody's, whoever says it.
+    there
+        .maps
+        .apply(&Op::DelFrontend(FrontendKey {
+            addr: addr_from(s.ip(Kind::LoadBalancer, true)),
+            port: 80,
+            proto: TCP,
+            scope: SCOPE_EXTERNAL,
+        }))
+        .unwrap();
+    let to = SocketAddr::new(s.ip(Kind::LoadBalancer, true), 80);
+    assert_eq!(w.outside.run(move || probe(false, to, 0)).join().unwrap(), "dropped");
+}
+
+/// Many connections of one client go to one backend, until it has been silent for long enough.
+#[test]
+fn affinity_ends_after_its_time() {
+    let w = World::new();
+    let home = Home::new(false);
+    serve(&w.pod, "pod", POD);
+    serve(&w.other, "remote", REMOTE_POD);
+    let _dp = program_with(&w, &home.config, |model| {
+        let s = spec(State::Both);
+        model
+            .set_service(&s.name(), Some(orlop_proxy::model::Service { affinity_seconds: 2, ..s.service() }));
+        for v4 in [true, false] {
+            model.set_slice(&format!("{}-{v4}", s.name()), Some(s.slice(v4)));
+        }
+    });
+    let watched = [0, 1].map(|v| {
+        let to = SocketAddr::new(NODE[v].parse().unwrap(), spec(State::Both).node_port(false));
+        w.outside.run(move || {
+            let mut last = probe(false, to, 1);
+            for i in 0..30 {
+                let begin = std::time::Instant::now();
+                let now = probe(false, to, 1);
+                // A machine that was busy for so long says nothing about affinity.
+                if begin.elapsed() < Duration::from_secs(1) {
+                    assert_eq!(now, last, "connection {i}");
+                }
+                last = now;
+            }
+            for _ in 0..16 {
+                std::thread::sleep(Duration::from_millis(2100));
+                if probe(false, to, 1) != last {
+                    return;
+                }
+            }
+            panic!("{to}: always {last}");
+        })
+    });
+    watched.into_iter().for_each(|t| t.join().unwrap());
+}
+
+/// One client's datagrams from one port: they move when their backend goes, at once, and only then.
+#[test]
+fn datagrams_leave_a_lost_backend() {
+    let w = World::new();
+    let home = Home::new(false);
+    serve(&w.pod, "pod", POD);
+    serve(&w.other, "remote", REMOTE_POD);
+    let mut dp = program_with(&w, &home.config, |_| ());
+    let mut now = |state| {
+        // As after a restart: from what the maps hold.
+        let mut tables = Tables::adopt(dp.maps.dump().unwrap());
+        let (mut model, s) = (Model::default(), spec(state));
+        model.set_service(&s.name(), Some(s.service()));
+        for v4 in [true, false] {
+            model.set_slice(&format!("{}-{v4}", s.name()), Some(s.slice(v4)));
+        }
+        for name in model.take_dirty() {
+            tables.sync(&mut dp.maps, &name, &desired(&model, &name, Selection::Maglev)).unwrap();
+        }
+    };
+    let sockets = [0, 1].map(|v| {
+        let to = SocketAddr::new(NODE[v].parse().unwrap(), spec(State::Both).node_port(true));
+        let connect = move || {
+            let s = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).unwrap();
+            s.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            s.connect(to).unwrap();
+            s
+        };
+        w.outside.run(connect).join().unwrap()
+    });
+    let ask = |s: &UdpSocket| {
+        let mut buf = [0; 64];
+        let n = s.send(b"?").and_then(|_| s.recv(&mut buf)).map_err(|e| e.kind())?;
+        Ok::<String, std::io::ErrorKind>(String::from_utf8_lossy(&buf[..n]).into_owned())
+    };
+    let all = |expected: &dyn Fn(usize) -> Result<String, std::io::ErrorKind>, what: &str| {
+        for _ in 0..5 {
+            for (v, s) in sockets.iter().enumerate() {
+                assert_eq!(ask(s), expected(v), "{what}");
+            }
+        }
+    };
+    now(State::LocalOnly);
+    all(&|v| Ok(format!("pod {}", OUTSIDE[v])), "one backend");
+    now(State::Both);
+    all(&|v| Ok(format!("pod {}", OUTSIDE[v])), "another one comes");
+    now(State::RemoteOnly);
+    all(&|v| Ok(format!("remote {}", NODE_TO_OTHER[v])), "the first one is gone");
+    now(State::Both);
+    all(&|v| Ok(format!("remote {}", NODE_TO_OTHER[v])), "it comes back");
+    now(State::Nobody);
+    all(&|_| Err(std::io::ErrorKind::ConnectionRefused), "nobody");
+    now(State::LocalOnly);
+    all(&|v| Ok(format!("pod {}", OUTSIDE[v])), "somebody again");
 }

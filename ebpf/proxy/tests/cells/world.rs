@@ -83,6 +83,8 @@ pub struct World {
     pub client_pod: Net,
     pub other: Net,
     pub outside: Net,
+    /// For a pod of another plugin's network; not wired.
+    pub bridged: Net,
 }
 
 impl World {
@@ -93,6 +95,7 @@ impl World {
             client_pod: Net::new("q"),
             other: Net::new("m"),
             outside: Net::new("o"),
+            bridged: Net::new("b"),
         };
         for net in [&w.node, &w.other] {
             net.sysctl("net/ipv4/ip_forward", "1");

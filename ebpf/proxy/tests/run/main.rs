@@ -55,8 +55,8 @@ impl Place {
         config.datapath = DatapathConfig {
             pins: home.join("bpf"),
             cgroup: Some(cgroup.clone()),
-            force_clsact: false,
             sizes: Sizes { frontends: 4096, slots: 4096, backends: 4096, connections: 256, sockets: 4096 },
+            ..DatapathConfig::default()
         };
         Place { home, root, cgroup, config }
     }

@@ -1,0 +1,81 @@
+//! Frames as they are: what no socket sends, and what comes out of an interface.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd};
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::TimeVal;
+
+/// An interface of the namespace that the calling thread is in.
+pub struct Wire(File);
+
+impl Wire {
+    pub fn open(interface: &str) -> Wire {
+        let index = nix::net::if_::if_nametoindex(interface).unwrap();
+        let all = (libc::ETH_P_ALL as u16).to_be();
+        // SAFETY: no pointers; the descriptor is ours alone when it is one.
+        let socket = unsafe {
+            let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, i32::from(all));
+            assert!(fd >= 0, "run as root: {}", std::io::Error::last_os_error());
+            File::from_raw_fd(fd)
+        };
+        // SAFETY: all zeros is a valid value of this plain C struct.
+        let mut at: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        at.sll_family = libc::AF_PACKET as u16;
+        at.sll_protocol = all;
+        at.sll_ifindex = index as i32;
+        // SAFETY: the address is valid and its size is given.
+        let r = unsafe {
+            libc::bind(
+                socket.as_raw_fd(),
+                (&raw const at).cast(),
+                std::mem::size_of_val(&at) as libc::socklen_t,
+            )
+        };
+        assert_eq!(r, 0, "{}", std::io::Error::last_os_error());
+        let patience = TimeVal::new(0, Duration::from_millis(50).as_micros() as i64);
+        setsockopt(&socket.as_fd(), sockopt::ReceiveTimeout, &patience).unwrap();
+        Wire(socket)
+    }
+
+    /// Frames that no interface takes are not sent.
+    pub fn send(&mut self, frame: &[u8]) {
+        let _ = self.0.write(frame);
+    }
+
+    /// The next frame, in either direction; `None` after a moment of silence.
+    pub fn receive(&mut self, room: &mut [u8]) -> Option<usize> {
+        self.0.read(room).ok()
+    }
+}
+
+#[repr(C)]
+struct Value {
+    command: u32,
+    data: u32,
+}
+
+#[repr(C)]
+struct Request {
+    name: [u8; 16],
+    value: *mut Value,
+}
+
+/// Checksums are computed here and not left to the other end, and received frames are polled for: what a card does.
+pub fn like_a_card(interface: &str) {
+    const SIOCETHTOOL: u64 = 0x8946;
+    const SET_TX_CHECKSUMS: u32 = 0x17;
+    const SET_GRO: u32 = 0x2c;
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+    for (command, data) in [(SET_TX_CHECKSUMS, 0), (SET_GRO, 1)] {
+        let mut value = Value { command, data };
+        let mut request = Request { name: [0; 16], value: &raw mut value };
+        request.name[..interface.len()].copy_from_slice(interface.as_bytes());
+        // SAFETY: the request and what it points to live through the call.
+        let r = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL as _, &raw mut request) };
+        assert_eq!(r, 0, "{command:#x} {interface}: {}", std::io::Error::last_os_error());
+    }
+}
