@@ -62,8 +62,8 @@ fn stop_daemon(args: &UpArgs) -> Result<(), Failure> {
     let pid: i32 = text.trim().parse().map_err(|_| {
         format!("{} names no process; stop `orlop up` by hand", crate::up::pid_file(args).display())
     })?;
-    let start = Instant::now();
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        let start = Instant::now();
         match kill(Pid::from_raw(pid), signal) {
             Ok(()) | Err(Errno::ESRCH) => {}
             Err(e) => return Err(format!("cannot stop process {pid}: {e}").into()),

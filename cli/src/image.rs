@@ -1,6 +1,7 @@
 //! `orlop image`: over the CRI server's socket when it answers; archives and garbage collection also on a store that nobody has open.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use futures::StreamExt;
 use orlop_images::{Build, GcReport, ImageStore, Options};
@@ -9,7 +10,7 @@ use orlop_proto::cri::image_service_client::ImageServiceClient;
 use orlop_proto::images;
 use orlop_proto::images::images_client::ImagesClient;
 use orlop_proto::images::import_request::Body;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tonic::transport::Channel;
 
 use crate::args::{CriSocket, ImageCommand, StoreArgs};
@@ -96,20 +97,40 @@ async fn import(archive: PathBuf, name: Option<String>, args: &StoreArgs) -> Res
                 .map_err(|e| format!("cannot open {}: {e}", archive.display()))?;
             let start = images::ImportStart { name: name.unwrap_or_default(), store };
             let head = futures::stream::iter([images::ImportRequest { body: Some(Body::Start(start)) }]);
-            // A read that fails ends the stream early; the server then finds the archive incomplete and keeps nothing of it.
-            let data = futures::stream::unfold(file, |mut file| async move {
-                let mut data = vec![0; CHUNK];
-                let n = file.read(&mut data).await.unwrap_or(0);
-                data.truncate(n);
-                (n > 0).then_some((images::ImportRequest { body: Some(Body::Data(data)) }, file))
-            });
-            let answer = client.import(head.chain(data)).await.map_err(status)?;
+            let unread = Arc::new(OnceLock::new());
+            let data =
+                pieces(file, unread.clone()).map(|d| images::ImportRequest { body: Some(Body::Data(d)) });
+            let answer = client.import(head.chain(data)).await;
+            // The server only finds the archive incomplete.
+            if let Some(e) = unread.get() {
+                return Err(format!("cannot read {}: {e}", archive.display()).into());
+            }
+            let answer = answer.map_err(status)?;
             for image in answer.into_inner().images {
                 say(format_args!("{} {}", image.id, image.repo_tags.join(" ")))?;
             }
         }
     }
     Ok(())
+}
+
+/// A file piece by piece. A read that fails ends the stream and is left in `unread`.
+fn pieces(
+    file: impl AsyncRead + Send + Unpin + 'static,
+    unread: Arc<OnceLock<std::io::Error>>,
+) -> impl futures::Stream<Item = Vec<u8>> + Send {
+    futures::stream::unfold((file, unread), |(mut file, unread)| async move {
+        let mut data = vec![0; CHUNK];
+        let n = match file.read(&mut data).await {
+            Ok(n) => n,
+            Err(e) => {
+                unread.get_or_init(|| e);
+                0
+            }
+        };
+        data.truncate(n);
+        (n > 0).then_some((data, (file, unread)))
+    })
 }
 
 async fn export(references: Vec<String>, output: &Path, args: &StoreArgs) -> Result<(), Failure> {
@@ -120,16 +141,26 @@ async fn export(references: Vec<String>, output: &Path, args: &StoreArgs) -> Res
         }
         Store::Server(mut client, _) => {
             let request = images::ExportRequest { references };
-            let mut stream = client.export(request).await.map_err(status)?.into_inner();
-            let failed = |e: std::io::Error| format!("cannot write {}: {e}", output.display());
-            let mut file = tokio::fs::File::create(output).await.map_err(failed)?;
-            while let Some(part) = stream.message().await.map_err(status)? {
-                file.write_all(&part.data).await.map_err(failed)?;
+            let stream = client.export(request).await.map_err(status)?.into_inner();
+            if let Err(e) = save(stream, output).await {
+                // Half an archive is of no use; a device or pipe is not ours to remove.
+                if output.is_file() {
+                    let _ = std::fs::remove_file(output);
+                }
+                return Err(e);
             }
-            file.flush().await.map_err(failed)?;
         }
     }
     Ok(())
+}
+
+async fn save(mut stream: tonic::Streaming<images::ExportResponse>, output: &Path) -> Result<(), Failure> {
+    let failed = |e: std::io::Error| format!("cannot write {}: {e}", output.display());
+    let mut file = tokio::fs::File::create(output).await.map_err(failed)?;
+    while let Some(part) = stream.message().await.map_err(status)? {
+        file.write_all(&part.data).await.map_err(failed)?;
+    }
+    Ok(file.flush().await.map_err(failed)?)
 }
 
 async fn collect_garbage(args: &StoreArgs) -> Result<(), Failure> {
@@ -203,4 +234,39 @@ pub async fn run(command: ImageCommand) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
+    /// Gives three bytes, then an error.
+    struct Broken(bool);
+
+    impl AsyncRead for Broken {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buffer: &mut tokio::io::ReadBuf<'_>,
+        ) -> Poll<std::io::Result<()>> {
+            if std::mem::replace(&mut self.0, true) {
+                return Poll::Ready(Err(std::io::Error::other("bad sector")));
+            }
+            buffer.put_slice(b"abc");
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_cannot_be_read_to_its_end_is_told() {
+        let unread = Arc::new(OnceLock::new());
+        let read: Vec<Vec<u8>> = pieces(Broken(false), unread.clone()).collect().await;
+        assert_eq!(read, [b"abc"]);
+        assert_eq!(unread.get().unwrap().to_string(), "bad sector");
+        let unread = Arc::new(OnceLock::new());
+        let whole: Vec<Vec<u8>> = pieces(&b"abc"[..], unread.clone()).collect().await;
+        assert_eq!((whole.concat(), unread.get().is_none()), (b"abc".to_vec(), true));
+    }
 }

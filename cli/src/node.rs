@@ -386,8 +386,7 @@ pub fn ask_proxy(command: ProxyCommand) -> Result<(), Failure> {
             return Ok(());
         }
     };
-    print!("{}", orlop_proxy::inspect(&pins.bpf_dir, &question)?);
-    Ok(())
+    crate::say(orlop_proxy::inspect(&pins.bpf_dir, &question)?.trim_end())
 }
 
 #[cfg(test)]

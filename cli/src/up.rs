@@ -40,17 +40,18 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
         }
         other => other?,
     };
-    crate::check::refuse_if_missing()?;
-    match std::fs::remove_file(started_file(&args)) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
-        _ => {}
-    }
+    // Before anything else: who finds the lock taken signals the process that is named here.
     durable::write_atomic(
         &pid_file(&args),
         std::process::id().to_string().as_bytes(),
         0o644,
         Sync::PageCache,
     )?;
+    crate::check::refuse_if_missing()?;
+    match std::fs::remove_file(started_file(&args)) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+        _ => {}
+    }
     let stop = crate::shutdown::on_signal()?;
     let tasks = TaskGroup::new(&stop);
     if let Err(e) = start(&args, &tasks).await {

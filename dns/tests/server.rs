@@ -250,7 +250,7 @@ async fn answers_like_a_cluster_dns() {
     let asked = Arc::new(Mutex::new(Vec::new()));
 
     let test = async {
-        tokio::time::timeout(Duration::from_secs(5), ready.wait()).await.expect("not ready");
+        tokio::time::timeout(Duration::from_secs(60), ready.wait()).await.expect("not ready");
 
         // By UDP and TCP, in any case.
         for options in ["+notcp", "+tcp"] {
@@ -314,7 +314,7 @@ async fn answers_like_a_cluster_dns() {
             "DELETED",
             service("kubernetes", json!({"clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1"]})),
         );
-        wait_until("the changes are served", Duration::from_secs(5), || async {
+        wait_until("the changes are served", Duration::from_secs(60), || async {
             let new = short("new.default.svc.cluster.local").await == ["10.96.0.9"];
             let many = short("many.default.svc.cluster.local").await == ["10.244.1.200"];
             let gone = dig("kubernetes.default.svc.cluster.local").await.contains("NXDOMAIN");
@@ -322,11 +322,11 @@ async fn answers_like_a_cluster_dns() {
         })
         .await;
 
-        // No resolver can be reached: told at once.
+        // No resolver can be reached: told at once, and not after the time that a silent one is given.
         std::fs::write(&resolv_conf, "nameserver 127.9.9.8\nnameserver 192.0.2.53\n").unwrap();
         let start = Instant::now();
         assert!(dig("+tries=1 +timeout=5 www.example.net").await.contains("SERVFAIL"));
-        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
 
         let figures = get("/metrics").await;
         assert!(figures.contains("coredns_dns_responses_total{rcode=\"NXDOMAIN\"}"), "{figures}");

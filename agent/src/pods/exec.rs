@@ -258,7 +258,6 @@ async fn start_steps(
         k.seccomp_default,
     )
     .map_err(|e| config_error(e.to_string()))?;
-    let privileged = security.privileged;
     let mounts = super::mounts::build(job, c, &env, attempt, &facts).await.map_err(config_error)?;
     let target_id = job
         .spec()
@@ -279,7 +278,6 @@ async fn start_steps(
         security,
         target_id,
     };
-    let _ = privileged;
     let config = container_spec::config(&job.pod, c, kind, prepared);
     let m = &job.pod.metadata;
     let log_dir = job

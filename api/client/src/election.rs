@@ -138,13 +138,14 @@ impl Election {
                 }
                 () = tokio::time::sleep(self.config.retry_period) => {}
             }
-            match self.attempt().await {
-                Ok(true) => renewed = tokio::time::Instant::now(),
-                Ok(false) => return,
-                Err(e) if renewed.elapsed() < self.config.renew_deadline => {
+            // An answer that comes too late is none: somebody else may lead by then.
+            match tokio::time::timeout_at(renewed + self.config.renew_deadline, self.attempt()).await {
+                Ok(Ok(true)) => renewed = tokio::time::Instant::now(),
+                Ok(Ok(false)) => return,
+                Ok(Err(e)) if renewed.elapsed() < self.config.renew_deadline => {
                     tracing::warn!(lease = %self.config.name, error = %e, "leader election: renewal failed");
                 }
-                Err(_) => return,
+                Ok(Err(_)) | Err(_) => return,
             }
         }
     }
@@ -193,11 +194,32 @@ where
         return Ok(());
     }
     let leading = stop.child_token();
-    let (result, ()) = tokio::join!(serve(leading.clone()), async {
-        election.hold(stop).await;
-        leading.cancel();
-    });
-    if stop.is_cancelled() { result } else { Err(LostLeadership.into()) }
+    let (result, lost) =
+        both(serve(leading.clone()), &leading, async |ended| election.hold(ended).await).await;
+    if lost && !stop.is_cancelled() { Err(LostLeadership.into()) } else { result }
+}
+
+/// Runs `serve` and `hold` until both have ended: `leading` is cancelled once `hold` gives up, and `hold`'s token only when
+/// nothing acts any more, so that the Lease is not free before. The second value tells whether `hold` gave up first.
+async fn both<T>(
+    serve: impl Future<Output = T>,
+    leading: &CancellationToken,
+    hold: impl AsyncFnOnce(&CancellationToken),
+) -> (T, bool) {
+    let ended = CancellationToken::new();
+    tokio::join!(
+        async {
+            let result = serve.await;
+            ended.cancel();
+            result
+        },
+        async {
+            hold(&ended).await;
+            let lost = !ended.is_cancelled();
+            leading.cancel();
+            lost
+        }
+    )
 }
 
 fn lost_race<T>(r: Result<T, kube::Error>) -> Result<bool, kube::Error> {
@@ -211,6 +233,32 @@ fn lost_race<T>(r: Result<T, kube::Error>) -> Result<bool, kube::Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_lease_is_held_as_long_as_somebody_acts_and_no_longer() {
+        let (stop, second) = (CancellationToken::new(), Duration::from_secs(1));
+        // Told to stop, it acts a moment longer.
+        let leading = stop.child_token();
+        let (l, begun) = (leading.clone(), tokio::time::Instant::now());
+        let serve = async {
+            l.cancelled().await;
+            tokio::time::sleep(second).await;
+        };
+        let stopper = async {
+            tokio::time::sleep(second).await;
+            stop.cancel();
+        };
+        let held = both(serve, &leading, async |ended| ended.cancelled().await);
+        let (((), lost), ()) = tokio::join!(held, stopper);
+        assert_eq!((lost, begun.elapsed()), (false, 2 * second));
+        // What fails by itself ends the holding too.
+        let leading = CancellationToken::new();
+        let held = both(async { Err::<(), _>("failed") }, &leading, async |ended| ended.cancelled().await);
+        assert_eq!(held.await, (Err("failed"), false));
+        // Lost: what acts is told to stop.
+        let leading = CancellationToken::new();
+        assert_eq!(both(leading.cancelled(), &leading, async |_| ()).await, ((), true));
+    }
 
     #[test]
     fn a_live_lease_of_another_is_left_alone_until_it_expires() {

@@ -50,7 +50,7 @@ impl Fixture {
             self.path("conf"),
             vec![self.path("none"), self.path("bin")],
             self.path("cache"),
-            Duration::from_secs(5),
+            Duration::from_secs(30),
         )
     }
 
@@ -191,7 +191,7 @@ async fn broken_plugins_give_typed_errors() {
         let start = Instant::now();
         let e = cni.add(&pod("a")).await.unwrap_err();
         assert!(expected(&e), "{shell}: {e:?}");
-        assert!(start.elapsed() < Duration::from_secs(4), "{shell}");
+        assert!(start.elapsed() < Duration::from_secs(25), "{shell}");
         assert!(!e.to_string().contains('\n'));
     }
     std::fs::remove_file(f.path("bin/one")).unwrap();
@@ -235,21 +235,21 @@ async fn status_version_and_gc() {
 #[tokio::test]
 async fn one_operation_for_a_container_at_a_time_but_pods_in_parallel() {
     let f = Fixture::new(&[json!({"type": "one"})]);
-    f.behave(
-        "ADD",
-        "one",
-        "sleep 0.3; echo end >> DIR/ends".replace("DIR", f.dir.path().to_str().unwrap()).as_str(),
-    );
+    let dir = f.dir.path().to_str().unwrap();
+    // Ends only once three run at the same time.
+    let together = "echo x >> DIR/begun; while [ $(wc -l < DIR/begun) -lt 3 ]; do sleep 0.01; done";
+    f.behave("ADD", "one", &together.replace("DIR", dir));
     let cni = f.cni();
-    let start = Instant::now();
     let (pa, pb, pc) = (pod("a"), pod("b"), pod("c"));
     let (a, b, c) = tokio::join!(cni.add(&pa), cni.add(&pb), cni.add(&pc));
-    assert!(a.is_ok() && b.is_ok() && c.is_ok());
-    assert!(start.elapsed() < Duration::from_millis(850), "{:?}", start.elapsed());
-    let start = Instant::now();
+    assert!(a.is_ok() && b.is_ok() && c.is_ok(), "{a:?} {b:?} {c:?}");
+    let alone = "mkdir DIR/busy || touch DIR/overlap; sleep 0.1; rmdir DIR/busy".replace("DIR", dir);
+    for command in ["ADD", "DEL"] {
+        f.behave(command, "one", &alone);
+    }
     let (x, y) = tokio::join!(cni.add(&pa), cni.del(&pa));
-    assert!(x.is_ok() && y.is_ok());
-    assert!(start.elapsed() >= Duration::from_millis(300));
+    assert!(x.is_ok() && y.is_ok(), "{x:?} {y:?}");
+    assert!(!f.path("overlap").exists(), "both ran at once");
     let order = f.calls().split_off(3);
     assert!(order == ["ADD one", "DEL one"] || order == ["DEL one", "ADD one"], "{order:?}");
 }

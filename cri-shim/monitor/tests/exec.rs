@@ -74,12 +74,12 @@ fn limits() {
     let d =
         c.exec_with(Exec { timeout_ms: 300, ..request(&["sh", "-c", "echo before; sleep 60 & sleep 60"]) });
     assert!(d.timed_out && d.stdout == b"before\n", "{d:?}");
-    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
     // A child that keeps the pipe does not hold the answer back.
     let begun = Instant::now();
     let d = c.exec_sync("a", &["sh", "-c", "sleep 60 & echo hi"]);
     assert_eq!((&d.stdout[..], d.exit_code), (&b"hi\n"[..], 0));
-    assert!(begun.elapsed() < Duration::from_secs(3));
+    assert!(begun.elapsed() < Duration::from_secs(30));
     let d = c.exec_with(Exec {
         output_limit: 1000,
         ..request(&["sh", "-c", "head -c 5000 /dev/zero; head -c 10 /dev/zero >&2"])
@@ -133,7 +133,7 @@ fn streaming() {
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(c.exec_sync("a", &["echo", "x"]).stdout, b"x\n");
     drop(slow);
-    wait_until(5, || {
+    wait_until(|| {
         let d = c.exec_sync("a", &["ps", "-o", "comm"]);
         !String::from_utf8_lossy(&d.stdout).contains("yes")
     });
@@ -154,7 +154,7 @@ fn vanished_clients_leave_no_process() {
         s.send(Ask::Exec(request(&["sleep", "777"])));
         std::thread::sleep(Duration::from_millis(delay));
     }
-    wait_until(5, || {
+    wait_until(|| {
         let d = c.exec_sync("a", &["ps", "-o", "args"]);
         !String::from_utf8_lossy(&d.stdout).contains("777")
     });
@@ -189,8 +189,6 @@ fn terminals() {
     s.send(Ask::Exec(Exec { tty: true, ..stream(&["sh", "-c", "echo up; sleep 777"]) }));
     s.stream_until("up");
     drop(s);
-    wait_until(5, || {
-        !String::from_utf8_lossy(&c.exec_sync("a", &["ps", "-o", "args"]).stdout).contains("777")
-    });
+    wait_until(|| !String::from_utf8_lossy(&c.exec_sync("a", &["ps", "-o", "args"]).stdout).contains("777"));
     pod.finish();
 }

@@ -64,7 +64,7 @@ fn signals_and_codes() {
         "trap",
         &["sh", "-c", "trap 'exit 3' TERM; echo ready; while :; do sleep 0.05; done"],
     );
-    wait_until(5, || pod.log("trap") == [out("ready")]);
+    wait_until(|| pod.log("trap") == [out("ready")]);
     c.signal("trap", 15);
     assert_eq!(c.wait_exit("trap").exit_code, 3);
     let f = c.failure(Ask::SignalContainer(SignalContainer {

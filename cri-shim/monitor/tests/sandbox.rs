@@ -66,7 +66,7 @@ fn containers_share_the_namespaces() {
     pod.create(&mut c, "b", &["sleep", "2000"], shared(&pod));
     c.start("b");
     let text = |c: &mut Client, args: &[&str]| String::from_utf8(c.exec_sync("b", args).stdout).unwrap();
-    wait_until(5, || {
+    wait_until(|| {
         let ps = text(&mut c, &["ps", "-o", "pid,comm,args"]);
         ps.contains("sleep 1000") && ps.contains("sleep 2000") && ps.contains("    1 orlop-init")
     });
@@ -75,11 +75,11 @@ fn containers_share_the_namespaces() {
     assert_eq!(text(&mut c, &["cat", "/proc/sys/net/ipv4/ip_unprivileged_port_start"]), "77\n");
     // Orphans go to the pod's init, which reaps them.
     text(&mut c, &["sh", "-c", "(sleep 0.1 &) ; true"]);
-    wait_until(5, || !text(&mut c, &["ps", "-o", "stat,comm"]).contains('Z'));
+    wait_until(|| !text(&mut c, &["ps", "-o", "stat,comm"]).contains('Z'));
     // The end of a container's first process takes its others along, and only those.
     c.signal("a", 9);
     assert_eq!(c.wait_exit("a").exit_code, 137);
-    wait_until(5, || !text(&mut c, &["ps", "-o", "args"]).contains("sleep 500"));
+    wait_until(|| !text(&mut c, &["ps", "-o", "args"]).contains("sleep 500"));
     assert_eq!(c.container("b").phase, ContainerPhase::Running as i32);
     pod.finish();
     assert!(!Path::new(&format!("/proc/{init}")).exists());
@@ -185,7 +185,7 @@ fn out_of_memory_is_told() {
         limit,
     );
     c.start("b");
-    wait_until(10, || pod.log("b").iter().any(|l| l.2 == "after"));
+    wait_until(|| pod.log("b").iter().any(|l| l.2 == "after"));
     let mut seen = Vec::new();
     while seen.len() < 5 {
         match events.recv().unwrap().body.unwrap() {
@@ -237,14 +237,14 @@ fn nothing_of_a_container_sticks_to_the_monitor() {
     };
     let sockets = |all: &[String]| all.iter().filter(|t| *t == "socket:").count();
     // The listener and our own connection.
-    wait_until(5, || sockets(&fds()) == 2);
+    wait_until(|| sockets(&fds()) == 2);
     let (before, fds_before) = (seen(), fds());
     for i in 0..3 {
         let id = format!("a{i}");
         let extra = json!({"process": {"oomScoreAdj": 1000, "user": {"umask": 63}}, "hostname": "h"});
         let init = pod.create(&mut c, &id, &["sh", "-c", "umask; exec sleep 100"], extra);
         c.start(&id);
-        wait_until(5, || !pod.log(&id).is_empty());
+        wait_until(|| !pod.log(&id).is_empty());
         assert_eq!(pod.log(&id)[0].2, "0077");
         assert_eq!(fs::read_to_string(format!("/proc/{init}/oom_score_adj")).unwrap().trim(), "1000");
         // Signals are as a fresh process expects them.
@@ -256,8 +256,8 @@ fn nothing_of_a_container_sticks_to_the_monitor() {
         c.failure(Ask::CreateContainer(bad));
         c.delete(&id);
     }
-    wait_until(5, || seen() == before);
-    wait_until(5, || fds() == fds_before);
+    wait_until(|| seen() == before);
+    wait_until(|| fds() == fds_before);
     pod.finish();
 }
 
@@ -301,7 +301,7 @@ fn bad_frames_end_only_their_connection() {
     sub.send(Ask::GetState(GetState {}));
     assert!(sub.recv().is_none());
     assert_eq!(c.exec_sync("a", &["echo", "x"]).stdout, b"x\n");
-    wait_until(5, || {
+    wait_until(|| {
         !String::from_utf8_lossy(&c.exec_sync("a", &["ps", "-o", "args"]).stdout).contains("sleep 55")
     });
     pod.finish();
@@ -324,7 +324,7 @@ fn clients_may_vanish_at_any_moment() {
     drop(c);
     let mut c = pod.client();
     // Every container is either there, or was never asked for in full.
-    wait_until(10, || {
+    wait_until(|| {
         c.state().containers.iter().filter(|s| s.phase == ContainerPhase::Running as i32).count() == 6
     });
     assert_eq!(inode(pod.dir.join("ns/net")), pin);
@@ -349,7 +349,7 @@ fn a_killed_monitor_leaves_a_journal_that_can_be_cleaned() {
         rustix::process::Signal::KILL,
     )
     .unwrap();
-    wait_until(5, || c.recv().is_none());
+    wait_until(|| c.recv().is_none());
     // Containers go on; the files tell what they are.
     for pid in [run, own, init] {
         assert!(Path::new(&format!("/proc/{pid}")).exists());
@@ -375,7 +375,7 @@ fn a_killed_monitor_leaves_a_journal_that_can_be_cleaned() {
         let out = pod.run(&["--cleanup", "--dir"]);
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     }
-    wait_until(5, || {
+    wait_until(|| {
         [run, own, init].iter().all(|p| !Path::new(&format!("/proc/{p}")).exists() || is_zombie(*p))
     });
     pod.assert_clean();

@@ -35,7 +35,7 @@ fn seccomp_denies_in_start_and_in_exec() {
         let then_sleep = format!("{}; exec sleep 100", MAKE[2]);
         pod.create(&mut c, id, &["sh", "-c", &then_sleep], extra);
         c.start(id);
-        wait_until(5, || pod.log(id).len() == 3);
+        wait_until(|| pod.log(id).len() == 3);
         let lines: Vec<String> = pod.log(id).into_iter().map(|l| l.2).collect();
         let flag = format!("NoNewPrivs:\t{}", u8::from(nnp));
         assert!(lines[0].contains("Permission denied"), "{id}: {lines:?}");
@@ -200,7 +200,7 @@ fn cve_2025_52565_consoles_are_checked() {
         {"destination": "/dev/pts", "type": "tmpfs", "source": "tmpfs"}]});
     pod.create(&mut c, "b", &["sh", "-c", "echo > /dev/pts/ptmx; echo ready; exec sleep 100"], fake);
     c.start("b");
-    wait_until(5, || pod.log("b").iter().any(|l| l.2 == "ready"));
+    wait_until(|| pod.log("b").iter().any(|l| l.2 == "ready"));
     let exec = Exec {
         container_id: "b".into(),
         process: process(&["sh"], json!({})),
@@ -287,7 +287,7 @@ fn user_namespaces_hold_containers() {
     }});
     let init = pod.create(&mut c, "a", &["sh", "-c", "id -u; exec sleep 100"], extra);
     c.start("a");
-    wait_until(5, || !pod.log("a").is_empty());
+    wait_until(|| !pod.log("a").is_empty());
     assert_eq!(pod.log("a")[0].2, "0");
     let uid = |pid: u32| {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();

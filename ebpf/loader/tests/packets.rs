@@ -152,13 +152,16 @@ fn serve(net: &Net) {
     ready.recv().unwrap();
 }
 
+/// For what must come; a loaded machine takes its time.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 fn node_port() -> SocketAddr {
     SocketAddr::new(NODE.parse().unwrap(), NODE_PORT)
 }
 
 fn connect() -> TcpStream {
-    let s = TcpStream::connect_timeout(&node_port(), Duration::from_secs(3)).unwrap();
-    s.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
+    let s = TcpStream::connect_timeout(&node_port(), PATIENCE).unwrap();
+    s.set_read_timeout(Some(PATIENCE)).unwrap();
     s
 }
 
@@ -178,7 +181,7 @@ fn ask() -> String {
     let seen = String::from_utf8(seen.to_vec()).unwrap().trim().to_owned();
 
     let u = UdpSocket::bind("0.0.0.0:0").unwrap();
-    u.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
+    u.set_read_timeout(Some(PATIENCE)).unwrap();
     u.send_to(b"x", node_port()).unwrap();
     let mut buf = [0; 64];
     let (n, from) = u.recv_from(&mut buf).unwrap();

@@ -10,6 +10,9 @@ use orlop_ebpf_common::*;
 use orlop_ebpf_loader::{Datapath, Maps, Op, purge};
 use place::Place;
 
+/// For what must come; a loaded machine takes its time.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 fn service(dp: &mut Datapath, vip: SocketAddr, proto: u8, set: u32, backends: &[SocketAddr]) {
     let id = |i: usize| set * 100 + i as u32 + 1;
     for (i, b) in backends.iter().enumerate() {
@@ -42,7 +45,7 @@ fn tcp_server(name: &'static str) -> SocketAddr {
 }
 
 fn ask(vip: SocketAddr) -> io::Result<String> {
-    let mut s = TcpStream::connect_timeout(&vip, Duration::from_secs(2))?;
+    let mut s = TcpStream::connect_timeout(&vip, PATIENCE)?;
     assert_eq!(s.peer_addr()?, vip, "the peer keeps the name that was asked for");
     let mut text = String::new();
     s.read_to_string(&mut text)?;
@@ -101,7 +104,7 @@ fn udp_answers_carry_the_service_address() {
     service(&mut dp, vip, UDP, 3, &backends);
 
     let client = UdpSocket::bind("0.0.0.0:0").unwrap();
-    client.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut seen = std::collections::BTreeSet::new();
     for _ in 0..20 {
         client.send_to(b"x", vip).unwrap();
@@ -115,7 +118,7 @@ fn udp_answers_carry_the_service_address() {
     let connected = UdpSocket::bind("0.0.0.0:0").unwrap();
     connected.connect(vip).unwrap();
     assert_eq!(connected.peer_addr().unwrap(), vip);
-    connected.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    connected.set_read_timeout(Some(PATIENCE)).unwrap();
     connected.send(b"x").unwrap();
     let mut buf = [0; 64];
     connected.recv(&mut buf).unwrap();
@@ -274,7 +277,7 @@ fn purge_leaves_no_program_and_no_map() {
     // Programs and maps go after a grace period of the kernel.
     let start = std::time::Instant::now();
     while in_kernel(&ids) != (0, 0) {
-        assert!(start.elapsed() < Duration::from_secs(5), "left: {:?}", in_kernel(&ids));
+        assert!(start.elapsed() < Duration::from_secs(60), "left: {:?}", in_kernel(&ids));
         std::thread::sleep(Duration::from_millis(20));
     }
     assert!(!std::fs::read_to_string("/proc/mounts").unwrap().contains(config.pins.to_str().unwrap()));

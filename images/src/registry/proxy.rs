@@ -35,7 +35,9 @@ pub(crate) struct Routes {
 }
 
 fn proxy(text: &str) -> Result<Proxy> {
-    let bad = |why: &str| Error::Config { path: "proxy".into(), why: format!("{text:?} {why}") };
+    // Without what may be a password.
+    let shown = text.rsplit_once('@').map_or(text, |(_, host)| host);
+    let bad = |why: &str| Error::Config { path: "proxy".into(), why: format!("{shown:?} {why}") };
     let full = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
     let url = Url::parse(&full).map_err(|e| bad(&format!("is not a URL: {e}")))?;
     if url.scheme() != "http" {
@@ -272,9 +274,12 @@ mod tests {
                 .choose("http", "a", None)
                 .is_none()
         );
-        for bad in ["socks5://a:1", "http://", "https://secure:1"] {
+        for bad in
+            ["socks5://a:1", "http://", "https://secure:1", "https://me:secret@secure:1", "http://me:secret@"]
+        {
             let proxies = Proxies { http: Some(bad.into()), ..Proxies::default() };
-            assert!(matches!(Routes::new(&proxies), Err(Error::Config { .. })), "{bad}");
+            let e = Routes::new(&proxies).unwrap_err();
+            assert!(matches!(e, Error::Config { .. }) && !e.to_string().contains("secret"), "{bad}: {e}");
         }
     }
 }

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use crate::fake::Fake;
 use crate::support::*;
-use orlop_base::testkit::wait_until;
-use orlop_images::{Digest, Error, IdMapping, ImageStore, Options, RootfsOptions, UserNamespace};
+use orlop_base::testkit::{built_program, wait_until};
+use orlop_images::{Digest, Error, ImageStore, Options, RootfsOptions};
 use rustix::mount::{MountFlags, mount, mount_remount};
 
 /// Serves one image under every name.
@@ -99,35 +99,11 @@ fn ten_layers() -> Vec<Blob> {
         .collect()
 }
 
-/// What the process that is killed does, over and over.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "the child of the test below"]
-async fn works_until_it_is_killed() {
-    let Ok(root) = std::env::var("IMAGES_TEST_ROOT") else { return };
-    let (root, name) = (std::path::PathBuf::from(root), std::env::var("IMAGES_TEST_NAME").unwrap());
-    let options = Options { certs_dir: None, ..Options::default() };
-    let store = ImageStore::open(&root, options).await.unwrap();
-    let map = || vec![IdMapping { container: 0, host: 100_000, length: 65536 }];
-    let mapped = RootfsOptions {
-        user_namespace: Some(UserNamespace { uids: map(), gids: map() }),
-        ..RootfsOptions::default()
-    };
-    println!("working");
-    loop {
-        let image = store.pull(&name, None).await.unwrap();
-        for (key, options) in [("plain", &RootfsOptions::default()), ("mapped", &mapped)] {
-            let target = root.with_file_name("mnt").join(key);
-            store.prepare_rootfs(key, &image, &target, options).await.unwrap();
-        }
-        store.remove_rootfs("plain").await.unwrap();
-        store.remove_rootfs("mapped").await.unwrap();
-        store.remove(&name).await.unwrap();
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn thirty_kills_leave_nothing_that_the_next_start_does_not_repair() {
     const ROUNDS: u32 = 30;
+    let churn =
+        built_program("examples/churn", "ORLOP_CHURN", "run `cargo build -p orlop-images --examples`");
     let fake = serving(ten_layers());
     let name = format!("{}/a:v1", fake.address);
     let place = Place::new();
@@ -141,13 +117,8 @@ async fn thirty_kills_leave_nothing_that_the_next_start_does_not_repair() {
     };
     let (mut listed, mut leftovers) = (0, 0);
     for round in 0..ROUNDS {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "trouble::works_until_it_is_killed", "--ignored", "--nocapture"])
-            .env("IMAGES_TEST_ROOT", place.root())
-            .env("IMAGES_TEST_NAME", &name)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child =
+            Command::new(&churn).arg(place.root()).arg(&name).stdout(Stdio::piped()).spawn().unwrap();
         let mut output = std::io::BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();
         while !line.contains("working") {
@@ -160,7 +131,7 @@ async fn thirty_kills_leave_nothing_that_the_next_start_does_not_repair() {
         leftovers += place.count("ingest") + place.count("trash");
         // The lock goes with the last process that has it, which may be one that stands for a user namespace.
         let options = || Options { certs_dir: None, ..Options::default() };
-        let store = wait_until("the lock is free", Duration::from_secs(10), async || {
+        let store = wait_until("the lock is free", Duration::from_secs(60), async || {
             ImageStore::open(&place.root(), options()).await.ok()
         })
         .await;

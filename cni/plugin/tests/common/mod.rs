@@ -157,7 +157,7 @@ pub fn talk_by(from: &File, listener: TcpListener, address: SocketAddr) -> IpAdd
     std::thread::scope(|s| {
         let client = s.spawn(move || {
             inside(from, || {
-                let mut c = TcpStream::connect_timeout(&address, Duration::from_secs(3))
+                let mut c = TcpStream::connect_timeout(&address, Duration::from_secs(30))
                     .unwrap_or_else(|e| panic!("connect to {address}: {e}"));
                 c.write_all(b"ping").unwrap();
                 let mut answer = [0; 4];
@@ -170,7 +170,7 @@ pub fn talk_by(from: &File, listener: TcpListener, address: SocketAddr) -> IpAdd
         let (mut c, peer) = loop {
             match listener.accept() {
                 Ok(pair) => break pair,
-                Err(_) if start.elapsed() < Duration::from_secs(4) => {
+                Err(_) if start.elapsed() < Duration::from_secs(40) => {
                     std::thread::sleep(Duration::from_millis(2));
                 }
                 Err(e) => panic!("nobody came to {address}: {e}"),

@@ -15,6 +15,9 @@ use tonic::transport::{Channel, Endpoint};
 
 pub const IMAGE: &str = "localhost/busybox:test";
 
+/// For what must come; a loaded machine takes its time.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 type Answer<T> = Result<T, tonic::Status>;
 
 pub struct Node {
@@ -70,7 +73,7 @@ fn make_image(
 pub async fn wait_for(what: &str, mut check: impl FnMut() -> bool) {
     let start = Instant::now();
     while !check() {
-        assert!(start.elapsed() < Duration::from_secs(15), "not in time: {what}");
+        assert!(start.elapsed() < PATIENCE, "not in time: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -174,7 +177,7 @@ impl Node {
             {
                 return;
             }
-            assert!(start.elapsed() < Duration::from_secs(20), "the server does not answer: {}", self.log());
+            assert!(start.elapsed() < PATIENCE, "the server does not answer: {}", self.log());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -291,7 +294,7 @@ impl Node {
             if status.state == cri::ContainerState::ContainerExited as i32 {
                 return status;
             }
-            assert!(start.elapsed() < Duration::from_secs(20), "{id} did not end: {}", self.log());
+            assert!(start.elapsed() < PATIENCE, "{id} did not end: {}", self.log());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -338,10 +341,10 @@ impl Node {
         (out.status.success(), text)
     }
 
-    /// Starts a crictl that is killed once its command shows in the container.
-    pub async fn vanish(&self, args: &[&str]) {
+    /// Starts a crictl that is killed once `shows` says that its command runs in the container.
+    pub async fn vanish(&self, args: &[&str], shows: impl FnMut() -> bool) {
         let mut child = self.crictl_command(args).spawn().unwrap();
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        wait_for("the command of the client that is to vanish", shows).await;
         child.kill().unwrap();
         child.wait().unwrap();
     }
@@ -360,7 +363,7 @@ impl Node {
         let mut stream = loop {
             match std::net::TcpStream::connect(("127.0.0.1", free)) {
                 Ok(s) => break s,
-                Err(e) => assert!(start.elapsed() < Duration::from_secs(10), "no port-forward: {e}"),
+                Err(e) => assert!(start.elapsed() < PATIENCE, "no port-forward: {e}"),
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         };

@@ -225,12 +225,13 @@ async fn a_killed_server_adopts_what_runs() {
     let config = sandbox_config(&node, "adopt", true);
     let pod = node.run_pod(&config).await.unwrap();
     let steady = node.run_container(&pod, container_config("steady", &["sleep", "1000"]), &config).await;
-    let brief = node
-        .run_container(&pod, container_config("brief", &["sh", "-c", "sleep 0.6; exit 42"]), &config)
-        .await;
-    let pid = node.pid_of(&steady).await;
+    let until_told = ["sh", "-c", "until [ -e /end ]; do sleep 0.01; done; exit 42"];
+    let brief = node.run_container(&pod, container_config("brief", &until_told), &config).await;
+    let (pid, brief_pid) = (node.pid_of(&steady).await, node.pid_of(&brief).await);
     node.kill();
-    tokio::time::sleep(Duration::from_millis(800)).await;
+    fs::write(format!("/proc/{brief_pid}/root/end"), "").unwrap();
+    let process = std::path::PathBuf::from(format!("/proc/{brief_pid}"));
+    wait_for("the brief process to end while no server runs", || !process.exists()).await;
     node.restart(&[]).await;
     assert_eq!(node.pid_of(&steady).await, pid);
     let status = node.ended(&brief).await;
@@ -271,7 +272,7 @@ async fn containers_of_a_dead_monitor_are_lost_and_cleaned_up() {
         .await;
     let mut client = node.client().await;
     let mut state = 0;
-    for _ in 0..500 {
+    for _ in 0..6000 {
         let all = client.list_pod_sandbox(cri::ListPodSandboxRequest::default()).await.unwrap().into_inner();
         state = all.items[0].state;
         if state == cri::PodSandboxState::SandboxNotready as i32 {
@@ -349,11 +350,9 @@ async fn crictl_runs_a_pod() {
         assert!(page.ends_with("page\n"), "{transport}: {page:?}");
     }
     // A client that vanishes takes its command with it.
-    node.vanish(&["exec", "-i", &c, "sleep", "4321"]).await;
-    wait_for("the command of the client that vanished to end", || {
-        !node.crictl(&["exec", "-s", &c, "ps"], "").contains("sleep 4321")
-    })
-    .await;
+    let runs = || node.crictl(&["exec", "-s", &c, "ps"], "").contains("sleep 4321");
+    node.vanish(&["exec", "-i", &c, "sleep", "4321"], runs).await;
+    wait_for("the command of the client that vanished to end", || !runs()).await;
     node.crictl(&["stop", "-t", "1", &c], "");
     node.crictl(&["rm", &c], "");
     node.crictl(&["stopp", &p], "");

@@ -12,7 +12,7 @@ use orlop_base::testkit::unique_name;
 
 pub const BACKEND_PORT: u16 = 8080;
 /// For an answer that must come, and for one that must not.
-const PATIENCE: [Duration; 2] = [Duration::from_secs(5), Duration::from_millis(300)];
+const PATIENCE: [Duration; 2] = [Duration::from_secs(30), Duration::from_millis(300)];
 
 pub struct Net(pub String);
 

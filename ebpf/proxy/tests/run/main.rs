@@ -17,6 +17,9 @@ use orlop_proxy::{Config, DatapathConfig, Sizes, purge, run};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+/// For what must come; a loaded machine takes its time.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// A process is in one cgroup, so the tests take turns.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
@@ -88,7 +91,7 @@ fn server(name: &'static str, at: SocketAddr) -> SocketAddr {
 }
 
 fn ask(at: &str) -> io::Result<String> {
-    let mut s = TcpStream::connect_timeout(&at.parse().unwrap(), Duration::from_secs(2))?;
+    let mut s = TcpStream::connect_timeout(&at.parse().unwrap(), PATIENCE)?;
     let mut text = String::new();
     s.read_to_string(&mut text)?;
     Ok(text)
@@ -118,7 +121,7 @@ async fn start(
     orlop_base::telemetry::init("warn");
     let mut task = tokio::spawn(run(config.clone(), ready.clone(), stop.clone()));
     tokio::select! {
-        r = tokio::time::timeout(Duration::from_secs(10), ready.wait()) => r.expect("ready within 10 s"),
+        r = tokio::time::timeout(PATIENCE, ready.wait()) => r.expect("ready in time"),
         r = &mut task => panic!("the proxy ended: {r:?}"),
     }
     (stop, task)
@@ -161,27 +164,23 @@ async fn services_follow_the_api_and_outlive_the_proxy() {
 
     // Another endpoint takes over; a Service without endpoints refuses; a deleted one is nobody's.
     api.put("endpointslices", slice("web", b.port()));
-    wait_until("b answers", Duration::from_secs(2), || async {
-        (ask("127.96.1.1:80").ok()? == "b").then_some(())
-    })
-    .await;
+    wait_until("b answers", PATIENCE, || async { (ask("127.96.1.1:80").ok()? == "b").then_some(()) }).await;
     api.put("services", service("empty", "127.96.1.2", json!({})));
     api.put("services", service("gone", "127.96.1.3", json!({})));
     api.put("endpointslices", slice("gone", a.port()));
-    wait_until("gone answers", Duration::from_secs(2), || async { ask("127.96.1.3:80").ok() }).await;
+    wait_until("gone answers", PATIENCE, || async { ask("127.96.1.3:80").ok() }).await;
     assert_eq!(ask("127.96.1.2:80").unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     api.delete("services", "gone");
-    wait_until("gone is gone", Duration::from_secs(2), || async { ask("127.96.1.3:80").err() }).await;
+    wait_until("gone is gone", PATIENCE, || async { ask("127.96.1.3:80").err() }).await;
 
     // A load balancer asks whether this node has an endpoint.
     let check = free_address();
     let local = json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": check.port()});
     api.put("services", service("lb", "127.96.1.4", local));
-    wait_until("the check is served", Duration::from_secs(2), || async { TcpStream::connect(check).ok() })
-        .await;
+    wait_until("the check is served", PATIENCE, || async { TcpStream::connect(check).ok() }).await;
     assert!(health(check, "/").await.starts_with("HTTP/1.1 503"));
     api.put("endpointslices", slice("lb", a.port()));
-    wait_until("an endpoint is here", Duration::from_secs(2), || async {
+    wait_until("an endpoint is here", PATIENCE, || async {
         health(check, "/").await.starts_with("HTTP/1.1 200").then_some(())
     })
     .await;
@@ -259,7 +258,7 @@ impl Killed {
     async fn start(place: &Place) -> Killed {
         let k = Killed::spawn(std::process::Command::new(std::env::current_exe().unwrap()), &place.config);
         let health = place.config.health_address.unwrap();
-        wait_until("the proxy is in step", Duration::from_secs(20), || async {
+        wait_until("the proxy is in step", PATIENCE, || async {
             TcpStream::connect(health).ok()?;
             health_of(health).await.starts_with("HTTP/1.1 200").then_some(())
         })
@@ -327,8 +326,8 @@ async fn connections_outlive_a_killed_proxy_and_end_with_their_backend() {
     let mut tcp = TcpStream::connect(vip).unwrap();
     let udp = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
     udp.connect(vip).unwrap();
-    tcp.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-    udp.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    tcp.set_read_timeout(Some(PATIENCE)).unwrap();
+    udp.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut works = |what: &str| {
         let mut buf = [0; 4];
         tcp.write_all(b"ping").unwrap_or_else(|e| panic!("{what}: {e}"));
@@ -356,11 +355,8 @@ async fn connections_outlive_a_killed_proxy_and_end_with_their_backend() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     works("while the backend terminates");
     api.put("endpointslices", echo_slice(b, true, false));
-    wait_until("the connection is closed", Duration::from_secs(5), || async {
-        tcp_error(&tcp).then_some(())
-    })
-    .await;
-    let lost = wait_until("the datagram socket says so", Duration::from_secs(5), || async {
+    wait_until("the connection is closed", PATIENCE, || async { tcp_error(&tcp).then_some(()) }).await;
+    let lost = wait_until("the datagram socket says so", PATIENCE, || async {
         udp.send(b"ping").and_then(|_| udp.recv(&mut [0; 8])).err()
     })
     .await;
@@ -377,7 +373,7 @@ fn tcp_error(mut s: &TcpStream) -> bool {
 
 /// A connection made now is answered.
 fn ask_new(at: SocketAddr) {
-    let mut s = TcpStream::connect_timeout(&at, Duration::from_secs(2)).unwrap();
+    let mut s = TcpStream::connect_timeout(&at, PATIENCE).unwrap();
     s.write_all(b"ping").unwrap();
     s.read_exact(&mut [0; 4]).unwrap();
 }

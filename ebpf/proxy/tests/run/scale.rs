@@ -236,9 +236,8 @@ async fn churn(services: usize, time: Duration) {
         truth.insert(Asked::address(i).parse().unwrap(), asked.ready(i));
     }
     let settled = Instant::now();
-    loop {
-        let Some(differs) = difference(&said(&read(&place)), &truth) else { break };
-        assert!(settled.elapsed() < Duration::from_secs(20), "{differs}");
+    while let Some(differs) = difference(&said(&read(&place)), &truth) {
+        assert!(settled.elapsed() < crate::PATIENCE, "{differs}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     println!(
