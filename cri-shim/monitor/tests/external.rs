@@ -130,9 +130,9 @@ fn a_killed_monitor_can_be_cleaned_up() {
     let pid = run(&pod, &mut c, "a", &["sleep", "1000"]);
     let monitor = rustix::process::Pid::from_raw(pod.monitor_pid()).unwrap();
     rustix::process::kill_process(monitor, rustix::process::Signal::KILL).unwrap();
-    wait_until(5, || !Path::new(&format!("/proc/{}/exe", monitor.as_raw_nonzero())).exists());
+    wait_until(|| !Path::new(&format!("/proc/{}/exe", monitor.as_raw_nonzero())).exists());
     let out = pod.run(&["--cleanup", "--dir"]);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    wait_until(5, || std::fs::read_link(format!("/proc/{pid}/exe")).is_err());
+    wait_until(|| std::fs::read_link(format!("/proc/{pid}/exe")).is_err());
     pod.assert_clean();
 }

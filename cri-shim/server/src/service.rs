@@ -247,7 +247,9 @@ impl RuntimeService for Service {
     ) -> Answer<cri::CheckpointContainerResponse> {
         answer(
             "CheckpointContainer",
-            Err(Error::Unimplemented("CheckpointContainer is not implemented: this server does not drive criu")),
+            Err(Error::Unimplemented(
+                "CheckpointContainer is not implemented: this server does not drive criu",
+            )),
         )
     }
 
