@@ -20,4 +20,12 @@ for target in '10.96.0.80 80' '192.0.2.10 30080'; do
     echo "${target% *}=$answer"
 done
 [ -n "$answer" ] || { tail -n 60 /var/log/orlop.log; exit 1; }
+# What the agent allows pods, all together and one.
+set -- /sys/fs/cgroup/kubepods/burstable/pod*
+for limit in kubepods/memory.max kubepods/cpu.weight kubepods/pids.max kubepods/besteffort/cpu.weight; do
+    echo "$limit=$(cat "/sys/fs/cgroup/$limit")"
+done
+echo "pod/memory.max=$(cat "$1/memory.max")"
+echo "pod/cpu.max=$(cat "$1/cpu.max")"
+echo "memory=$(($(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo) * 1024))"
 orlop down || { tail -n 30 /var/log/orlop.log; exit 1; }

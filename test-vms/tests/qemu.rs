@@ -103,6 +103,17 @@ fn too_much_memory_is_reported_as_that() {
 }
 
 #[test]
+fn pods_are_limited_one_by_one_and_together() {
+    let fact = |key| machine().fact("up", key);
+    assert_eq!((fact("pod/memory.max"), fact("pod/cpu.max")), ("33554432", "50000 100000"));
+    assert_eq!(fact("kubepods/memory.max"), fact("memory"), "nothing is reserved");
+    assert_eq!(fact("kubepods/besteffort/cpu.weight"), "1");
+    let all: u32 = fact("kubepods/cpu.weight").parse().unwrap();
+    assert!(all >= 39, "a whole CPU weighs 39: {all}");
+    assert!(fact("kubepods/pids.max").parse::<u32>().is_ok(), "{}", fact("kubepods/pids.max"));
+}
+
+#[test]
 fn a_cluster_serves_the_demo_through_its_service() {
     let m = machine();
     println!("{}", m.succeeded("up"));
