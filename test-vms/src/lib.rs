@@ -111,6 +111,11 @@ impl Cluster {
         c
     }
 
+    /// The number that makes its addresses and cgroups differ from other clusters'.
+    pub fn number(&self) -> u16 {
+        self.number
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }

@@ -58,6 +58,27 @@ pub fn pod(spec: &PodSpec, period: Option<Duration>, pids: i64, sizes: &[String]
     }
 }
 
+/// Of the cgroup of a pod that runs: what has no limit any more loses the one it had.
+pub fn pod_in_force(spec: &PodSpec, period: Option<Duration>, pids: i64, sizes: &[String]) -> Limits {
+    let mut l = pod(spec, period, pids, sizes);
+    l.cpu_quota.get_or_insert((-1, 100_000));
+    l.memory.get_or_insert(-1);
+    l
+}
+
+impl Limits {
+    /// What neither of two limits hinders, for the time in which containers change from one to the other.
+    pub fn wider(self, other: &Limits) -> Limits {
+        let larger = |a: i64, b: i64| if a < 0 || b < 0 { -1 } else { a.max(b) };
+        let quota = |(a, period): (i64, i64), (b, _): (i64, i64)| (larger(a, b), period);
+        Limits {
+            cpu_quota: self.cpu_quota.zip(other.cpu_quota).map(|(a, b)| quota(a, b)),
+            memory: self.memory.zip(other.memory).map(|(a, b)| larger(a, b)),
+            ..self
+        }
+    }
+}
+
 /// Of the cgroup of all Burstable pods, which asked for so many thousandths of a CPU together, or of all BestEffort ones.
 pub fn class(milli: i64, sizes: &[String]) -> Limits {
     Limits {
@@ -123,6 +144,19 @@ mod tests {
             assert_eq!(got, wanted, "{resources:?} {period:?}");
         }
         assert_eq!(pod(&spec(&[guaranteed]), ms100, -1, &[]).pids, None);
+    }
+
+    #[test]
+    fn between_two_sizes() {
+        let of = |limits: serde_json::Value| {
+            pod_in_force(&spec(&[json!({ "limits": limits })]), Some(Duration::from_millis(100)), 0, &[])
+        };
+        let (small, large) =
+            (of(json!({"cpu": "1", "memory": "1Mi"})), of(json!({"cpu": "500m", "memory": "2Mi"})));
+        let both = small.clone().wider(&large);
+        assert_eq!((both.cpu_quota, both.memory), (Some((100_000, 100_000)), Some(2 << 20)));
+        let open = small.wider(&of(json!({"memory": "1Mi"})));
+        assert_eq!((open.cpu_quota, open.memory), (Some((-1, 100_000)), Some(1 << 20)));
     }
 
     #[test]

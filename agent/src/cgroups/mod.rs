@@ -135,6 +135,33 @@ impl Cgroups {
         .await
     }
 
+    /// Gives a pod's cgroup the limits of `new`; with `old` those that fit both.
+    pub async fn resize(
+        &self,
+        old: Option<&PodSpec>,
+        new: &PodSpec,
+        uid: &str,
+        period: Option<Duration>,
+    ) -> Result<(), Error> {
+        let class = qos_class(new);
+        let limits_of = |spec| limits::pod_in_force(spec, period, self.0.pids, &self.0.page_sizes);
+        let l = match old {
+            Some(old) => limits_of(new).wider(&limits_of(old)),
+            None => limits_of(new),
+        };
+        let sum = (class == QosClass::Burstable).then(|| self.count(uid, Some(milli(new)))).flatten();
+        let (all, pod) = (self.clone(), format!("pod{uid}"));
+        self.work(move || {
+            if all.0.systemd {
+                let slice = systemd::slice(&all.components(class, Some(&pod)));
+                systemd::ensure(&slice, &l, all.0.mounted.is_v2())?;
+            }
+            all.0.mounted.limit(&all.folder(class, Some(&pod)), &l)?;
+            all.weigh_burstable(sum)
+        })
+        .await
+    }
+
     /// systemd answers over its bus and is waited for elsewhere; the kernel's files answer at once.
     async fn work<F>(&self, work: F) -> Result<(), Error>
     where

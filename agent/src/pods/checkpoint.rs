@@ -5,10 +5,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::ResourceRequirements;
 use orlop_base::durable::{self, Sync};
 use serde::{Deserialize, Serialize};
 
+use super::resize::Allocation;
 use super::state::{Memory, ProbeView, Restart};
+use crate::runtime::ObservedPod;
 
 const VERSION: u32 = 1;
 
@@ -22,6 +25,12 @@ pub struct Checkpoint {
     /// By container id.
     pub probes: BTreeMap<String, ProbeView>,
     pub restart_regardless: Vec<String>,
+    /// CPU and memory that the node has granted.
+    pub granted: Option<Allocation>,
+    /// Those of running containers, by id, that have another size yet.
+    pub of_run: BTreeMap<String, ResourceRequirements>,
+    /// What the pod's cgroup has, when that is not what is granted.
+    pub of_cgroup: Option<Allocation>,
 }
 
 fn path(dir: &Path) -> PathBuf {
@@ -29,7 +38,7 @@ fn path(dir: &Path) -> PathBuf {
 }
 
 impl Checkpoint {
-    pub fn of(memory: &Memory) -> Checkpoint {
+    pub fn of(memory: &Memory, observed: &ObservedPod) -> Checkpoint {
         let mut regardless: Vec<String> = memory.restart_regardless.iter().cloned().collect();
         regardless.sort();
         Checkpoint {
@@ -38,6 +47,9 @@ impl Checkpoint {
             restarts: memory.restarts.clone(),
             probes: memory.probes.iter().map(|(k, v)| (k.clone(), ProbeView { live: None, ..*v })).collect(),
             restart_regardless: regardless,
+            granted: Some(memory.sizes.granted.clone()),
+            of_run: memory.sizes.unlike_granted(observed),
+            of_cgroup: memory.sizes.of_cgroup.clone().filter(|_| memory.sizes.cgroup_differs()),
         }
     }
 

@@ -4,11 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, ResourceRequirements};
 use orlop_api::meta::Key;
 use orlop_proto::cri::{
-    CreateContainerRequest, ImageSpec, ImageStatusRequest, PodSandboxConfig, RemoveContainerRequest,
-    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopPodSandboxRequest,
+    ContainerStatsRequest, CreateContainerRequest, ImageSpec, ImageStatusRequest, PodSandboxConfig,
+    RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
+    StopPodSandboxRequest, UpdateContainerResourcesRequest,
 };
 
 use super::plan::KillReason;
@@ -49,6 +50,8 @@ pub enum Done {
         result: Result<(), (&'static str, String)>,
     },
     TornDown(Result<(), String>),
+    /// What now runs with which size, by container id; else why not.
+    Resized(Result<Vec<(String, ResourceRequirements)>, String>),
     /// The runtime will show what came of it.
     Nothing,
 }
@@ -361,6 +364,7 @@ pub async fn kill_container(job: Job, id: String, name: String, grace: i64, reas
         KillReason::PostStartFailed => format!("Container {name} failed its postStart hook"),
         KillReason::Changed => format!("Container {name} definition changed, will be restarted"),
         KillReason::SandboxChanged => format!("Stopping container {name}: its sandbox has changed"),
+        KillReason::Resized => format!("Container {name} resize requires restart"),
         KillReason::Unknown => format!("Container {name} is in an unknown state, will be restarted"),
     };
     job.ctx.events.container(&job.pod, (&name, kind), "Killing", message);
@@ -399,6 +403,61 @@ pub async fn kill_container(job: Job, id: String, name: String, grace: i64, reas
         _ => {}
     }
     Done::Nothing
+}
+
+/// Puts the pod's size in force: its cgroup first gets room for the old and the new containers, then theirs change, then it
+/// gets its own new limits.
+pub async fn resize(job: Job, containers: Vec<String>, old: Arc<Pod>) -> Done {
+    Done::Resized(resize_steps(&job, containers, &old).await)
+}
+
+async fn resize_steps(
+    job: &Job,
+    containers: Vec<String>,
+    old: &Pod,
+) -> Result<Vec<(String, ResourceRequirements)>, String> {
+    let chain = |e: crate::Error| orlop_base::telemetry::chain(&e);
+    let cgroups = job.ctx.node.cgroups();
+    let mut changes = Vec::new();
+    for name in containers {
+        let (Some((c, _)), Some(run)) = (find_container(&job.pod, &name), job.observed.container(&name))
+        else {
+            continue;
+        };
+        let linux =
+            resources::running_container(&job.pod, &c, job.ctx.node.memory_capacity(), job.cfs_period());
+        fits_what_it_uses(job, &name, &run.id, linux.memory_limit_in_bytes).await?;
+        changes.push((run.id.clone(), c.resources.unwrap_or_default(), linux));
+    }
+    cgroups.resize(old.spec.as_ref(), job.spec(), &job.uid, job.cfs_period()).await.map_err(chain)?;
+    let mut done = Vec::new();
+    for (id, size, linux) in changes {
+        let request = UpdateContainerResourcesRequest {
+            container_id: id.clone(),
+            linux: Some(linux),
+            ..Default::default()
+        };
+        job.ctx.cri.update_container_resources(request).await.map_err(|e| e.message())?;
+        done.push((id, size));
+    }
+    cgroups.resize(None, job.spec(), &job.uid, job.cfs_period()).await.map_err(chain)?;
+    Ok(done)
+}
+
+/// A limit below what is used would have the kernel kill something.
+async fn fits_what_it_uses(job: &Job, name: &str, id: &str, limit: i64) -> Result<(), String> {
+    if limit <= 0 {
+        return Ok(());
+    }
+    let request = ContainerStatsRequest { container_id: id.to_owned() };
+    let stats = job.ctx.cri.container_stats(request).await.map_err(|e| e.message())?.stats;
+    let used = stats.and_then(|s| s.memory?.working_set_bytes).map_or(0, |v| v.value);
+    match i64::try_from(used).is_ok_and(|used| used > limit) {
+        false => Ok(()),
+        true => Err(format!(
+            "attempting to set container {name:?} memory limit ({limit}) below current usage ({used})"
+        )),
+    }
 }
 
 pub async fn tear_down(job: Job) -> Done {

@@ -1,15 +1,17 @@
 //! All pods of this node and their workers.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use orlop_api::meta::Key;
+use orlop_api::quantity::Amount;
 use orlop_base::supervise::Ready;
 use parking_lot::RwLock;
 use tokio::sync::{Notify, watch};
 
+use super::resize::{self, Allocation, Pending};
 use super::worker;
 use crate::context::Context;
 use crate::runtime::SharedPod;
@@ -58,11 +60,17 @@ struct Entry {
     /// With the status the agent last generated.
     status: Option<PodStatus>,
     observed: SharedPod,
+    /// What the node has granted; its worker says it before it does anything.
+    granted: Option<Allocation>,
+    /// A resize waits for room.
+    deferred: bool,
 }
 
 impl Entry {
+    /// With the sizes that are granted.
     fn pod(&self) -> Arc<Pod> {
         let pod = self.desired.borrow().pod.clone();
+        let pod = self.granted.as_ref().map_or(pod.clone(), |g| g.applied(&pod));
         match &self.status {
             Some(s) => Arc::new(Pod { status: Some(s.clone()), ..(*pod).clone() }),
             None => pod,
@@ -71,6 +79,15 @@ impl Entry {
 
     fn key(&self) -> Key {
         Key::of(&self.desired.borrow().pod.metadata)
+    }
+}
+
+impl State {
+    /// Resizes that wait for room are judged again.
+    fn room_is_free(&self) {
+        for e in self.pods.values().filter(|e| e.deferred) {
+            e.signals.wake.notify_one();
+        }
     }
 }
 
@@ -128,7 +145,14 @@ impl Pods {
         let mirror = state.mirrors.get(&Key::of(&pod.metadata)).cloned().filter(|_| super::is_static(&pod));
         let (desired, receive) = watch::channel(Desired { pod, mirror, gone: false });
         let signals = Arc::new(Signals::default());
-        let entry = Entry { desired, signals: signals.clone(), status: None, observed: SharedPod::default() };
+        let entry = Entry {
+            desired,
+            signals: signals.clone(),
+            status: None,
+            observed: SharedPod::default(),
+            granted: None,
+            deferred: false,
+        };
         state.pods.insert(uid.clone(), entry);
         drop(state);
         ctx.tasks.spawn(worker::run(ctx.clone(), uid, receive, signals));
@@ -215,14 +239,54 @@ impl Pods {
     }
 
     pub(crate) fn publish(&self, uid: &str, status: PodStatus, observed: SharedPod) {
-        if let Some(e) = self.state.write().pods.get_mut(uid) {
-            e.status = Some(status);
-            e.observed = observed;
+        let mut state = self.state.write();
+        let Some(e) = state.pods.get_mut(uid) else { return };
+        let ends = |s: &PodStatus| matches!(s.phase.as_deref(), Some("Succeeded" | "Failed"));
+        let ended = ends(&status) && !e.status.as_ref().is_some_and(ends);
+        e.status = Some(status);
+        e.observed = observed;
+        if ended {
+            state.room_is_free();
         }
     }
 
+    /// What the pod had been granted before this agent started, or is granted with its admission.
+    pub(crate) fn set_granted(&self, uid: &str, granted: Allocation) {
+        if let Some(e) = self.state.write().pods.get_mut(uid) {
+            e.granted = Some(granted);
+        }
+    }
+
+    /// Grants the pod what its spec asks for, if there is room beside the others.
+    pub(crate) fn grant(
+        &self,
+        pod: &Pod,
+        wanted: &Allocation,
+        allocatable: &BTreeMap<String, Amount>,
+    ) -> Result<(), Pending> {
+        let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+        // Locked throughout: of two that grow at once only one may have the last room.
+        let mut state = self.state.write();
+        let others = state.pods.iter().filter(|(u, _)| u.as_str() != uid).map(|(_, e)| e.pod());
+        let others = others.filter(|p| !super::has_ended(p));
+        let used: Vec<_> = others.filter_map(|p| p.spec.as_ref().map(orlop_api::pod::requests)).collect();
+        let judged = resize::judge(pod, &used, allocatable);
+        if let Some(e) = state.pods.get_mut(uid) {
+            e.deferred = judged.as_ref().is_err_and(|p| p.reason == "Deferred");
+            if judged.is_ok() {
+                e.granted = Some(wanted.clone());
+                state.room_is_free();
+            }
+        }
+        judged
+    }
+
     pub(crate) fn forget(&self, uid: &str) {
-        self.state.write().pods.remove(uid);
+        {
+            let mut state = self.state.write();
+            state.pods.remove(uid);
+            state.room_is_free();
+        }
         self.ended.notify_waiters();
     }
 

@@ -5,6 +5,7 @@ pub mod exec;
 pub mod manager;
 pub mod mounts;
 pub mod plan;
+pub mod resize;
 pub mod state;
 pub mod termination;
 pub mod worker;

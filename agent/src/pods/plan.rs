@@ -8,6 +8,7 @@ use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use orlop_api::pod::is_sidecar;
 
 use super::ephemeral_as_container;
+use super::resize::Change;
 use super::state::{ImageState, Memory, OpKey, Restart, Step, Waiting};
 use super::termination;
 use crate::runtime::{self, ObservedPod, State};
@@ -25,6 +26,8 @@ pub enum KillReason {
     Changed,
     /// The sandbox it runs in is gone.
     SandboxChanged,
+    /// Its resize policy wants a restart for its new size.
+    Resized,
     /// The runtime does not know how it is.
     Unknown,
 }
@@ -65,6 +68,10 @@ pub enum Action {
     /// `activeDeadlineSeconds` is over.
     Deadline,
     TearDown,
+    /// Gives the pod's cgroup and these running containers, by name, the sizes that were granted.
+    Resize {
+        containers: Vec<String>,
+    },
 }
 
 /// What to do now, when to look again at the latest, and why containers wait.
@@ -89,6 +96,10 @@ struct Planner<'a> {
     input: &'a Input<'a>,
     spec: &'a PodSpec,
     plan: Plan,
+    /// Running containers that are to be given another size.
+    resizes: Vec<String>,
+    /// Some container has to end before it can have its new size.
+    resize_restarts: bool,
 }
 
 /// What a container needs in its present state.
@@ -106,7 +117,7 @@ enum Need {
 /// Plans the next steps. Calling it again with an unchanged input gives the same answer.
 pub fn plan(input: &Input<'_>) -> Plan {
     let Some(spec) = &input.pod.spec else { return Plan::default() };
-    let mut p = Planner { input, spec, plan: Plan::default() };
+    let mut p = Planner { input, spec, plan: Plan::default(), resizes: Vec::new(), resize_restarts: false };
     if input.memory.is_ending() {
         p.end();
     } else {
@@ -192,8 +203,24 @@ impl<'a> Planner<'a> {
         }
         let ready = self.sandbox();
         let starts = self.containers();
-        self.start(starts, ready && volumes);
+        let sized = self.resize(ready);
+        self.start(starts, ready && volumes && sized);
         self.collect();
+    }
+
+    /// Has granted sizes put in force; true when containers may be started in the pod's cgroup as it is.
+    fn resize(&mut self, ready: bool) -> bool {
+        let sizes = &self.input.memory.sizes;
+        let cgroup = sizes.cgroup_differs();
+        if !ready || (self.resizes.is_empty() && !cgroup) {
+            return !cgroup;
+        }
+        // What does not fit into a smaller cgroup any more has to have ended.
+        if !self.resize_restarts {
+            let containers = std::mem::take(&mut self.resizes);
+            self.step(&sizes.step, OpKey::Resize, Action::Resize { containers });
+        }
+        !cgroup
     }
 
     /// Makes sure of a sandbox; true when there is one that containers can be started in.
@@ -323,6 +350,15 @@ impl<'a> Planner<'a> {
         if !run.hash.is_empty() && run.hash != hash(c) {
             self.kill(run, pod_grace, KillReason::Changed);
             return Need::Wait;
+        }
+        match self.input.memory.sizes.change(&run.id, c) {
+            Change::None => {}
+            Change::Update => self.resizes.push(c.name.clone()),
+            Change::Restart => {
+                self.resize_restarts = true;
+                self.kill(run, pod_grace, KillReason::Resized);
+                return Need::Wait;
+            }
         }
         if c.startup_probe.is_some() && view.started != Some(true) && view.live == Some(false) {
             let grace = probe_grace(&c.startup_probe).unwrap_or(pod_grace);

@@ -6,6 +6,8 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use super::resize::Sizes;
+
 /// One thing at a time per key; a key in flight is not planned again.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum OpKey {
@@ -18,6 +20,7 @@ pub enum OpKey {
     Kill(String),
     Remove(String),
     TearDown,
+    Resize,
 }
 
 /// The pod is to end.
@@ -151,6 +154,7 @@ pub struct Memory {
     pub hook_pending: Option<String>,
     pub in_flight: HashSet<OpKey>,
     pub start_time: Option<Timestamp>,
+    pub sizes: Sizes,
     /// Set when the node refuses the pod: reason and message.
     pub rejected: Option<(String, String)>,
 }

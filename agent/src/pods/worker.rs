@@ -16,6 +16,7 @@ use super::checkpoint::Checkpoint;
 use super::exec::{self, Done, Job};
 use super::manager::{Desired, Signals};
 use super::plan::{self, Action, KillReason, Plan};
+use super::resize::{self, Allocation, Sizes};
 use super::state::{ImageState, Memory, OpKey, Restart, StartFailure, Step, Terminating, Waiting};
 use crate::context::Context;
 use crate::probes::Probes;
@@ -53,6 +54,8 @@ struct Worker {
     saved: Checkpoint,
     first_seen: Timestamp,
     reported_start: bool,
+    /// The sizes that the resize under way puts in force.
+    resizing: Allocation,
 }
 
 /// Runs a pod from its first sight until nothing of it is left or the agent stops.
@@ -103,14 +106,23 @@ impl Worker {
         let status = mirror.as_ref().unwrap_or(&pod).status.clone().unwrap_or_default();
         let start_time = saved.start_time.or_else(|| status.start_time.as_ref().map(|t| t.0));
         let phase = status.phase.as_deref();
+        let granted = saved.granted.clone();
+        let granted = granted.or_else(|| pod.spec.as_ref().map(Allocation::of)).unwrap_or_default();
         let memory = Memory {
             start_time: Some(start_time.unwrap_or_else(Timestamp::now)),
             finished: saved.finished || matches!(phase, Some("Succeeded" | "Failed")),
             restarts: saved.restarts.clone(),
             restart_regardless: saved.restart_regardless.iter().cloned().collect(),
             probes: saved.probes.clone().into_iter().collect(),
+            sizes: Sizes {
+                of_run: saved.of_run.clone(),
+                of_cgroup: saved.of_cgroup.clone().or(Some(granted.clone())),
+                granted,
+                ..Default::default()
+            },
             ..Default::default()
         };
+        ctx.pods.set_granted(&uid, memory.sizes.granted.clone());
         Worker {
             probes: Probes::new(ctx.clone(), probe_results),
             first_seen: Timestamp::now(),
@@ -120,6 +132,7 @@ impl Worker {
             jobs: JoinSet::new(),
             keys: HashMap::new(),
             inherited: true,
+            resizing: Allocation::default(),
             reported_start: phase.is_some_and(|p| p != "Pending"),
             ctx,
             uid,
@@ -195,17 +208,68 @@ impl Worker {
         }
     }
 
+    /// The pod with the sizes that the node has granted.
     fn pod(&self) -> Arc<Pod> {
-        self.desired.borrow().pod.clone()
+        let pod = self.desired.borrow().pod.clone();
+        self.memory.sizes.granted.applied(&pod)
+    }
+
+    /// Grants the pod another size when its spec asks for one and there is room.
+    fn grant(&mut self, pod: &Arc<Pod>) -> Arc<Pod> {
+        let wanted = pod.spec.as_ref().map(Allocation::of).unwrap_or_default();
+        let sizes = &mut self.memory.sizes;
+        if wanted.same(&sizes.granted) || self.memory.terminating.is_some() || self.memory.finished {
+            sizes.pending = None;
+            return sizes.granted.applied(pod);
+        }
+        let (what, generation) = (&self.ctx.events, pod.metadata.generation);
+        match self.ctx.pods.grant(pod, &wanted, &self.ctx.node.allocatable()) {
+            Ok(()) => {
+                what.pod(
+                    pod,
+                    "ResizeStarted",
+                    resize::event_message("Pod resize started", pod, generation, ""),
+                );
+                sizes.granted = wanted;
+                (sizes.pending, sizes.failure, sizes.step) = (None, None, Step::Wanted);
+                sizes.in_progress = Some(generation);
+            }
+            Err(pending) => {
+                if sizes
+                    .pending
+                    .as_ref()
+                    .is_none_or(|p| (p.reason, p.generation) != (pending.reason, generation))
+                {
+                    let prefix = format!("Pod resize {}", pending.reason);
+                    let message = resize::event_message(&prefix, pod, generation, &pending.message);
+                    what.pod_warning(pod, &format!("Resize{}", pending.reason), message);
+                }
+                sizes.pending = Some(pending);
+            }
+        }
+        sizes.granted.applied(pod)
+    }
+
+    /// Ends a resize that has come into force.
+    fn note_resized(&mut self, pod: &Pod) {
+        let memory = &mut self.memory;
+        let Some(generation) = memory.sizes.in_progress else { return };
+        let regardless = |id: &str| memory.restart_regardless.contains(id);
+        if memory.sizes.in_force(pod, &self.observed, regardless) {
+            memory.sizes.in_progress = None;
+            let message = resize::event_message("Pod resize completed", pod, generation, "");
+            self.ctx.events.pod(pod, "ResizeCompleted", message);
+        }
     }
 
     /// One look at everything. Gives when to look again at the latest.
     fn pass(&mut self) -> Option<Timestamp> {
         let now = Timestamp::now();
         let desired = self.desired.borrow_and_update().clone();
-        let pod = desired.pod.clone();
         self.note_termination(&desired, now);
         self.forget_old_containers();
+        self.memory.sizes.note_runs(&self.observed);
+        let pod = self.grant(&desired.pod);
         self.refresh_volumes(now);
         let plan = loop {
             let input = plan::Input {
@@ -224,8 +288,9 @@ impl Worker {
                 break plan;
             }
         };
+        self.note_resized(&pod);
         self.probes.follow(&pod, &self.observed, &self.memory);
-        self.report(&desired, &plan, now);
+        self.report(&desired, &pod, &plan, now);
         self.save();
         let refresh = self.volumes.refresh_at.filter(|_| !self.memory.is_ending());
         match (plan.wake_at, refresh) {
@@ -328,6 +393,8 @@ impl Worker {
         match action {
             Action::SetUpVolumes => self.launch(OpKey::Volumes, exec::set_up_volumes(job)),
             Action::CreateSandbox { attempt } => {
+                // The cgroup is made with it.
+                self.memory.sizes.of_cgroup = Some(self.memory.sizes.granted.clone());
                 self.launch(OpKey::Sandbox, exec::create_sandbox(job, attempt))
             }
             Action::StopSandbox { id } => {
@@ -348,6 +415,8 @@ impl Worker {
                 let hook = super::find_container(pod, &container)
                     .is_some_and(|(c, _)| c.lifecycle.is_some_and(|l| l.post_start.is_some()));
                 self.memory.hook_pending = hook.then(|| container.clone());
+                let size = super::find_container(pod, &container).and_then(|(c, _)| c.resources);
+                self.memory.sizes.starting.insert(container.clone(), size.unwrap_or_default());
                 self.launch(OpKey::Start, exec::start_container(job, container, attempt, image_ref));
             }
             Action::KillContainer { id, name, grace, reason } => {
@@ -372,6 +441,12 @@ impl Worker {
                 return true;
             }
             Action::TearDown => self.launch(OpKey::TearDown, exec::tear_down(job)),
+            Action::Resize { containers } => {
+                let sizes = &self.memory.sizes;
+                let old = sizes.of_cgroup.as_ref().map_or(pod.clone(), |a| a.applied(pod));
+                self.resizing = sizes.granted.clone();
+                self.launch(OpKey::Resize, exec::resize(job, containers, old));
+            }
         }
         false
     }
@@ -468,6 +543,22 @@ impl Worker {
                     }
                 }
             }
+            Done::Resized(Ok(sizes)) => {
+                let s = &mut self.memory.sizes;
+                s.of_run.extend(sizes);
+                s.of_cgroup = Some(std::mem::take(&mut self.resizing));
+                (s.step, s.failure) = (Step::Wanted, None);
+            }
+            Done::Resized(Err(message)) => {
+                let pod = self.pod();
+                let generation = self.memory.sizes.in_progress.flatten();
+                let text = resize::event_message("Pod resize error", &pod, generation, &message);
+                self.ctx.events.pod_warning(&pod, "ResizeError", text);
+                let s = &mut self.memory.sizes;
+                let failures = s.step.failures() + 1;
+                s.step = Step::Failed { retry_at: after(failures), failures };
+                s.failure = Some(message);
+            }
             Done::TornDown(Ok(())) => self.memory.terminated = true,
             Done::TornDown(Err(e)) => {
                 tracing::warn!(pod = %self.uid, error = %e, "pod not torn down, trying again");
@@ -495,14 +586,14 @@ impl Worker {
         }
     }
 
-    fn report(&mut self, desired: &Desired, plan: &Plan, now: Timestamp) {
+    fn report(&mut self, desired: &Desired, pod: &Pod, plan: &Plan, now: Timestamp) {
         let api = match super::is_static(&desired.pod) {
             true => desired.mirror.clone(),
             false => Some(desired.pod.clone()),
         };
         let host_ips = self.ctx.node.host_ips();
         let status = generate::status(&generate::Input {
-            pod: &desired.pod,
+            pod,
             observed: &self.observed,
             memory: &self.memory,
             plan,
@@ -540,7 +631,7 @@ impl Worker {
     }
 
     fn save(&mut self) {
-        let now = Checkpoint::of(&self.memory);
+        let now = Checkpoint::of(&self.memory, &self.observed);
         if now != self.saved && !self.memory.terminated {
             now.write(&self.ctx.config.pod_dir(&self.uid));
             self.saved = now;

@@ -97,6 +97,23 @@ pub fn container(
     }
 }
 
+/// The same for a container that runs: what has no limit any more loses the one it had.
+pub fn running_container(
+    pod: &Pod,
+    c: &Container,
+    capacity: i64,
+    period: Option<Duration>,
+) -> LinuxContainerResources {
+    let mut r = container(pod, c, capacity, period);
+    if r.cpu_quota == 0 {
+        r.cpu_quota = -1;
+    }
+    if r.memory_limit_in_bytes == 0 {
+        r.memory_limit_in_bytes = -1;
+    }
+    r
+}
+
 /// The limits of the pod's own cgroup.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PodLimits {

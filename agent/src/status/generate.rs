@@ -196,9 +196,10 @@ impl Generator<'_> {
                     supplemental_groups: (!groups.is_empty()).then(|| groups.clone()),
                 }),
             }),
-            resources: c
-                .resources
-                .clone()
+            resources: memory
+                .sizes
+                .of_run(&run.id, c)
+                .cloned()
                 .filter(|r| run.state == State::Running && (r.limits.is_some() || r.requests.is_some())),
             allocated_resources: c
                 .resources
@@ -379,13 +380,32 @@ impl Generator<'_> {
         } else {
             self.condition("Ready", ready, reason, message)
         };
-        vec![
+        let mut all = vec![
             self.condition("PodReadyToStartContainers", network, None, None),
             init_condition,
             ready_condition,
             containers_ready,
             self.condition("PodScheduled", true, None, None),
-        ]
+        ];
+        if finished.is_none() {
+            all.extend(self.resize_conditions());
+        }
+        all
+    }
+
+    /// Only there while a resize is not over.
+    fn resize_conditions(&self) -> Vec<PodCondition> {
+        let sizes = &self.input.memory.sizes;
+        let pending = sizes.pending.as_ref().map(|p| {
+            let c = self.condition("PodResizePending", true, Some(p.reason), Some(p.message.clone()));
+            PodCondition { observed_generation: p.generation, ..c }
+        });
+        let in_progress = sizes.in_progress.map(|generation| {
+            let reason = sizes.failure.as_ref().map(|_| "Error");
+            let c = self.condition("PodResizeInProgress", true, reason, sizes.failure.clone());
+            PodCondition { observed_generation: generation, ..c }
+        });
+        pending.into_iter().chain(in_progress).collect()
     }
 
     /// What keeps a readiness gate shut; others set its condition through the API.

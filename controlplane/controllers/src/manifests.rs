@@ -7,12 +7,19 @@ use std::time::Duration;
 use kube::api::{Api, DynamicObject, Patch, PatchParams};
 use kube::core::GroupVersionKind;
 use kube::discovery::{Scope, pinned_kind};
+use notify::{RecursiveMode, Watcher};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
+use tokio::sync::mpsc;
 
 use crate::runtime::Context;
 
-const PERIOD: Duration = Duration::from_secs(2);
+/// How often a folder that is not there is looked for, and a manifest that was not applied is tried again.
+const RETRY: Duration = Duration::from_secs(2);
+/// How often all is read again, should an event be lost.
+const PERIOD: Duration = Duration::from_secs(60);
+/// A file is often written in several steps; what follows within this time is read together.
+const SETTLE: Duration = Duration::from_millis(50);
 const MANAGER: &str = "orlop-manifests";
 
 /// Why a file was not applied.
@@ -31,11 +38,15 @@ pub(crate) fn start(context: &Context, dir: PathBuf) {
     context.tasks.spawn(async move {
         let mut applied: HashMap<PathBuf, [u8; 32]> = HashMap::new();
         let mut reported: HashMap<PathBuf, String> = HashMap::new();
+        let mut watch = FolderWatch::new();
         loop {
+            let watching = watch.follow(&dir);
+            let mut all_applied = true;
             for path in files(&dir) {
                 match apply_if_changed(&ctx, &path, &mut applied).await {
                     Ok(()) => drop(reported.remove(&path)),
                     Err(e) => {
+                        all_applied = false;
                         let text = orlop_base::telemetry::chain(&e);
                         if reported.get(&path) != Some(&text) {
                             tracing::error!(error = %text, "manifest not applied, trying again");
@@ -46,10 +57,53 @@ pub(crate) fn start(context: &Context, dir: PathBuf) {
             }
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep(PERIOD) => {}
+                () = tokio::time::sleep(if watching && all_applied { PERIOD } else { RETRY }) => {}
+                () = watch.changed() => {}
             }
         }
     });
+}
+
+/// Wakes when something changes in a folder, which may appear later.
+struct FolderWatch {
+    watcher: Option<notify::RecommendedWatcher>,
+    following: bool,
+    wake: mpsc::Receiver<()>,
+}
+
+impl FolderWatch {
+    fn new() -> FolderWatch {
+        // One pending wake-up stands for any number of events.
+        let (send, wake) = mpsc::channel(1);
+        let on_event = move |e: notify::Result<notify::Event>| {
+            // Reading the files must not wake us to read them again.
+            if !e.is_ok_and(|e| e.kind.is_access()) {
+                let _ = send.try_send(());
+            }
+        };
+        let watcher = notify::recommended_watcher(on_event)
+            .map_err(|e| tracing::warn!(error = %e, "no inotify; manifests are read every now and then"));
+        FolderWatch { watcher: watcher.ok(), following: false, wake }
+    }
+
+    /// Whether changes will be seen.
+    fn follow(&mut self, dir: &Path) -> bool {
+        let there = dir.is_dir();
+        if let (Some(w), false, true) = (&mut self.watcher, self.following, there) {
+            self.following = w.watch(dir, RecursiveMode::NonRecursive).is_ok();
+        }
+        self.following &= there;
+        self.following
+    }
+
+    /// Cancel-safe where the folder is read after it, whatever came first.
+    async fn changed(&mut self) {
+        if self.wake.recv().await.is_none() {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(SETTLE).await;
+        let _ = self.wake.try_recv();
+    }
 }
 
 /// The YAML and JSON files of the folder by name; a folder that is not there has none.
@@ -130,6 +184,20 @@ async fn apply(ctx: &Context, object: &DynamicObject) -> Result<(), kube::Error>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_folder_that_appears_is_followed() {
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = tmp.path().join("manifests");
+        let mut watch = FolderWatch::new();
+        assert!(!watch.follow(&dir));
+        std::fs::create_dir(&dir).unwrap();
+        assert!(watch.follow(&dir));
+        std::fs::write(dir.join("a.yaml"), "a").unwrap();
+        watch.changed().await;
+        std::fs::rename(dir.join("a.yaml"), dir.join("b.yaml")).unwrap();
+        watch.changed().await;
+    }
 
     #[test]
     fn documents_are_read_one_by_one_and_errors_say_where() {

@@ -312,3 +312,65 @@ fn dead_containers_beyond_two_are_removed() {
     let two = seen(vec![sandbox("s", true), old], vec![run("a", State::Running, 0, 1)]);
     assert_eq!(now_steps(&one(), &two, &ready()), ["remove old"]);
 }
+
+/// A pod of one container with this size, whose run `a-1` has that of `ran_with`, in a cgroup for `cgroup`.
+fn resized(size: Value, policy: Value, ran_with: Value, cgroup: &Value) -> (Pod, Memory) {
+    use crate::pods::resize::{Allocation, Sizes};
+    let of = |size: &Value| {
+        pod(json!({"containers": [{"name": "a", "image": "i", "resources": size, "resizePolicy": policy}]}))
+    };
+    let granted = |p: &Pod| Allocation::of(p.spec.as_ref().unwrap());
+    let p = of(&size);
+    let memory = Memory {
+        volumes: Step::Done,
+        sandbox: Step::Done,
+        images: [("a".to_owned(), ImageState::Present("i".into()))].into(),
+        sizes: Sizes {
+            granted: granted(&p),
+            of_cgroup: Some(granted(&of(cgroup))),
+            of_run: BTreeMap::from([("a-1".to_owned(), serde_json::from_value(ran_with).unwrap())]),
+            ..Default::default()
+        },
+        ..Default::default()
+    };
+    (p, memory)
+}
+
+#[test]
+fn a_granted_size_is_put_in_force() {
+    let (small, large) = (json!({"limits": {"memory": "1Mi"}}), json!({"limits": {"memory": "2Mi"}}));
+    let restart = json!([{"resourceName": "memory", "restartPolicy": "RestartContainer"}]);
+    let running = || seen(vec![sandbox("s", true)], vec![run("a", State::Running, 0, 1)]);
+    let exited = || seen(vec![sandbox("s", true)], vec![run("a", State::Exited, 137, 1)]);
+    let steps = |p: &Pod, o: &ObservedPod, m: &Memory| {
+        let max_restart_delay = Duration::from_secs(300);
+        plan(&Input { pod: p, observed: o, memory: m, now: t(100), max_restart_delay }).actions
+    };
+    let update =
+        |names: &[&str]| vec![Action::Resize { containers: names.iter().map(|n| (*n).to_owned()).collect() }];
+
+    let (p, m) = resized(large.clone(), json!(null), large.clone(), &large);
+    assert_eq!(steps(&p, &running(), &m), [], "all is as granted");
+    let (p, m) = resized(large.clone(), json!(null), small.clone(), &small);
+    assert_eq!(steps(&p, &running(), &m), update(&["a"]));
+    let (p, m) = resized(large.clone(), json!(null), large.clone(), &small);
+    assert_eq!(steps(&p, &running(), &m), update(&[]), "only the pod's cgroup is left");
+
+    // One that wants a restart is stopped first, and starts again in a cgroup that fits it.
+    let (p, mut m) = resized(large.clone(), restart, small.clone(), &small);
+    let kill =
+        Action::KillContainer { id: "a-1".into(), name: "a".into(), grace: 30, reason: KillReason::Resized };
+    assert_eq!(steps(&p, &running(), &m), [kill]);
+    m.restart_regardless.insert("a-1".into());
+    assert_eq!(steps(&p, &exited(), &m), update(&[]));
+    m.sizes.of_cgroup = Some(m.sizes.granted.clone());
+    let next = steps(&p, &exited(), &m);
+    assert!(matches!(&next[..], [Action::StartContainer { attempt: 1, .. }]), "{next:?}");
+
+    // A size that could not be put in force is tried again later.
+    let (p, mut m) = resized(small.clone(), json!(null), large, &small);
+    m.sizes.step = Step::Failed { retry_at: t(105), failures: 1 };
+    assert_eq!(steps(&p, &running(), &m), []);
+    m.sizes.step = Step::Failed { retry_at: t(100), failures: 1 };
+    assert_eq!(steps(&p, &running(), &m), update(&["a"]));
+}
