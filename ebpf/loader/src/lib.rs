@@ -20,7 +20,7 @@ use orlop_ebpf_common::LAYOUT;
 pub use attach::Datapath;
 pub use maps::{Dump, MapFailure, Maps, Op, Range, RealMaps};
 pub use probe::{Finding, Level, check, verify_programs};
-pub use sys::release_memory;
+pub use sys::{keep_memory_small, release_memory};
 
 /// Where the load balancer lives on this machine.
 #[derive(Clone, Debug)]

@@ -246,15 +246,26 @@ pub fn netns_cookie() -> io::Result<u64> {
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }
 
-/// Gives back to the system what only starting needed: freed memory, and pages of this program's code, which come back
-/// from its file when they are needed again.
+/// For a process that is to stay small: few heaps, and large buffers apart from them, so that they leave no holes.
+pub fn keep_memory_small() {
+    const LARGE: libc::c_int = 128 * 1024;
+    #[cfg(target_env = "gnu")]
+    // SAFETY: no preconditions.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE);
+    }
+}
+
+/// Gives back to the system what only starting needed: freed memory, and pages of this program's code and constants,
+/// which come back from its file when they are needed again.
 pub fn release_memory() {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let own = std::env::current_exe().unwrap_or_default();
     for line in maps.lines().filter(|l| own.to_str().is_some_and(|own| l.ends_with(own))) {
         if let Some((from, to)) = code(line) {
-            // SAFETY: a private mapping of a file, executable and never written to: its pages read the same when they
-            // come back. Its error leaves them where they are.
+            // SAFETY: a private mapping of a file that was never written to: its pages read the same when they come back.
+            // An error leaves them where they are.
             unsafe { libc::madvise(from as *mut libc::c_void, to - from, libc::MADV_DONTNEED) };
         }
     }
@@ -265,12 +276,14 @@ pub fn release_memory() {
     }
 }
 
-/// First and last address of a mapping of code, from its line in /proc/self/maps.
+/// First and last address of a mapping of code, or of the constants at the file's beginning, from its line in
+/// /proc/self/maps. Data that the linker has relocated can be read-only too, but begins further behind.
 fn code(line: &str) -> Option<(usize, usize)> {
     let (range, rest) = line.split_once(' ')?;
     let (from, to) = range.split_once('-')?;
     let address = |s| usize::from_str_radix(s, 16).ok();
-    if rest.starts_with("r-xp ") { Some((address(from)?, address(to)?)) } else { None }
+    let unchanged = rest.starts_with("r-xp ") || rest.starts_with("r--p 00000000 ");
+    if unchanged { Some((address(from)?, address(to)?)) } else { None }
 }
 
 #[cfg(test)]
@@ -280,7 +293,9 @@ mod tests {
     #[test]
     fn only_code_is_given_back() {
         assert_eq!(code("1000-3000 r-xp 00001000 fe:00 7 /bin/x"), Some((0x1000, 0x3000)));
+        assert_eq!(code("1000-3000 r--p 00000000 fe:00 7 /bin/x"), Some((0x1000, 0x3000)));
         assert_eq!(code("1000-3000 r--p 00001000 fe:00 7 /bin/x"), None, "relocated data");
+        assert_eq!(code("1000-3000 rw-p 00000000 fe:00 7 /bin/x"), None);
         release_memory();
     }
 }

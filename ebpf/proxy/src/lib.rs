@@ -28,7 +28,9 @@ use tokio_util::sync::CancellationToken;
 pub use config_file::ConfigFile;
 pub use desired::Selection;
 pub use inspect::{Question, inspect};
-pub use orlop_ebpf_loader::{Config as DatapathConfig, Finding, Level, Sizes, check, verify_programs};
+pub use orlop_ebpf_loader::{
+    Config as DatapathConfig, Finding, Level, Sizes, check, keep_memory_small, verify_programs,
+};
 
 /// Everything that the proxy is told.
 #[derive(Clone, Debug)]

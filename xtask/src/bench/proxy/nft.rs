@@ -58,10 +58,10 @@ fn rules(services: usize) -> Result<String> {
          }}
          chain service-endpoints-check {{ ip daddr . meta l4proto . th dport vmap @no-endpoint-services; }}
          chain nodeport-endpoints-check {{ ip daddr @nodeport-ips meta l4proto . th dport vmap @no-endpoint-nodeports; }}
-         chain nat-prerouting {{ type nat hook prerouting priority dstnat; jump services; }}
-         chain nat-output {{ type nat hook output priority dstnat; jump services; }}
+         chain nat-prerouting {{ type nat hook prerouting priority -100; jump services; }}
+         chain nat-output {{ type nat hook output priority -100; jump services; }}
          chain nat-postrouting {{
-           type nat hook postrouting priority srcnat
+           type nat hook postrouting priority 100;
            meta mark & 0x4000 == 0 return
            meta mark set meta mark xor 0x4000
            masquerade fully-random
