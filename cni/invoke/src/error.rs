@@ -35,6 +35,8 @@ pub enum Error {
     TooMuchOutput { plugin: String, command: Command, limit: usize },
     #[error("{what} {value:?} is not allowed")]
     InvalidName { what: &'static str, value: String },
+    #[error("cannot tell what other runtimes have attached to network {network}; nothing of it is collected")]
+    Neighbours { network: String, source: io::Error },
     #[error("no result of an ADD of {container_id} is known")]
     NotAttached { container_id: String },
     #[error("cannot keep the result of {container_id}")]

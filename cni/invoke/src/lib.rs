@@ -6,6 +6,7 @@ mod config;
 mod error;
 mod exec;
 mod locks;
+mod neighbours;
 mod pod;
 
 use std::collections::BTreeSet;
@@ -16,6 +17,7 @@ use std::time::Duration;
 use cache::{Cache, Entry};
 pub use error::{Error, Stderr};
 use locks::Locks;
+pub use neighbours::Neighbours;
 pub use orlop_cni_types::{Attachment, Bandwidth, CniResult, DnsConfig, IpRange, PortMapping};
 use orlop_cni_types::{Command, NetworkConfig, SpecVersion, VALID_ATTACHMENTS, VersionResult, code};
 pub use pod::PodNetwork;
@@ -37,6 +39,8 @@ struct Inner {
     conf_dir: PathBuf,
     bin_dirs: Vec<PathBuf>,
     cache: Cache,
+    cache_dir: PathBuf,
+    neighbours: Neighbours,
     limit: Duration,
     locks: Locks,
 }
@@ -55,10 +59,23 @@ impl Cni {
         cache_dir: impl AsRef<Path>,
         limit: Duration,
     ) -> Cni {
+        Self::among(conf_dir, bin_dirs, cache_dir, limit, Neighbours::default())
+    }
+
+    /// [`Cni::with_limit`] on a machine where others may use the same networks.
+    pub fn among(
+        conf_dir: impl Into<PathBuf>,
+        bin_dirs: Vec<PathBuf>,
+        cache_dir: impl AsRef<Path>,
+        limit: Duration,
+        neighbours: Neighbours,
+    ) -> Cni {
         let inner = Inner {
             conf_dir: conf_dir.into(),
             bin_dirs,
             cache: Cache::new(cache_dir.as_ref()),
+            cache_dir: cache_dir.as_ref().to_owned(),
+            neighbours,
             limit,
             locks: Locks::default(),
         };
@@ -78,6 +95,10 @@ impl Cni {
         let (_, network) = self.network()?;
         let mut entry = Entry { pod: pod.clone(), network: network.to_value(), result: None };
         self.inner.cache.put(&entry)?;
+        self.inner
+            .neighbours
+            .join(&network.name, &self.inner.cache_dir)
+            .map_err(|source| Error::Cache { container_id: pod.container_id.clone(), source })?;
         match self.add_all(&network, pod).await {
             Ok((raw, result)) => {
                 entry.result = Some(raw);
@@ -251,8 +272,13 @@ impl Cni {
         Ok(())
     }
 
+    /// This server's attachments are gone for good, as is its cache.
+    pub fn leave(&self) {
+        self.inner.neighbours.leave(&self.inner.cache_dir);
+    }
+
     /// Deletes every attachment on record that is not in `valid`, then lets the plugins free what they hold for others
-    /// than these (GC of 1.1.0). Waits for running operations and holds new ones back meanwhile.
+    /// than these and those of [`Neighbours`] (GC of 1.1.0). Waits for running operations and holds new ones back meanwhile.
     pub async fn gc(&self, valid: &[Attachment]) -> Result<()> {
         let _held = self.inner.locks.all().await;
         let keep: BTreeSet<&Attachment> = valid.iter().collect();
@@ -272,7 +298,15 @@ impl Cni {
             Err(e) => return Err(first_error.unwrap_or(e)),
         };
         if network.version >= Command::Gc.since() && !network.disable_gc {
-            let list = serde_json::to_value(valid).unwrap_or_default();
+            let mut all = match self.inner.neighbours.attachments(&network.name, &self.inner.cache_dir) {
+                Ok(theirs) => theirs,
+                Err(source) => {
+                    let network = network.name;
+                    return Err(first_error.unwrap_or(Error::Neighbours { network, source }));
+                }
+            };
+            all.extend(valid.iter().cloned());
+            let list = serde_json::to_value(&all).unwrap_or_default();
             for plugin in &network.plugins {
                 let mut request = plugin.request(&network, &Map::new(), None);
                 request.insert(VALID_ATTACHMENTS.to_owned(), list.clone());

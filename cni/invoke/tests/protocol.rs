@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use orlop_cni_invoke::{Attachment, Cni, Error, PodNetwork, PortMapping};
+use orlop_cni_invoke::{Attachment, Cni, Error, Neighbours, PodNetwork, PortMapping};
 use serde_json::{Value, json};
 
 struct Fixture {
@@ -230,6 +230,56 @@ async fn status_version_and_gc() {
         cni.gc(&[Attachment { container_id: "b".into(), ifname: "eth0".into() }]).await.unwrap();
         assert!(!f.calls()[before..].iter().any(|c| c.starts_with("CHECK") || c.starts_with("GC")));
     }
+}
+
+#[tokio::test]
+async fn collecting_spares_what_others_attached() {
+    let f = Fixture::new(&[json!({"type": "one"})]);
+    let neighbours = Neighbours { registry: Some(f.path("registry")), libcni: Some(f.path("libcni")) };
+    let server = |cache: &str| {
+        Cni::among(
+            f.path("conf"),
+            vec![f.path("bin")],
+            f.path(cache),
+            Duration::from_secs(5),
+            neighbours.clone(),
+        )
+    };
+    let (ours, theirs) = (server("ours"), server("theirs"));
+    ours.add(&pod("a")).await.unwrap();
+    ours.add(&pod("stale")).await.unwrap();
+    theirs.add(&pod("b")).await.unwrap();
+    let results = f.path("libcni/results");
+    std::fs::create_dir_all(&results).unwrap();
+    for (id, network) in [("c", "net"), ("d", "net-other")] {
+        let result = json!({"kind": "cniCacheV1", "containerId": id, "ifName": "eth0", "networkName": network, "config": ""});
+        std::fs::write(results.join(format!("{network}-{id}-eth0")), result.to_string()).unwrap();
+    }
+    let of = |id: &str| Attachment { container_id: id.into(), ifname: "eth0".into() };
+    let valid = || {
+        let last = f.log().pop().unwrap();
+        assert_eq!(last["command"], "GC");
+        let list = last["input"]["cni.dev/valid-attachments"].as_array().unwrap().clone();
+        list.iter().map(|a| a["containerID"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    ours.gc(&[of("a")]).await.unwrap();
+    assert_eq!(valid(), ["a", "b", "c"]);
+    assert_eq!(theirs.attachments().len(), 1);
+    assert_eq!(ours.attachments().len(), 1);
+    // Who cannot be asked may have anything attached.
+    std::fs::write(results.join("net-e-eth0"), "{").unwrap();
+    let calls = f.calls().len();
+    assert!(matches!(ours.gc(&[of("a")]).await, Err(Error::Neighbours { .. })));
+    assert_eq!(f.calls().len(), calls);
+    std::fs::remove_dir_all(results).unwrap();
+    // One that has gone for good leaves nothing to keep.
+    theirs.del(&pod("b")).await.unwrap();
+    std::fs::remove_dir_all(f.path("theirs")).unwrap();
+    ours.gc(&[of("a")]).await.unwrap();
+    assert_eq!(valid(), ["a"]);
+    ours.leave();
+    theirs.leave();
+    assert_eq!(std::fs::read_dir(f.path("registry")).unwrap().count(), 0);
 }
 
 #[tokio::test]

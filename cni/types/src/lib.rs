@@ -3,6 +3,8 @@
 
 mod conf;
 mod error;
+#[cfg(test)]
+mod fuzz;
 mod names;
 mod node;
 mod result;

@@ -52,6 +52,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Asked, String> {
     config.run_dir = root.join("run");
     config.images_dir = root.join("images");
     config.cni_cache_dir = root.join("cni");
+    config.cni_neighbours.registry = Some(root.join("networks"));
     if !cni_bin_dirs.is_empty() {
         config.cni_bin_dirs = cni_bin_dirs;
     }

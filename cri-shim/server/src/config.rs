@@ -72,6 +72,8 @@ pub struct Config {
     pub cni_conf_dir: PathBuf,
     pub cni_bin_dirs: Vec<PathBuf>,
     pub cni_cache_dir: PathBuf,
+    /// Where other runtimes of this machine tell which networks they use, so that collecting garbage spares their pods.
+    pub cni_neighbours: orlop_cni_invoke::Neighbours,
     /// How long one run of a plugin may take.
     pub cni_timeout: Duration,
     /// Where exec, attach and port-forward connections arrive. Loopback unless the kubelet is elsewhere; port 0 takes a free one.
@@ -101,6 +103,11 @@ impl Default for Config {
             cni_conf_dir: "/etc/cni/net.d".into(),
             cni_bin_dirs: vec!["/opt/cni/bin".into()],
             cni_cache_dir: "/var/lib/orlop/cri/cni".into(),
+            cni_neighbours: orlop_cni_invoke::Neighbours {
+                // The same for every server of the machine, wherever it keeps its own files.
+                registry: Some("/run/orlop/cni-networks".into()),
+                libcni: Some("/var/lib/cni".into()),
+            },
             cni_timeout: Duration::from_secs(60),
             streaming_listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             streaming_idle_timeout: Duration::from_secs(4 * 3600),

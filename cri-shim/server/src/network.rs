@@ -21,11 +21,12 @@ pub(crate) struct Network {
 impl Network {
     pub fn new(config: &Config) -> Network {
         Network {
-            cni: Cni::with_limit(
+            cni: Cni::among(
                 config.cni_conf_dir.clone(),
                 config.cni_bin_dirs.clone(),
                 &config.cni_cache_dir,
                 config.cni_timeout,
+                config.cni_neighbours.clone(),
             ),
         }
     }
@@ -49,6 +50,11 @@ impl Network {
     /// The network's name and the file that defines it, for a verbose status.
     pub fn describe(&self) -> Option<(String, PathBuf)> {
         self.cni.network().ok().map(|(file, network)| (network.name, file))
+    }
+
+    /// No pod of this server is on any network, nor will be.
+    pub fn leave(&self) {
+        self.cni.leave();
     }
 
     /// Detaches everything but `sandboxes`.

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use orlop_base::durable::DirLock;
+use orlop_base::durable::{self, DirLock};
 use orlop_base::supervise::{Ready, TaskGroup};
 use orlop_images::ImageStore;
 use orlop_proto::cri;
@@ -32,6 +32,21 @@ use crate::streaming::{self, Sessions};
 const MAX_MESSAGE: usize = 16 << 20;
 /// How long running requests may take to finish once told to stop.
 const DRAIN: Duration = Duration::from_secs(10);
+
+/// How long a killed server's last child may hold its lock: a child has it from its fork to its exec.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
+
+async fn take_lock(dir: &Path) -> Result<DirLock> {
+    let start = tokio::time::Instant::now();
+    loop {
+        match DirLock::take(dir) {
+            Err(durable::Error::Locked { .. }) if start.elapsed() < LOCK_PATIENCE => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            other => return Ok(other?),
+        }
+    }
+}
 
 async fn open(
     config: Config,
@@ -91,7 +106,7 @@ async fn listen(path: &Path) -> Result<UnixListener> {
 /// # Errors
 /// When the folders are in use by another server, cannot be written, or a socket cannot be made. Containers run on in any case.
 pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Result<()> {
-    let _lock = DirLock::take(&config.state_dir)?;
+    let _lock = take_lock(&config.state_dir).await?;
     let streaming = TcpListener::bind(config.streaming_listen)
         .await
         .map_err(|source| Error::Listen { at: config.streaming_listen.to_string(), source })?;
@@ -140,7 +155,7 @@ pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Resul
 /// Stops and removes every sandbox and everything of it: processes, mounts, namespaces, network attachments. For `make down`.
 /// Images stay.
 pub async fn purge(config: Config) -> Result<()> {
-    let _lock = DirLock::take(&config.state_dir)?;
+    let _lock = take_lock(&config.state_dir).await?;
     let run_dir = config.run_dir.clone();
     let parent = config.default_cgroup_parent.clone();
     let v2 = crate::facts::cgroup_v2_only();
@@ -160,6 +175,7 @@ pub async fn purge(config: Config) -> Result<()> {
     if let Some(e) = first_error {
         return Err(e);
     }
+    runtime.network.leave();
     crate::mounts::remove_tree(&run_dir)?;
     crate::stats::cgroup::remove_empty_parent(v2, &parent);
     Ok(())

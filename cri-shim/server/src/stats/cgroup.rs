@@ -20,10 +20,89 @@ pub(crate) struct Usage {
     pub major_page_faults: u64,
     pub swap: Option<u64>,
     pub swap_limit: Option<u64>,
+    /// As the pids controller counts them: threads.
     pub processes: u64,
+    pub processes_limit: Option<u64>,
+    pub cpu_user_ns: u64,
+    pub cpu_system_ns: u64,
+    /// Of the CFS quota: all periods, those in which the group was held back, and for how long.
+    pub periods: u64,
+    pub throttled_periods: u64,
+    pub throttled_ns: u64,
+    /// File pages.
+    pub cache: u64,
+    pub mapped_file: u64,
+    pub active_file: u64,
+    pub inactive_file: u64,
+    pub memory_peak: Option<u64>,
+    pub memory_failures: u64,
+    pub oom_kills: u64,
+    pub disks: Vec<Disk>,
     pub psi_cpu: Option<cri::PsiStats>,
     pub psi_memory: Option<cri::PsiStats>,
     pub psi_io: Option<cri::PsiStats>,
+}
+
+/// What a group did on one disk since it began.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Disk {
+    pub major: u32,
+    pub minor: u32,
+    pub read_bytes: u64,
+    pub written_bytes: u64,
+    pub reads: u64,
+    pub writes: u64,
+}
+
+/// Version 2, `io.stat`: `8:0 rbytes=1 wbytes=2 rios=3 wios=4 …`.
+fn disks_v2(text: &str) -> Vec<Disk> {
+    let disk = |line: &str| {
+        let (id, values) = line.split_once(' ')?;
+        let (major, minor) = id.split_once(':')?;
+        let mut d = Disk { major: major.parse().ok()?, minor: minor.parse().ok()?, ..Default::default() };
+        for (key, value) in values.split(' ').filter_map(|f| f.split_once('=')) {
+            let value = value.parse().unwrap_or(0);
+            match key {
+                "rbytes" => d.read_bytes = value,
+                "wbytes" => d.written_bytes = value,
+                "rios" => d.reads = value,
+                "wios" => d.writes = value,
+                _ => {}
+            }
+        }
+        Some(d)
+    };
+    text.lines().filter_map(disk).collect()
+}
+
+/// Version 1, two files of lines `8:0 Read 123`.
+fn disks_v1(bytes: &str, operations: &str) -> Vec<Disk> {
+    let mut out: Vec<Disk> = Vec::new();
+    for (text, count_bytes) in [(bytes, true), (operations, false)] {
+        for line in text.lines() {
+            let mut f = line.split(' ');
+            let (Some(id), Some(kind), Some(Ok(value))) = (f.next(), f.next(), f.next().map(str::parse))
+            else {
+                continue;
+            };
+            let Some((Ok(major), Ok(minor))) = id.split_once(':').map(|(a, b)| (a.parse(), b.parse())) else {
+                continue;
+            };
+            let at = out.iter().position(|d| (d.major, d.minor) == (major, minor)).unwrap_or_else(|| {
+                out.push(Disk { major, minor, ..Default::default() });
+                out.len() - 1
+            });
+            let d = &mut out[at];
+            match (kind, count_bytes) {
+                ("Read", true) => d.read_bytes = value,
+                ("Write", true) => d.written_bytes = value,
+                ("Read", false) => d.reads = value,
+                ("Write", false) => d.writes = value,
+                _ => {}
+            }
+        }
+    }
+    out
 }
 
 impl Usage {
@@ -121,10 +200,22 @@ pub(crate) fn read(v2: bool, path: &str) -> Option<Usage> {
     if v2 { read_v2(&cgroup_dir(true, "", path)) } else { read_v1(path) }
 }
 
+/// The processes of the group at `path`, without those of groups below it.
+pub(crate) fn pids(v2: bool, path: &str) -> Vec<u32> {
+    let dir = cgroup_dir(v2, if v2 { "" } else { "memory" }, path);
+    let text = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    text.lines().filter_map(|l| l.parse().ok()).collect()
+}
+
 fn read_v2(dir: &Path) -> Option<Usage> {
     let cpu = fs::read_to_string(dir.join("cpu.stat")).ok()?;
-    let mut u =
-        Usage { cpu_ns: table(&cpu).get("usage_usec").copied().unwrap_or(0) * 1000, ..Default::default() };
+    let times = table(&cpu);
+    let micros = |key: &str| times.get(key).copied().unwrap_or(0) * 1000;
+    let mut u = Usage { cpu_ns: micros("usage_usec"), ..Default::default() };
+    (u.cpu_user_ns, u.cpu_system_ns) = (micros("user_usec"), micros("system_usec"));
+    u.throttled_ns = micros("throttled_usec");
+    u.periods = times.get("nr_periods").copied().unwrap_or(0);
+    u.throttled_periods = times.get("nr_throttled").copied().unwrap_or(0);
     u.memory = number(&dir.join("memory.current")).unwrap_or(0);
     let text = fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
     let stat = table(&text);
@@ -132,6 +223,15 @@ fn read_v2(dir: &Path) -> Option<Usage> {
     u.working_set = u.memory.saturating_sub(of("inactive_file"));
     u.rss = of("anon");
     (u.page_faults, u.major_page_faults) = (of("pgfault"), of("pgmajfault"));
+    (u.cache, u.mapped_file) = (of("file"), of("file_mapped"));
+    (u.active_file, u.inactive_file) = (of("active_file"), of("inactive_file"));
+    let text = fs::read_to_string(dir.join("memory.events")).unwrap_or_default();
+    let events = table(&text);
+    u.memory_failures = events.get("max").copied().unwrap_or(0);
+    u.oom_kills = events.get("oom_kill").copied().unwrap_or(0);
+    u.memory_peak = number(&dir.join("memory.peak"));
+    u.disks = disks_v2(&fs::read_to_string(dir.join("io.stat")).unwrap_or_default());
+    u.processes_limit = limit(&dir.join("pids.max"));
     u.memory_limit = limit(&dir.join("memory.max"));
     u.swap = number(&dir.join("memory.swap.current"));
     u.swap_limit = limit(&dir.join("memory.swap.max"));
@@ -158,6 +258,25 @@ fn read_v1(path: &str) -> Option<Usage> {
     u.working_set = u.memory.saturating_sub(of("total_inactive_file"));
     u.rss = of("total_rss");
     (u.page_faults, u.major_page_faults) = (of("total_pgfault"), of("total_pgmajfault"));
+    (u.cache, u.mapped_file) = (of("total_cache"), of("total_mapped_file"));
+    (u.active_file, u.inactive_file) = (of("total_active_file"), of("total_inactive_file"));
+    u.memory_peak = number(&memory.join("memory.max_usage_in_bytes"));
+    u.memory_failures = number(&memory.join("memory.failcnt")).unwrap_or(0);
+    let text = fs::read_to_string(memory.join("memory.oom_control")).unwrap_or_default();
+    u.oom_kills = table(&text).get("oom_kill").copied().unwrap_or(0);
+    u.cpu_user_ns = number(&dir("cpuacct").join("cpuacct.usage_user")).unwrap_or(0);
+    u.cpu_system_ns = number(&dir("cpuacct").join("cpuacct.usage_sys")).unwrap_or(0);
+    let text = fs::read_to_string(dir("cpu").join("cpu.stat")).unwrap_or_default();
+    let cfs = table(&text);
+    u.periods = cfs.get("nr_periods").copied().unwrap_or(0);
+    u.throttled_periods = cfs.get("nr_throttled").copied().unwrap_or(0);
+    u.throttled_ns = cfs.get("throttled_time").copied().unwrap_or(0);
+    let blkio = |name: &str| fs::read_to_string(dir("blkio").join(name)).unwrap_or_default();
+    u.disks = disks_v1(
+        &blkio("blkio.throttle.io_service_bytes_recursive"),
+        &blkio("blkio.throttle.io_serviced_recursive"),
+    );
+    u.processes_limit = limit(&dir("pids").join("pids.max"));
     u.memory_limit = limit(&memory.join("memory.limit_in_bytes"));
     // memsw counts memory and swap together.
     u.swap = number(&memory.join("memory.memsw.usage_in_bytes")).map(|m| m.saturating_sub(u.memory));
@@ -193,7 +312,9 @@ mod tests {
     fn version_two_files() {
         let dir = tempfile::tempdir().unwrap();
         let put = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
-        put("cpu.stat", "usage_usec 1500\nuser_usec 1000\n");
+        put("cpu.stat", "usage_usec 1500\nuser_usec 1000\nnr_periods 5\nnr_throttled 2\nthrottled_usec 7\n");
+        put("io.stat", "8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\nbroken\n");
+        put("memory.events", "low 0\nmax 3\noom 1\noom_kill 1\n");
         put("memory.current", "1000\n");
         put("memory.max", "max\n");
         put("memory.stat", "anon 300\nfile 600\ninactive_file 400\npgfault 7\npgmajfault 2\n");
@@ -204,6 +325,13 @@ mod tests {
         );
         let u = read_v2(dir.path()).unwrap();
         assert_eq!((u.cpu_ns, u.memory, u.working_set, u.rss, u.processes), (1_500_000, 1000, 600, 300, 3));
+        assert_eq!((u.cpu_user_ns, u.periods, u.throttled_periods, u.throttled_ns), (1_000_000, 5, 2, 7000));
+        assert_eq!((u.memory_failures, u.oom_kills), (3, 1));
+        let disk = Disk { major: 8, minor: 0, read_bytes: 1, written_bytes: 2, reads: 3, writes: 4 };
+        assert_eq!(u.disks, std::slice::from_ref(&disk));
+        let (bytes, operations) =
+            ("8:0 Read 1\n8:0 Write 2\n8:0 Total 3\nTotal 3\n", "8:0 Read 3\n8:0 Write 4\n");
+        assert_eq!(disks_v1(bytes, operations), [disk]);
         assert_eq!((u.memory_limit, u.page_faults, u.major_page_faults), (None, 7, 2));
         let psi = u.psi_cpu.unwrap();
         assert_eq!((psi.some.unwrap().total, psi.full.unwrap().total), (12_000, 4_000));

@@ -15,6 +15,8 @@ use crate::error::{Error, Result};
 use crate::runtime::Runtime;
 use crate::store::{ContainerPhase, SandboxPhase};
 
+#[cfg(test)]
+mod fuzz;
 mod http;
 mod portforward;
 mod remote;

@@ -213,6 +213,12 @@ async fn forward(
     let _ = writer.end(error).await;
 }
 
+/// Which of `count` ports a client's data is for: even channels carry data, odd ones errors.
+pub(super) fn input_of(channel: u8, count: usize) -> Option<usize> {
+    let at = usize::from(channel / 2);
+    (channel.is_multiple_of(2) && at < count).then_some(at)
+}
+
 /// Port-forward over WebSocket channels: for the i-th port, data on channel 2i and errors on 2i+1, each opened by the port's number
 /// in two little-endian bytes.
 pub(super) async fn websocket(
@@ -272,8 +278,8 @@ pub(super) async fn websocket(
                 return;
             }
             if let Some((channel, data)) = codec.decode(message)
-                && channel % 2 == 0
-                && let Some(tx) = inputs.get(usize::from(channel / 2))
+                && let Some(at) = input_of(channel, inputs.len())
+                && let Some(tx) = inputs.get(at)
             {
                 let _ = tx.send(data).await;
             }

@@ -3,6 +3,7 @@
 mod devices;
 mod node;
 mod pods;
+mod rpcs;
 mod runtimes;
 mod security;
 mod survival;

@@ -213,6 +213,46 @@ impl<I: AsyncRead + AsyncWrite> Reader<I> {
     }
 }
 
+/// What good clients send, for fuzzing.
+#[cfg(test)]
+pub(crate) fn samples() -> Vec<Vec<u8>> {
+    let headers = |pairs: &[(&str, &str)]| -> Headers {
+        pairs.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect()
+    };
+    let exec = vec![
+        Frame::SynStream { id: 1, fin: false, headers: headers(&[("streamtype", "error")]) },
+        Frame::SynStream { id: 3, fin: false, headers: headers(&[("streamtype", "stdin")]) },
+        Frame::Data { id: 3, fin: true, data: "typed".into() },
+        Frame::Ping(1),
+        Frame::RstStream { id: 1, status: 5 },
+    ];
+    let forward = vec![
+        Frame::SynStream {
+            id: 1,
+            fin: true,
+            headers: headers(&[("streamtype", "error"), ("port", "80"), ("requestid", "0")]),
+        },
+        Frame::SynStream {
+            id: 3,
+            fin: false,
+            headers: headers(&[("streamtype", "data"), ("port", "80"), ("requestid", "0")]),
+        },
+        Frame::Data { id: 3, fin: false, data: "GET / HTTP/1.0\r\n\r\n".into() },
+        Frame::GoAway { last: 0, status: 0 },
+    ];
+    let bytes = |frames: Vec<Frame>| {
+        let mut encoder = Encoder::new().unwrap();
+        frames
+            .iter()
+            .flat_map(|f| match f {
+                Frame::SynStream { .. } => encoder.encode(f).unwrap(),
+                other => plain(other),
+            })
+            .collect()
+    };
+    vec![bytes(exec), bytes(forward)]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,4 +7,6 @@ mod frame;
 mod headers;
 pub(super) mod remote;
 
+#[cfg(test)]
+pub(super) use connection::samples;
 pub(super) use connection::{Event, Reader, Writer, connection};
