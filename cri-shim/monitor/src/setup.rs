@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -27,6 +28,8 @@ pub enum SetupError {
     Leftovers { path: PathBuf },
     #[error(transparent)]
     Durable(#[from] durable::Error),
+    #[error("whoever started this monitor is gone: nobody would know of it")]
+    Orphan,
     #[error("cannot set up {what}: {source}")]
     Kernel { what: &'static str, source: io::Error },
 }
@@ -45,6 +48,14 @@ fn in_dir<T>(dir: &Path, f: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T
     let result = f(Path::new("monitor.sock"));
     std::env::set_current_dir("/")?;
     result
+}
+
+/// Whether this is a pipe whose other end has been closed. Anything else, such as a terminal or a file, is not.
+fn has_no_reader(fd: &OwnedFd) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut fds = [PollFd::new(fd, PollFlags::empty())];
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut fds, Some(&at_once)).is_ok_and(|n| n > 0) && fds[0].revents().contains(PollFlags::ERR)
 }
 
 pub fn start(dir: &Path) -> Result<Monitor, SetupError> {
@@ -66,6 +77,8 @@ pub fn start(dir: &Path) -> Result<Monitor, SetupError> {
         fs::set_permissions(&sub, fs::Permissions::from_mode(0o700)).map_err(at("cannot protect", &sub))?;
     }
     let mut own_log = OwnLog::open(dir).map_err(at("cannot open the log in", dir))?;
+    // The starter's pipe, for errors.
+    let starter = std::io::stderr().as_fd().try_clone_to_owned().map_err(kernel("standard streams"))?;
     daemon::close_stdio().map_err(kernel("standard streams"))?;
     nix::sys::prctl::set_child_subreaper(true).map_err(|e| kernel("a sub-reaper")(e.into()))?;
     if !daemon::protect_from_oom() {
@@ -88,6 +101,12 @@ pub fn start(dir: &Path) -> Result<Monitor, SetupError> {
     let listener = in_dir(dir, |p| UnixListener::bind(p)).map_err(at("cannot listen on", &socket))?;
     fs::set_permissions(&socket, fs::Permissions::from_mode(0o600)).map_err(at("cannot protect", &socket))?;
     listener.set_nonblocking(true).map_err(at("cannot listen on", &socket))?;
+    // In this order: a starter that dies later leaves a socket, by which its successor finds this monitor.
+    if has_no_reader(&starter) {
+        leave(dir);
+        return Err(SetupError::Orphan);
+    }
+    drop(starter);
     durable::write_atomic(
         &pid_path(dir),
         format!("{}\n", std::process::id()).as_bytes(),
@@ -126,4 +145,18 @@ pub fn start(dir: &Path) -> Result<Monitor, SetupError> {
 pub fn leave(dir: &Path) {
     let _ = fs::remove_file(socket_path(dir));
     let _ = fs::remove_file(pid_path(dir));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_starter_that_is_gone() {
+        let (read, write) = nix::unistd::pipe().unwrap();
+        assert!(!has_no_reader(&write));
+        drop(read);
+        assert!(has_no_reader(&write));
+        assert!(!has_no_reader(&fs::File::open("/dev/null").unwrap().into()));
+    }
 }

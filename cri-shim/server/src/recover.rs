@@ -36,6 +36,32 @@ fn folders(dir: &Path) -> Result<Vec<String>> {
         .collect())
 }
 
+/// Processes of a monitor that an earlier run was just starting in `run_dir`; it does not listen yet.
+fn starting_monitor(run_dir: &Path) -> Vec<i32> {
+    let asked = format!("\0--dir\0{}\0", run_dir.display());
+    let names = fs::read_dir("/proc").into_iter().flatten().flatten().map(|e| e.file_name());
+    let pids = names.filter_map(|n| n.to_string_lossy().parse::<i32>().ok());
+    let is_one = |pid: &i32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.windows(asked.len()).any(|w| w == asked.as_bytes())
+    };
+    pids.filter(is_one).collect()
+}
+
+async fn end_starting_monitor(run_dir: &Path) {
+    for _ in 0..100 {
+        let pids = starting_monitor(run_dir);
+        if pids.is_empty() {
+            return;
+        }
+        for pid in pids {
+            let _ =
+                nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+}
+
 /// All that is known of a sandbox whose record is gone.
 fn unknown_sandbox(id: &str) -> SandboxRecord {
     SandboxRecord {
@@ -150,6 +176,10 @@ impl Runtime {
 
     async fn take_back_sandbox(&self, sandbox: &Sandbox) {
         let done = async {
+            let run_dir = self.config.sandbox_run_dir(&sandbox.id);
+            if !run_dir.join("monitor.sock").exists() {
+                end_starting_monitor(&run_dir).await;
+            }
             self.tear_down(sandbox).await?;
             mounts::remove_tree(&self.config.sandbox_state_dir(&sandbox.id))
         };
