@@ -95,10 +95,11 @@ impl World {
         w.outside.ip(&format!("addr add {OUTSIDE}/24 dev eth0"))?;
         w.outside.ip("link set eth0 up")?;
         w.outside.ip(&format!("route add default via {NODE}"))?;
-        // Addresses that no Service has yet are answered at once.
-        w.node.ip(&format!("route add unreachable {SERVICES}"))?;
         w.attach("pod0", &w.pod, POD, 1)?;
         w.attach("pod1", &w.client, CLIENT, 2)?;
+        // A connection to an address that no Service has yet fails at once, where it begins: the node would say so once a
+        // second only.
+        w.client.ip(&format!("route add unreachable {SERVICES}"))?;
         Ok(w)
     }
 
