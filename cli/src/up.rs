@@ -32,7 +32,16 @@ pub fn lock_dir(args: &UpArgs) -> PathBuf {
     args.node.run_dir.join("up")
 }
 
+fn node(args: &UpArgs) -> Result<Node, Failure> {
+    let server = &args.server;
+    Node::new(&args.node, &server.data_dir, &server.cluster_domain, &[server.cluster_cidr])
+}
+
 pub async fn run(args: UpArgs) -> Result<(), Failure> {
+    // What is refused here has made nothing yet.
+    crate::check::refuse_if_missing()?;
+    let node = node(&args)?;
+    node.check()?;
     let _lock = match DirLock::take(&lock_dir(&args)) {
         Err(durable::Error::Locked { .. }) => {
             let pid = std::fs::read_to_string(pid_file(&args)).unwrap_or_default();
@@ -47,14 +56,13 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
         0o644,
         Sync::PageCache,
     )?;
-    crate::check::refuse_if_missing()?;
     match std::fs::remove_file(started_file(&args)) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
         _ => {}
     }
     let stop = crate::shutdown::on_signal()?;
     let tasks = TaskGroup::new(&stop);
-    if let Err(e) = start(&args, &tasks).await {
+    if let Err(e) = start(&args, node, &tasks).await {
         tasks.stop_token().cancel();
         return Err(tasks.run_until_stopped(DRAIN).await.err().map_or(e, Into::into));
     }
@@ -63,15 +71,8 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
     Ok(tasks.run_until_stopped(DRAIN).await?)
 }
 
-async fn start(args: &UpArgs, tasks: &TaskGroup) -> Result<(), Failure> {
+async fn start(args: &UpArgs, mut node: Node, tasks: &TaskGroup) -> Result<(), Failure> {
     let server = crate::server::config(&args.server);
-    let mut node = Node::new(
-        &args.node,
-        &args.server.data_dir,
-        &args.server.cluster_domain,
-        &[args.server.cluster_cidr],
-    )?;
-    node.check()?;
     if args.node.node_ips.is_empty() {
         node.ips = vec![server.advertise_address];
     }
@@ -84,13 +85,7 @@ async fn start(args: &UpArgs, tasks: &TaskGroup) -> Result<(), Failure> {
 
 /// Starts this program again in the background and watches until the node and the manifests' Deployments are ready.
 pub fn detach(args: &UpArgs) -> Result<(), Failure> {
-    let node = Node::new(
-        &args.node,
-        &args.server.data_dir,
-        &args.server.cluster_domain,
-        &[args.server.cluster_cidr],
-    )?
-    .name;
+    let node = node(args)?.name;
     let mut log =
         File::options().create(true).append(true).open(&args.log_file).map_err(|e| {
             format!("cannot open {}: {e}; choose another --log-file", args.log_file.display())
@@ -109,6 +104,7 @@ pub fn detach(args: &UpArgs) -> Result<(), Failure> {
     let mut child = command.spawn()?;
     let deadline = Instant::now() + Duration::from_secs(args.wait);
     let mut progress = Progress::default();
+    progress.show(&State::default())?;
     loop {
         if let Some(status) = child.try_wait()? {
             return Err(format!("did not start ({status}): {}", last_error(&args.log_file, from)).into());

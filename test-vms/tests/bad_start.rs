@@ -104,7 +104,7 @@ fn a_kernel_without_overlayfs() {
     assert!(said.contains("remedy: modprobe overlay, or use a kernel that has it"), "{said}");
     let line = refusal(&mut hidden(&c.command("up")));
     assert!(line.contains("overlay is not there") && line.contains("modprobe overlay"), "{line}");
-    assert!(!c.path("data/server").exists() && !c.path("kubelet").exists(), "half-made");
+    assert!(["data/server", "kubelet", "run"].iter().all(|f| !c.path(f).exists()), "half-made");
 }
 
 #[test]
@@ -119,7 +119,7 @@ fn a_wrong_kubelet_configuration() {
         std::fs::write(c.path("kubelet.yaml"), text).unwrap();
         let line = refusal(&mut c.command("up"));
         assert!(line.contains("kubelet.yaml") && line.contains(says), "{line}");
-        assert!(!c.path("data/server").exists() && !c.path("kubelet").exists(), "half-made");
+        assert!(["data/server", "kubelet", "run"].iter().all(|f| !c.path(f).exists()), "half-made");
     }
 }
 

@@ -193,6 +193,7 @@ fn up_down_and_purge() {
             "up: importing",
             "up: starting",
             "orlop: waiting for: API server",
+            "is Ready",
             "orlop: ready",
             "up: the demo answers: web-",
             "export KUBECONFIG=",
