@@ -307,7 +307,10 @@ impl<'a> Planner<'a> {
     fn need(&mut self, c: &Container, this_sandbox_only: bool) -> Need {
         let (observed, memory) = (self.input.observed, self.input.memory);
         let sandbox = observed.ready_sandbox().map(|s| s.id.as_str());
-        let Some(run) = observed.container(&c.name) else { return Need::Start { attempt: 0, ended: None } };
+        let Some(run) = observed.container(&c.name) else {
+            let attempt = memory.next_attempts.get(&c.name).copied().unwrap_or(0);
+            return Need::Start { attempt, ended: None };
+        };
         let here = Some(run.sandbox_id.as_str()) == sandbox;
         match run.state {
             State::Created => {

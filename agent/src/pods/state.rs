@@ -146,6 +146,8 @@ pub struct Memory {
     pub images: HashMap<String, ImageState>,
     pub start_failures: HashMap<String, StartFailure>,
     pub restarts: BTreeMap<String, Restart>,
+    /// The restart count that follows the one last reported, for containers that the runtime has forgotten.
+    pub next_attempts: BTreeMap<String, u32>,
     /// Containers stopped by the agent so that they start again, whatever the restart policy says of their exit code.
     pub restart_regardless: HashSet<String>,
     /// By container id.

@@ -89,6 +89,14 @@ pub async fn run(ctx: Context, uid: String, desired: watch::Receiver<Desired>, s
     }
 }
 
+/// What has run before by the status that the API has. The runtime may have lost it (a reboot, `orlop down`), but a count
+/// that was told never goes down.
+fn next_attempts(status: &PodStatus) -> BTreeMap<String, u32> {
+    let all = status.init_container_statuses.iter().chain(&status.container_statuses).flatten();
+    let ran = all.filter(|s| s.container_id.is_some());
+    ran.map(|s| (s.name.clone(), u32::try_from(s.restart_count).map_or(0, |n| n + 1))).collect()
+}
+
 impl Worker {
     fn new(
         ctx: Context,
@@ -112,6 +120,7 @@ impl Worker {
             start_time: Some(start_time.unwrap_or_else(Timestamp::now)),
             finished: saved.finished || matches!(phase, Some("Succeeded" | "Failed")),
             restarts: saved.restarts.clone(),
+            next_attempts: next_attempts(&status),
             restart_regardless: saved.restart_regardless.iter().cloned().collect(),
             probes: saved.probes.clone().into_iter().collect(),
             sizes: Sizes {

@@ -374,3 +374,18 @@ fn a_granted_size_is_put_in_force() {
     m.sizes.step = Step::Failed { retry_at: t(100), failures: 1 };
     assert_eq!(steps(&p, &running(), &m), update(&["a"]));
 }
+
+#[test]
+fn restart_counts_go_on_when_the_runtime_has_forgotten() {
+    let memory = Memory {
+        volumes: Step::Done,
+        sandbox: Step::Done,
+        images: [("a".to_owned(), ImageState::Present("i".into()))].into(),
+        next_attempts: [("a".to_owned(), 4)].into(),
+        ..Default::default()
+    };
+    let observed = seen(vec![sandbox("s", true)], vec![]);
+    let max_restart_delay = Duration::from_secs(300);
+    let p = plan(&Input { pod: &one(), observed: &observed, memory: &memory, now: t(1), max_restart_delay });
+    assert!(matches!(&p.actions[..], [Action::StartContainer { attempt: 4, .. }]), "{:?}", p.actions);
+}
