@@ -223,9 +223,10 @@ impl Flow {
 
 struct Sequence {
     api: FakeApi,
+    /// Ends before its place is taken back.
+    proxy: Option<Killed>,
     place: Place,
     truth: Truth,
-    proxy: Option<Killed>,
     flows: Vec<Flow>,
     said: Vec<String>,
 }
