@@ -9,8 +9,10 @@ commit=751261f65c381925018bc3a0de39eee92b6d0231
 place=target/previous
 [ "$(cat $place/commit 2>/dev/null)" = $commit ] && [ -x $place/orlop-monitor ] && exit 0
 
-git cat-file -e "$commit^{commit}" 2>/dev/null || {
-    echo "previous-monitor: $commit is not here; fetch the whole history (git fetch --unshallow)" >&2
+here() { git cat-file -e "$commit^{commit}" 2>/dev/null; }
+here || git fetch --quiet --unshallow || true
+here || {
+    echo "previous-monitor: $commit is not here; fetch the whole history" >&2
     exit 1
 }
 rm -rf $place
