@@ -66,7 +66,7 @@ fn busybox_image(c: &Cluster) {
     std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).expect("busybox-static is installed");
     for applet in [
         "sh", "cat", "echo", "sleep", "ls", "tar", "wget", "nslookup", "id", "env", "kill", "usleep", "date",
-        "true", "false", "mkdir", "test", "printf", "stty", "hostname", "nc",
+        "true", "false", "mkdir", "test", "printf", "stty", "hostname", "nc", "seq",
     ] {
         std::fs::hard_link(rootfs.join("bin/busybox"), rootfs.join("bin").join(applet)).unwrap();
     }
@@ -293,6 +293,14 @@ fn names_resolve(c: &Cluster) {
     assert!(answer.contains(&c.service_ip(80)), "{answer}");
     let body = sh("wget -q -O - http://web/");
     assert!(body.contains("hello from the orlop"), "a pod reaches the Service by its short name: {body}");
+    let all = sh("for i in $(seq 40); do wget -q -O - http://web/; done");
+    let seen: BTreeSet<String> = all
+        .lines()
+        .filter_map(|l| l.split_whitespace().next())
+        .filter(|w| w.starts_with("web-"))
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(seen, ready_pods(c), "a pod reaches both replicas: {all}");
     let token = sh("ls /var/run/secrets/kubernetes.io/serviceaccount");
     assert!(token.contains("token") && token.contains("ca.crt"), "{token}");
 }
@@ -369,6 +377,12 @@ fn counted(c: &Cluster) -> Vec<u64> {
     text.lines().map(|l| l.parse().unwrap_or_else(|_| panic!("broken line {l:?}"))).collect()
 }
 
+fn random_bytes<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    std::fs::File::open("/dev/urandom").unwrap().read_exact(&mut bytes).unwrap();
+    bytes
+}
+
 fn kills_lose_nothing(c: &mut Cluster, service: &str) {
     let before = container_pids(c);
     let restarts = |c: &Cluster| {
@@ -381,9 +395,11 @@ fn kills_lose_nothing(c: &mut Cluster, service: &str) {
         statuses.map(|s| s["restartCount"].as_u64().unwrap()).sum::<u64>()
     };
     let restarts_before = restarts(c);
-    // Different distances from the start of the daemon: while it serves, adopts, has just begun.
-    for (round, delay) in [1500u64, 40, 300, 0, 800].into_iter().enumerate() {
-        std::thread::sleep(Duration::from_millis(delay));
+    // At any distance from the start of the daemon: while it serves, adopts, has just begun.
+    for (round, moment) in random_bytes::<5>().into_iter().enumerate() {
+        let delay = Duration::from_millis(u64::from(moment) * 6);
+        eprintln!("round {round}: killed {delay:?} after its start");
+        std::thread::sleep(delay);
         c.kill();
         for _ in 0..20 {
             assert!(http_get(service).is_some(), "the Service answers during outage {round}");
