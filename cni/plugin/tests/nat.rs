@@ -3,9 +3,10 @@
 mod common;
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{NODE_IP, Node, Pod, inside, run, talk, talk_by};
 use orlop_cni_invoke::{Error, PortMapping};
@@ -50,10 +51,22 @@ fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
+/// A program that another test starts has the listener of before for a moment, between its fork and its exec.
+fn listen(address: SocketAddr) -> TcpListener {
+    let start = Instant::now();
+    loop {
+        match TcpListener::bind(address) {
+            Err(e) if e.kind() == ErrorKind::AddrInUse && start.elapsed() < Duration::from_secs(10) => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            other => return other.unwrap(),
+        }
+    }
+}
+
 /// Who the pod sees when `from` asks at `by`.
 fn seen(from: &File, pod: &Pod, pod_ip: &str, by: &str) -> IpAddr {
-    let address = SocketAddr::new(ip(pod_ip), 80);
-    let listener = inside(&pod.netns, || TcpListener::bind(address).unwrap());
+    let listener = inside(&pod.netns, || listen(SocketAddr::new(ip(pod_ip), 80)));
     talk_by(from, listener, addr(by))
 }
 
