@@ -22,12 +22,13 @@ pub struct Footprint {
 }
 
 /// Folders and files that an installation writes to.
-const FOLDERS: [&str; 11] = [
+const FOLDERS: [&str; 12] = [
     "/etc/orlop",
     "/etc/cni",
     "/etc/kubernetes",
     "/opt/cni",
     "/run/orlop",
+    "/run/orlop-cni-networks",
     "/run/netns",
     "/sys/fs/bpf",
     "/var/lib/kubelet",

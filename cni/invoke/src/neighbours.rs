@@ -71,6 +71,7 @@ impl Neighbours {
             // Fails while another is in it.
             let _ = fs::remove_dir(&dir);
         }
+        let _ = fs::remove_dir(registry);
     }
 
     /// What others than `cache` have attached to `network`.

@@ -105,7 +105,7 @@ impl Default for Config {
             cni_cache_dir: "/var/lib/orlop/cri/cni".into(),
             cni_neighbours: orlop_cni_invoke::Neighbours {
                 // The same for every server of the machine, wherever it keeps its own files.
-                registry: Some("/run/orlop/cni-networks".into()),
+                registry: Some("/run/orlop-cni-networks".into()),
                 libcni: Some("/var/lib/cni".into()),
             },
             cni_timeout: Duration::from_secs(60),
