@@ -342,12 +342,20 @@ impl Table {
 
     fn free_port(&self, protocol: &str) -> Option<u16> {
         let free = |n: &u16| !self.used_ports.contains_key(&(*n, protocol.to_owned()));
+        let (first, last) = (*self.ports.start(), *self.ports.end());
+        let chosen = first.saturating_add(reserved_ports(self.ports.len()));
         let mut rng = rand::rng();
         (0..RANDOM_TRIES)
-            .map(|_| rng.random_range(self.ports.clone()))
+            .filter(|_| chosen <= last)
+            .map(|_| rng.random_range(chosen..=last))
             .find(free)
-            .or_else(|| self.ports.clone().find(free))
+            .or_else(|| (chosen..=last).chain(first..chosen).find(free))
     }
+}
+
+/// How many of `size` node ports, the lowest, are left to users who choose one (KEP-3668).
+fn reserved_ports(size: usize) -> u16 {
+    if size < 16 { 0 } else { (size / 32).clamp(16, 128) as u16 }
 }
 
 #[cfg(test)]
@@ -387,6 +395,21 @@ mod tests {
         let mut again = service("y", "ClusterIP", value::text(&all[2], "spec.clusterIP"));
         services.reserve(&r, &mut again, None).expect("free").keep();
         assert!(services.reserve(&r, &mut service("z", "ClusterIP", "10.9.9.9"), None).is_err());
+    }
+
+    #[test]
+    fn low_node_ports_are_left_to_users() {
+        assert_eq!([0, 15, 16, 1000, 2768, 65535].map(reserved_ports), [0, 0, 16, 31, 86, 128]);
+        let services = Services::new("10.9.0.0/16".parse().expect("net"), 30000..=30039);
+        let r = setup().1;
+        let mut ports = Vec::new();
+        for i in 0..40 {
+            let mut s = service(&format!("s{i}"), "NodePort", "");
+            services.reserve(&r, &mut s, None).expect("free").keep();
+            ports.push(value::int(&s["spec"]["ports"][0], "nodePort").expect("port"));
+        }
+        assert!(ports[..24].iter().all(|p| *p >= 30016), "{ports:?}");
+        assert!(ports[24..].iter().all(|p| *p < 30016), "{ports:?}");
     }
 
     #[test]
