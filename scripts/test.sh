@@ -22,12 +22,14 @@ scripts/build.sh
 scripts/demo-image.sh target/demo/demo-web.tar
 step "the monitor of an earlier release"
 scripts/previous-monitor.sh
+step "the tests' programs"
+cargo test --workspace --quiet --no-run
 step "unit and integration tests"
 export ORLOP_MONITOR=$PWD/target/release/orlop-monitor ORLOP_CNI=$PWD/target/release/orlop-cni
-cargo test --workspace --exclude orlop-test-vms --quiet --no-fail-fast
+scripts/isolated.sh cargo test --offline --workspace --exclude orlop-test-vms --quiet --no-fail-fast
 step "end-to-end tests"
 # Selected from the whole workspace, so that nothing is built again with other features.
 whole=()
 for file in test-vms/tests/*.rs; do whole+=(--test "$(basename "$file" .rs)"); done
-cargo test --workspace "${whole[@]}" --no-fail-fast -- --test-threads=1
+scripts/isolated.sh cargo test --offline --workspace "${whole[@]}" --no-fail-fast -- --test-threads=1
 step "done"

@@ -50,6 +50,31 @@ pub fn free_port() -> u16 {
         .unwrap_or_else(|| panic!("every port of {PORTS:?} is taken"))
 }
 
+/// An IPv4 network of 256 addresses, as `10.200.7.0/24`, of which this network namespace has no route and which no other caller,
+/// in any process of it, gets until this process ends. What a killed test has left does not stand in the way.
+pub fn free_network() -> String {
+    let routes = std::fs::read_to_string("/proc/net/route").unwrap_or_default();
+    // The kernel prints addresses as a little-endian machine reads them: the first byte is the last one in the text.
+    let taken = |third: u8| {
+        let ends = format!("{third:02X}C80A");
+        routes
+            .lines()
+            .filter_map(|l| l.split_whitespace().nth(1))
+            .any(|destination| destination.ends_with(&ends))
+    };
+    let first = std::process::id() as u8;
+    (0..=u8::MAX)
+        .map(|n| first.wrapping_add(n))
+        .find(|&third| {
+            let name = SocketAddr::from_abstract_name(format!("orlop-test-network-{third}"));
+            let Ok(claim) = name.and_then(|n| UnixDatagram::bind_addr(&n)) else { return false };
+            std::mem::forget(claim);
+            !taken(third)
+        })
+        .map(|third| format!("10.200.{third}.0/24"))
+        .unwrap_or_else(|| panic!("every network of 10.200.0.0/16 is taken"))
+}
+
 /// A program that cargo built beside the calling test, or the one that the environment variable `variable` names; panics with
 /// `remedy` when there is none.
 pub fn built_program(name: &str, variable: &str, remedy: &str) -> PathBuf {
@@ -120,5 +145,12 @@ mod tests {
         // Whether or not somebody listens there now.
         drop(listeners);
         assert!(!ports.contains(&free_port()));
+    }
+
+    #[test]
+    fn networks_are_given_once() {
+        let networks: std::collections::BTreeSet<String> = (0..5).map(|_| free_network()).collect();
+        assert_eq!(networks.len(), 5);
+        assert!(networks.iter().all(|n| n.starts_with("10.200.") && n.ends_with(".0/24")), "{networks:?}");
     }
 }

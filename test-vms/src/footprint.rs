@@ -81,6 +81,14 @@ fn routes() -> BTreeSet<String> {
     of("/proc/net/route", &[0, 1, 7]).into_iter().chain(of("/proc/net/ipv6_route", &[9, 0, 1])).collect()
 }
 
+/// Not from /sys, whose mount may show another network namespace.
+fn links() -> BTreeSet<String> {
+    let out =
+        Command::new("ip").args(["-o", "link"]).output().expect("ip is installed: apt-get install iproute2");
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    text.lines().filter_map(|l| l.split(": ").nth(1)).map(str::to_owned).collect()
+}
+
 fn tables() -> BTreeSet<String> {
     let out = Command::new("nft").args(["list", "tables"]).output();
     let out = out.expect("nft is installed: apt-get install nftables");
@@ -91,7 +99,6 @@ impl Footprint {
     pub fn take() -> Footprint {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let mounts = mounts.lines().filter_map(|l| l.split(' ').nth(4)).map(str::to_owned).collect();
-        let links = fs::read_dir("/sys/class/net").into_iter().flatten().flatten();
         let mut cgroups = BTreeSet::new();
         folders_below(Path::new("/sys/fs/cgroup"), &mut cgroups);
         let mut files = BTreeSet::new();
@@ -99,7 +106,7 @@ impl Footprint {
         Footprint {
             processes: processes(),
             mounts,
-            links: links.map(|e| e.file_name().to_string_lossy().into_owned()).collect(),
+            links: links(),
             routes: routes(),
             tables: tables(),
             cgroups,

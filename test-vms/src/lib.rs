@@ -52,6 +52,7 @@ pub fn http_get(address: &str) -> Option<String> {
 pub struct Cluster {
     dir: tempfile::TempDir,
     number: u16,
+    cgroup: String,
     args: Vec<String>,
     child: Option<Child>,
     down: bool,
@@ -62,6 +63,9 @@ impl Cluster {
     pub fn prepare(number: u16) -> Cluster {
         let dir = tempfile::Builder::new().prefix("orl").tempdir_in("/tmp").expect("a folder in /tmp");
         let at = |name: &str| dir.path().join(name).to_string_lossy().into_owned();
+        // What several runs of the tests on one machine share differs by more than the number.
+        let name = dir.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let cgroup = format!("/orlop-test-{}", name.trim_start_matches('.'));
         let pairs = [
             ("--data-dir", at("data")),
             ("--write-kubeconfig", at("etc/admin.kubeconfig")),
@@ -75,12 +79,12 @@ impl Cluster {
             ("--container-logs-dir", at("containers")),
             ("--static-pod-dir", at("manifests")),
             ("--cni-conf-dir", at("cni")),
-            ("--cgroup-root", format!("/orlop-test-{number}")),
+            ("--cgroup-root", cgroup.clone()),
             ("--config", at("kubelet.yaml")),
             ("--kubelet-port", (18000 + number).to_string()),
             ("--proxy-health-address", "none".into()),
             ("--proxy-metrics-address", "none".into()),
-            ("--bpf-dir", format!("/sys/fs/bpf/orlop-test-{number}")),
+            ("--bpf-dir", format!("/sys/fs/bpf{cgroup}")),
             ("--dns-address", format!("169.254.21.{}", 10 + number)),
             ("--dns-link", format!("orl-dns{number}")),
         ];
@@ -92,7 +96,7 @@ impl Cluster {
         )
         .expect("a kubelet configuration");
         let args = pairs.into_iter().flat_map(|(k, v)| [k.to_owned(), v]).collect();
-        let c = Cluster { dir, number, args, child: None, down: false };
+        let c = Cluster { dir, number, cgroup, args, child: None, down: false };
         let image = root().join("target/demo/demo-web.tar");
         assert!(
             image.exists(),
@@ -111,9 +115,9 @@ impl Cluster {
         c
     }
 
-    /// The number that makes its addresses and cgroups differ from other clusters'.
-    pub fn number(&self) -> u16 {
-        self.number
+    /// The cgroup of all its pods.
+    pub fn cgroup(&self) -> &str {
+        &self.cgroup
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

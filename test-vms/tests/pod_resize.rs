@@ -36,7 +36,7 @@ fn memory_limit(c: &Cluster, uid: &str, container: Option<&str>) -> String {
     let v2 = root.join("cgroup.controllers").exists();
     let (tree, file) =
         if v2 { (root.to_owned(), "memory.max") } else { (root.join("memory"), "memory.limit_in_bytes") };
-    let pod = tree.join(format!("orlop-test-{}/kubepods/burstable/pod{uid}", c.number()));
+    let pod = tree.join(format!("{}/kubepods/burstable/pod{uid}", &c.cgroup()[1..]));
     let dir = container.map_or(pod.clone(), |id| pod.join(id));
     std::fs::read_to_string(dir.join(file)).expect("the cgroup's limit").trim().to_owned()
 }

@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use images::Registry;
-use orlop_base::testkit::{built_program, unique_name};
+use orlop_base::testkit::{built_program, free_network, unique_name};
 use serde_json::{Value, json};
 
 /// The digest that is compiled into critest; the image behind it cannot be had here, ours takes its place.
@@ -79,7 +79,7 @@ impl Setup {
             "plugins": [{
                 "type": "orlop-cni",
                 "capabilities": { "portMappings": true },
-                "ipam": { "ranges": ["10.211.64.0/24"], "dataDir": self.dir.join("ipam") },
+                "ipam": { "ranges": [free_network()], "dataDir": self.dir.join("ipam") },
             }],
         });
         fs::write(self.dir.join("cni-conf/10-critest.conflist"), conf.to_string()).unwrap();
