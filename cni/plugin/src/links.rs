@@ -21,6 +21,7 @@ use netlink_packet_route::route::{
 
 use crate::error::Error;
 use crate::netlink::Netlink;
+use crate::removal;
 
 type Result<T> = std::result::Result<T, Error>;
 
@@ -159,12 +160,13 @@ pub fn no_link_local(nl: &mut Netlink, index: u32) -> Result<()> {
     nl.change(Message::SetLink(m), 0).map_err(failed("turn link-local addresses off"))
 }
 
-/// Deletes a link, and with it its other side; whether it was there.
+/// Deletes a link, and with it its other side; whether it was there. Nobody finds it any more when this returns, and nothing
+/// leads to it.
 pub fn delete(nl: &mut Netlink, name: &str) -> Result<bool> {
-    let mut m = LinkMessage::default();
-    m.attributes = vec![LinkAttribute::IfName(name.to_owned())];
-    match nl.change(Message::DelLink(m), 0) {
+    let Some(link) = find(nl, name)? else { return Ok(false) };
+    match removal::delete(nl, link.index) {
         Ok(()) => Ok(true),
+        // Somebody else was first.
         Err(e) if e.raw_os_error() == Some(ENODEV) => Ok(false),
         Err(e) => Err(failed(format!("delete link {name}"))(e)),
     }

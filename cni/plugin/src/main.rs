@@ -11,6 +11,7 @@ mod nat;
 mod netfilter;
 mod netlink;
 mod nft;
+mod removal;
 mod wire;
 
 use std::io::{Read, Write};
