@@ -9,7 +9,7 @@ use sha2::Digest as _;
 
 use crate::export::{ArchiveWriter, manifest_json};
 use crate::layout::LayerBlob;
-use crate::pack::{Style, pack};
+use crate::pack::{Deletions, Style, pack};
 use crate::{Digest, Error, Reference, Result, manifest};
 
 /// What to build.
@@ -43,7 +43,7 @@ pub fn build(spec: &Build, out: &Path) -> Result<String> {
     }
     let dir = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut layer_file = tempfile::NamedTempFile::new_in(dir).map_err(Error::io("create a file in", dir))?;
-    let style = Style { mtime: Some(spec.created), root_owned: spec.root_owned, layer: false };
+    let style = Style { mtime: Some(spec.created), root_owned: spec.root_owned, deletions: Deletions::None };
     let (layer, diff) = compress(&spec.rootfs, layer_file.as_file_mut(), style)?;
     let created = timestamp(spec.created);
     let mut rootfs = RootFs::default();

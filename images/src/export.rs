@@ -10,7 +10,7 @@ use tar::{EntryType, Header};
 
 use crate::build::{canonical_json, compress};
 use crate::layout::{ImageRecord, LayerBlob, Layout};
-use crate::pack::Style;
+use crate::pack::{Deletions, Style};
 use crate::state::Entry;
 use crate::{Digest, Error, Result};
 
@@ -136,7 +136,7 @@ pub(crate) fn export(layout: &Layout, entries: &[Entry], archive: &Path) -> Resu
 
 /// Makes layers from the unpacked files; the config then names the new diff ids.
 fn repack(layout: &Layout, entry: &Entry, record: &ImageRecord, out: &mut ArchiveWriter) -> Result<()> {
-    let style = Style { mtime: None, root_owned: false, layer: true };
+    let style = Style { mtime: None, root_owned: false, deletions: Deletions::Whiteouts };
     let (mut layers, mut diffs) = (Vec::new(), Vec::new());
     for chain in &record.chain {
         let temporary = layout.ingest();

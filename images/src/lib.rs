@@ -6,6 +6,7 @@
 //! and is dropped, with its images, by the next open.
 
 mod build;
+mod changes;
 mod error;
 mod export;
 #[cfg(test)]
@@ -34,6 +35,7 @@ pub use build::{Build, build};
 pub use error::{Error, Kind, Result};
 pub use image::{GcReport, Image, Usage};
 pub use options::{Auth, IdMapping, Options, Proxies, RootfsOptions, UserNamespace};
+pub use pack::pack_folder;
 pub use reference::{Digest, Reference};
 pub use store::ImageStore;
 pub use unpack::Error as UnpackError;

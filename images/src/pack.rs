@@ -13,6 +13,16 @@ use tar::{EntryType, Header};
 use crate::unpack::OPAQUE_XATTR;
 use crate::{Error, Result};
 
+/// What becomes of the deletions that an overlayfs layer holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Deletions {
+    /// The folder is no layer: what looks like one is a device.
+    None,
+    /// They become whiteouts.
+    Whiteouts,
+    LeftOut,
+}
+
 /// What to write besides names and contents.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Style {
@@ -20,8 +30,15 @@ pub(crate) struct Style {
     pub mtime: Option<u64>,
     /// Every file belongs to root.
     pub root_owned: bool,
-    /// The folder is an overlayfs layer: its deletions become whiteouts.
-    pub layer: bool,
+    pub deletions: Deletions,
+}
+
+/// Writes everything below `dir` as tar: names sorted, with the files' own owners and times. Blocking.
+///
+/// # Errors
+/// When a file cannot be read or `out` fails.
+pub fn pack_folder<W: Write>(dir: &Path, out: W) -> Result<W> {
+    pack(dir, out, Style { mtime: None, root_owned: false, deletions: Deletions::None })
 }
 
 /// Writes everything below `dir`, sorted by name, as tar.
@@ -57,6 +74,10 @@ fn append<W: Write>(
     if kind.is_socket() {
         return Ok(()); // Has no meaning in an archive.
     }
+    let is_deletion = style.deletions != Deletions::None && kind.is_char_device() && meta.rdev() == 0;
+    if is_deletion && style.deletions == Deletions::LeftOut {
+        return Ok(());
+    }
     let name = if relative.as_os_str().is_empty() { Path::new("./") } else { relative };
     let mut header = Header::new_gnu();
     header.set_mode(meta.mode() & 0o7777);
@@ -69,7 +90,7 @@ fn append<W: Write>(
         header.set_gid(0);
     }
     header.set_size(0);
-    if style.layer && kind.is_char_device() && meta.rdev() == 0 {
+    if is_deletion {
         let mut base = b".wh.".to_vec();
         base.extend_from_slice(relative.file_name().unwrap_or_default().as_bytes());
         let name = relative.with_file_name(std::ffi::OsStr::from_bytes(&base));
@@ -94,7 +115,8 @@ fn append<W: Write>(
     if kind.is_dir() {
         header.set_entry_type(EntryType::Directory);
         tar.append_data(&mut header.clone(), name.join(""), io::empty())?;
-        if style.layer && attributes.iter().any(|(k, v)| k == OPAQUE_XATTR && v == b"y") {
+        let whiteouts = style.deletions == Deletions::Whiteouts;
+        if whiteouts && attributes.iter().any(|(k, v)| k == OPAQUE_XATTR && v == b"y") {
             header.set_entry_type(EntryType::Regular);
             header.set_mode(0);
             tar.append_data(&mut header, relative.join(".wh..wh..opq"), io::empty())?;

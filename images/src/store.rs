@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 use orlop_base::durable::{self, DirLock, Sync};
@@ -261,6 +261,21 @@ impl ImageStore {
         }
         let upper = self.inner.layout.rootfs(key).join("upper");
         blocking(move || measure(&upper)).await
+    }
+
+    /// Writes what is in the writable layer of `key` to `out` as tar, and returns what was deleted from the image's files, sorted:
+    /// paths relative to the root, some of which may not have been there. Nothing may change files meanwhile.
+    ///
+    /// # Errors
+    /// Also when the layer holds every file because its owners had to be changed.
+    pub async fn rootfs_changes<W>(&self, key: &str, out: W) -> Result<(W, Vec<PathBuf>)>
+    where
+        W: std::io::Write + Send + 'static,
+    {
+        let record = self.inner.state.read().rootfs.get(key).cloned();
+        let record = record.ok_or_else(|| Error::NoRootfs(key.to_owned()))?;
+        let (layout, key) = (self.inner.layout.clone(), key.to_owned());
+        blocking(move || crate::changes::write(&layout, &key, &record, out)).await
     }
 
     /// What the images (layers and blobs, not writable layers) hold.

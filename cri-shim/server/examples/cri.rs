@@ -1,5 +1,5 @@
 //! Runs the CRI server alone: `cri --root DIR --monitor FILE [--cni-conf DIR] [--cni-bin DIR]...
-//! [--certs-dir DIR] [--cdi-dir DIR] [--cgroup-parent PATH] [--runtime-handler NAME=PROGRAM]... [--cni-timeout SECONDS] [--import ARCHIVE] [--purge]`. Everything is below the root folder; the socket is DIR/cri.sock.
+//! [--certs-dir DIR] [--cdi-dir DIR] [--cgroup-parent PATH] [--criu FILE] [--runtime-handler NAME=PROGRAM]... [--cni-timeout SECONDS] [--import ARCHIVE] [--purge]`. Everything is below the root folder; the socket is DIR/cri.sock.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -30,6 +30,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Asked, String> {
             "--root" => root = Some(PathBuf::from(value)),
             "--import" => import = Some(value.into()),
             "--monitor" => config.monitor = value.into(),
+            "--criu" => config.criu = Some(value.into()),
             "--cni-conf" => config.cni_conf_dir = value.into(),
             "--cni-bin" => cni_bin_dirs.push(value.into()),
             "--cni-timeout" => {

@@ -69,6 +69,8 @@ pub struct Config {
     pub images: orlop_images::Options,
     /// The `orlop-monitor` program.
     pub monitor: PathBuf,
+    /// The criu program; one that is not named is looked up where programs usually are.
+    pub criu: Option<PathBuf>,
     pub cni_conf_dir: PathBuf,
     pub cni_bin_dirs: Vec<PathBuf>,
     pub cni_cache_dir: PathBuf,
@@ -100,6 +102,7 @@ impl Default for Config {
             images_dir: "/var/lib/orlop/images".into(),
             images: orlop_images::Options::default(),
             monitor: "/usr/local/bin/orlop-monitor".into(),
+            criu: None,
             cni_conf_dir: "/etc/cni/net.d".into(),
             cni_bin_dirs: vec!["/opt/cni/bin".into()],
             cni_cache_dir: "/var/lib/orlop/cri/cni".into(),

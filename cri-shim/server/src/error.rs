@@ -25,7 +25,7 @@ pub enum Error {
     #[error("{0}")]
     Unsupported(String),
     #[error("{0}")]
-    Unimplemented(&'static str),
+    Unimplemented(String),
     #[error("{0}")]
     TooMany(String),
     #[error(
@@ -51,6 +51,10 @@ pub enum Error {
     Cni(#[from] orlop_cni_invoke::Error),
     #[error("exec in {id} did not end within {seconds} s")]
     ExecTimeout { id: String, seconds: i64 },
+    #[error("{program} could not checkpoint container {id}: {message}", program = program.display())]
+    Checkpoint { id: String, program: PathBuf, message: String },
+    #[error("the checkpoint of container {id} did not end within {seconds} s; the container goes on")]
+    CheckpointTimeout { id: String, seconds: u64 },
     #[error("cannot listen on {at}; is another server using it?")]
     Listen { at: String, source: std::io::Error },
     #[error("{0}")]
@@ -124,7 +128,7 @@ fn code(e: &Error) -> Code {
         Error::WrongState { .. } | Error::Store { .. } | Error::Unsupported(_) => Code::FailedPrecondition,
         Error::Unimplemented(_) => Code::Unimplemented,
         Error::TooMany(_) => Code::ResourceExhausted,
-        Error::ExecTimeout { .. } => Code::DeadlineExceeded,
+        Error::ExecTimeout { .. } | Error::CheckpointTimeout { .. } => Code::DeadlineExceeded,
         Error::Monitor(m) => match m.kind() {
             Some(Kind::NotFound) => Code::NotFound,
             Some(Kind::AlreadyExists) => Code::AlreadyExists,
@@ -140,6 +144,7 @@ fn code(e: &Error) -> Code {
         | Error::Durable(_)
         | Error::Failpoint(_)
         | Error::Cni(_)
+        | Error::Checkpoint { .. }
         | Error::Listen { .. }
         | Error::Internal(_)
         | Error::Stopped(_) => Code::Unknown,

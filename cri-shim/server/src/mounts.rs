@@ -9,7 +9,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use crate::error::{Error, Result};
 
 /// Undoes the octal escapes of mountinfo.
-fn unescape(field: &str) -> PathBuf {
+pub(crate) fn unescape(field: &str) -> PathBuf {
     let bytes = field.as_bytes();
     let mut out = Vec::with_capacity(bytes.len());
     let mut i = 0;

@@ -77,6 +77,7 @@ async fn open(
         tasks: TaskGroup::new(stop),
         config,
     });
+    crate::container::checkpoint::end_left_over(&runtime.config.transfer_dir()).await;
     // Archives that a killed server was receiving.
     crate::mounts::remove_tree(&runtime.config.transfer_dir())?;
     runtime.recover().await?;

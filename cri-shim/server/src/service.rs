@@ -243,14 +243,9 @@ impl RuntimeService for Service {
 
     async fn checkpoint_container(
         &self,
-        _: Request<cri::CheckpointContainerRequest>,
+        r: Request<cri::CheckpointContainerRequest>,
     ) -> Answer<cri::CheckpointContainerResponse> {
-        answer(
-            "CheckpointContainer",
-            Err(Error::Unimplemented(
-                "CheckpointContainer is not implemented: this server does not drive criu",
-            )),
-        )
+        answer("CheckpointContainer", self.0.checkpoint_container(r.into_inner()).await)
     }
 
     type GetContainerEventsStream = Streamed<cri::ContainerEventResponse>;

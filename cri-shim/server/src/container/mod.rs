@@ -1,6 +1,7 @@
 //! Containers, one file per RPC.
 
 pub(crate) mod cdi;
+pub(crate) mod checkpoint;
 pub(crate) mod create;
 pub(crate) mod exec_sync;
 mod list;

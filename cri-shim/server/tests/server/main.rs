@@ -1,5 +1,6 @@
 //! The server with the real monitor, a test's own folder each.
 
+mod checkpoint;
 mod devices;
 mod node;
 mod pods;
