@@ -11,6 +11,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+/// What the busybox of [`Cluster::busybox`] is linked as.
+const APPLETS: &str = "sh cat echo sleep ls tar wget nslookup id env kill usleep date true false mkdir test printf stty \
+                       hostname nc seq touch stat chown";
+
 /// The repository.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_owned).unwrap_or_default()
@@ -115,6 +119,11 @@ impl Cluster {
         c
     }
 
+    /// More of the command line of `orlop up` and `orlop down`.
+    pub fn add_args(&mut self, args: &[&str]) {
+        self.args.extend(args.iter().map(|a| (*a).to_owned()));
+    }
+
     /// The cgroup of all its pods.
     pub fn cgroup(&self) -> &str {
         &self.cgroup
@@ -139,6 +148,26 @@ impl Cluster {
 
     pub fn log(&self) -> PathBuf {
         self.path("up.log")
+    }
+
+    /// An archive of the image `name` with busybox's usual commands, which runs `command`.
+    pub fn busybox(&self, name: &str, command: &[&str]) -> PathBuf {
+        let stem = name.replace(['/', ':'], "-");
+        let rootfs = self.path(&stem);
+        for d in ["bin", "tmp", "etc"] {
+            std::fs::create_dir_all(rootfs.join(d)).expect("a folder");
+        }
+        std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).expect("busybox-static is installed");
+        for applet in APPLETS.split(' ') {
+            std::fs::hard_link(rootfs.join("bin/busybox"), rootfs.join("bin").join(applet))
+                .expect("a hard link");
+        }
+        let archive = self.path(&format!("{stem}.tar"));
+        let mut build = Command::new(program("orlop"));
+        build.args(["image", "build"]).arg(&rootfs).arg("--output").arg(&archive);
+        build.args(["--tag", name, "--env", "PATH=/bin"]);
+        run(build.args(command.iter().flat_map(|word| ["--cmd", word])));
+        archive
     }
 
     /// Puts an image archive into the store; the cluster must not run.

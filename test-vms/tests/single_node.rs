@@ -58,37 +58,11 @@ fn container_pids(c: &Cluster) -> Vec<(String, u64)> {
     all
 }
 
-fn busybox_image(c: &Cluster) {
-    let rootfs = c.path("busybox");
-    std::fs::create_dir_all(rootfs.join("bin")).unwrap();
-    std::fs::create_dir_all(rootfs.join("tmp")).unwrap();
-    std::fs::create_dir_all(rootfs.join("etc")).unwrap();
-    std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).expect("busybox-static is installed");
-    for applet in [
-        "sh", "cat", "echo", "sleep", "ls", "tar", "wget", "nslookup", "id", "env", "kill", "usleep", "date",
-        "true", "false", "mkdir", "test", "printf", "stty", "hostname", "nc", "seq",
-    ] {
-        std::fs::hard_link(rootfs.join("bin/busybox"), rootfs.join("bin").join(applet)).unwrap();
-    }
-    let archive = c.path("busybox.tar");
-    let mut build = Command::new(orlop_test_vms::program("orlop"));
-    build.args(["image", "build"]).arg(&rootfs).arg("--output").arg(&archive).args([
-        "--tag",
-        "orlop.local/busybox:1",
-        "--cmd",
-        "sh",
-        "--env",
-        "PATH=/bin",
-    ]);
-    orlop_test_vms::run(&mut build);
-    c.import(&archive);
-}
-
 #[test]
 fn a_cluster_on_one_machine() {
     let before = Footprint::take();
     let mut c = Cluster::prepare(1);
-    busybox_image(&c);
+    c.import(&c.busybox("orlop.local/busybox:1", &["sh"]));
     c.up();
     c.wait_ready();
     let node_port = 30181;

@@ -30,6 +30,8 @@ pub struct Mounted {
     root: PathBuf,
     v2: bool,
     subsystems: Vec<Subsystem>,
+    /// The empty version 2 beside version 1: some runtimes put containers there too.
+    beside: Option<PathBuf>,
 }
 
 impl Hierarchy for Mounted {
@@ -87,6 +89,7 @@ impl Mounted {
             root: mount.to_owned(),
             v2,
             subsystems: found.filter_map(|c| subsystem(c, at(c), v2)).collect(),
+            beside: Some(mount.join("unified")).filter(|d| !v2 && d.join("cgroup.controllers").exists()),
         }
     }
 
@@ -98,7 +101,10 @@ impl Mounted {
     pub fn roots(&self) -> Vec<PathBuf> {
         match self.v2 {
             true => vec![self.root.clone()],
-            false => self.subsystems.iter().map(|s| s.to_controller().path().to_owned()).collect(),
+            false => {
+                let own = self.subsystems.iter().map(|s| s.to_controller().path().to_owned());
+                own.chain(self.beside.clone()).collect()
+            }
         }
     }
 

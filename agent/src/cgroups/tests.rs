@@ -105,6 +105,16 @@ async fn the_kernel_has_the_limits() {
     cgroups.count_all([("b-9", &burstable), ("g-1", &more)].into_iter());
     assert_eq!(cgroups.0.burstable.lock().clone(), HashMap::from([("b-9".to_owned(), 250)]));
     assert_eq!(cgroups.pod_uids(), ["b-2", "e-1", "g-1"]);
+
+    // Some runtimes put containers into the version 2 beside version 1 as well.
+    let beside = tree.0.cgroup_mount.join("unified");
+    if beside.join("cgroup.controllers").exists() {
+        let pod = beside.join(format!("{}/kubepods/burstable/podb-3", tree.0.kubelet.cgroup_root));
+        fs::create_dir_all(pod.join("container")).unwrap();
+        assert!(cgroups.pod_uids().contains(&"b-3".to_owned()));
+        cgroups.remove("b-3").await;
+        assert!(!pod.exists());
+    }
 }
 
 /// Nothing answers on the system bus of a machine without systemd: that is said, and no folder is left.

@@ -103,7 +103,9 @@ impl OrlopNetwork {
 pub fn render_conflist(network: &OrlopNetwork) -> String {
     let texts = |nets: &[IpNet]| nets.iter().map(|n| n.trunc().to_string()).collect::<Vec<_>>();
     let value = serde_json::json!({
-        "cniVersion": "1.1.0",
+        // Runtimes whose library is older than 1.1 read the first field only.
+        "cniVersion": "1.0.0",
+        "cniVersions": ["1.0.0", "1.1.0"],
         "name": network.name,
         "plugins": [{
             "type": "orlop-cni",
@@ -127,6 +129,7 @@ mod tests {
         let text = render_conflist(&network);
         let parsed = crate::NetworkConfig::parse_list(text.as_bytes()).unwrap();
         assert_eq!(parsed.name, "orlop");
+        assert_eq!(parsed.version, crate::SpecVersion::V1_1_0);
         assert_eq!(parsed.plugins[0].plugin_type, "orlop-cni");
         assert_eq!(
             parsed.plugins[0].raw["ipam"]["ranges"],
