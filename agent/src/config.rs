@@ -142,6 +142,7 @@ pub struct KubeletConfiguration {
     pub authentication: Authentication,
     pub authorization: Authorization,
     pub crash_loop_back_off: CrashLoopBackOff,
+    pub user_namespaces: UserNamespacesConfiguration,
     /// What nothing here reads.
     #[serde(flatten)]
     pub(crate) other: serde_json::Map<String, serde_json::Value>,
@@ -205,6 +206,23 @@ pub struct CrashLoopBackOff {
     pub(crate) other: serde_json::Map<String, serde_json::Value>,
 }
 
+/// How pods with `hostUsers: false` get their ids.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct UserNamespacesConfiguration {
+    /// A multiple of 65536.
+    pub ids_per_pod: Option<u32>,
+    /// What nothing here reads.
+    #[serde(flatten)]
+    pub(crate) other: serde_json::Map<String, serde_json::Value>,
+}
+
+impl UserNamespacesConfiguration {
+    pub fn ids_per_pod(&self) -> u32 {
+        self.ids_per_pod.unwrap_or(crate::userns::UNIT)
+    }
+}
+
 impl Default for KubeletConfiguration {
     fn default() -> Self {
         let eviction = [
@@ -245,6 +263,7 @@ impl Default for KubeletConfiguration {
             authentication: Authentication::default(),
             authorization: Authorization::default(),
             crash_loop_back_off: CrashLoopBackOff::default(),
+            user_namespaces: UserNamespacesConfiguration::default(),
             other: serde_json::Map::new(),
         }
     }

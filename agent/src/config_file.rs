@@ -42,6 +42,7 @@ impl KubeletConfiguration {
             ("authentication.anonymous.", &self.authentication.anonymous.other),
             ("authorization.", &self.authorization.other),
             ("crashLoopBackOff.", &self.crash_loop_back_off.other),
+            ("userNamespaces.", &self.user_namespaces.other),
         ];
         for (prefix, fields) in nested {
             for (name, value) in fields.iter().filter(|(_, v)| is_set(v)) {
@@ -81,6 +82,13 @@ impl KubeletConfiguration {
         ];
         for e in &self.enforce_node_allocatable {
             one_of("enforceNodeAllocatable", e, &kinds)?;
+        }
+        let ids = self.user_namespaces.ids_per_pod();
+        if ids == 0 || !ids.is_multiple_of(crate::userns::UNIT) {
+            return Err(format!(
+                "userNamespaces.idsPerPod is {ids}; it must be a multiple of {}",
+                crate::userns::UNIT
+            ));
         }
         if self.container_log_max_files < 2 {
             return Err("containerLogMaxFiles must be at least 2".into());
@@ -182,6 +190,7 @@ mod tests {
             ("containerLogMaxSize: big", "containerLogMaxSize: \"big\" is no quantity"),
             ("evictionHard: {memory.available: 120%}", "evictionHard.memory.available"),
             ("cgroupDriver: none", "cgroupDriver is \"none\""),
+            ("userNamespaces: {idsPerPod: 1000}", "userNamespaces.idsPerPod is 1000"),
         ] {
             let said = read(text).err().unwrap_or_else(|| panic!("{text} was taken"));
             assert!(said.contains(says) && !said.contains('\n'), "{text}: {said}");

@@ -13,6 +13,7 @@ use crate::metrics::AgentMetrics;
 use crate::node::NodeState;
 use crate::pods::manager::Pods;
 use crate::services::Services;
+use crate::userns::UserNamespaces;
 use crate::volumes::Volumes;
 
 /// Handles for the parts of one agent; everything in it is cheap to clone.
@@ -36,4 +37,6 @@ pub struct Context {
     pub volumes: Volumes,
     pub services: Services,
     pub node: NodeState,
+    /// Ids of pods with `hostUsers: false`.
+    pub users: UserNamespaces,
 }

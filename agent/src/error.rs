@@ -22,6 +22,10 @@ pub enum Error {
     Certificate { path: PathBuf, message: String },
     #[error("a stream broke")]
     Stream(#[source] hyper::Error),
+    #[error(
+        "the subordinate ids of user {user:?} cannot be pods' user namespaces: {why}; change /etc/subuid and /etc/subgid or remove the user"
+    )]
+    SubordinateIds { user: &'static str, why: String },
     #[error("the node's address is not known; pass it as the node IP")]
     NoNodeIp,
     #[error("cannot {what} {path}: {message}")]

@@ -68,6 +68,7 @@ async fn orphans(ctx: &Context) {
         }
         ctx.node.cgroups().remove(&uid).await;
         let dir = ctx.config.pod_dir(&uid);
+        ctx.users.release(&uid, &dir);
         let removed = volumes::blocking(move || {
             volumes::mounts::unmount_below(&dir)?;
             volumes::mounts::remove_tree(&dir)

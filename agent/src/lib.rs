@@ -25,6 +25,7 @@ pub mod sources;
 pub mod spec;
 pub mod start;
 pub mod status;
+pub mod userns;
 pub mod volumes;
 
 pub use config::{Config, KubeletConfiguration, PodCidrHook};

@@ -20,6 +20,8 @@ pub struct AgentMetrics {
     pub pleg_relist_duration: Histogram,
     pub started_containers: Counter,
     pub started_pods: Counter,
+    pub started_user_namespaced_pods: Counter,
+    pub started_user_namespaced_pods_errors: Counter,
     pub evented_pleg_events: Counter,
     pub probes: Family<ProbeLabels, Counter>,
 }
@@ -62,6 +64,16 @@ impl AgentMetrics {
                 Counter::default(),
             ),
             started_pods: metrics.add("kubelet_started_pods", "Sandboxes started", Counter::default()),
+            started_user_namespaced_pods: metrics.add(
+                "kubelet_started_user_namespaced_pods",
+                "Sandboxes with a user namespace started",
+                Counter::default(),
+            ),
+            started_user_namespaced_pods_errors: metrics.add(
+                "kubelet_started_user_namespaced_pods_errors",
+                "Sandboxes with a user namespace that did not start",
+                Counter::default(),
+            ),
             evented_pleg_events: metrics.add(
                 "kubelet_evented_pleg_events",
                 "Container events received",

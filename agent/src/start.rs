@@ -22,6 +22,7 @@ use crate::metrics::AgentMetrics;
 use crate::node::NodeState;
 use crate::pods::manager::Pods;
 use crate::services::Services;
+use crate::userns::UserNamespaces;
 use crate::volumes::Volumes;
 use crate::{gc, logs, node, pleg, server, sources};
 
@@ -143,6 +144,7 @@ async fn context(
         images: Images::new(config.kubelet.max_parallel_image_pulls),
         volumes: Volumes::new(client.clone(), &tasks, on_change),
         services: Services::start(client.clone(), &tasks),
+        users: UserNamespaces::open(&config)?,
         node,
         runtime_name: version.runtime_name,
         runtime_version: version.runtime_version,

@@ -1,6 +1,6 @@
 //! Carries out what the planner asks for, over CRI. Each function is one step that may be tried again.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use orlop_api::meta::Key;
 use orlop_proto::cri::{
     ContainerStatsRequest, CreateContainerRequest, ImageSpec, ImageStatusRequest, PodSandboxConfig,
     RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
-    StopPodSandboxRequest, UpdateContainerResourcesRequest,
+    StopPodSandboxRequest, UpdateContainerResourcesRequest, UserNamespace,
 };
 
 use super::plan::KillReason;
@@ -24,6 +24,7 @@ use crate::spec::field::NodeFacts;
 use crate::spec::sandbox::HostDns;
 use crate::spec::security::ImageUser;
 use crate::spec::{container as container_spec, resources, sandbox, security};
+use crate::userns;
 use crate::volumes::{self, PodVolumes};
 
 /// What a step knows: a snapshot of the worker's state.
@@ -84,7 +85,20 @@ impl Job {
             p => HostDns::parse(&std::fs::read_to_string(p).unwrap_or_default()),
         };
         let parent = self.ctx.node.cgroups().parent(self.spec(), &self.uid);
-        sandbox::config(&self.pod, &self.ctx.config, &host, attempt, parent)
+        sandbox::config(&self.pod, &self.ctx.config, &host, attempt, parent, self.users())
+    }
+
+    /// The ids that the pod has been given for its user namespace.
+    fn users(&self) -> Option<UserNamespace> {
+        if self.has_own_users() { self.ctx.users.of(&self.uid) } else { None }
+    }
+
+    fn has_own_users(&self) -> bool {
+        self.spec().host_users == Some(false)
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.ctx.config.pod_dir(&self.uid)
     }
 
     fn cfs_period(&self) -> Option<Duration> {
@@ -113,13 +127,35 @@ async fn sandbox_steps(job: &Job, attempt: u32) -> Result<(), String> {
         Some(name) => runtime_handler(&job.ctx, name).await?,
         None => String::new(),
     };
+    if let Some(why) = userns::refused(spec) {
+        return Err(why);
+    }
+    if job.has_own_users() {
+        take_users(job, &handler).await?;
+    }
     let cgroups = job.ctx.node.cgroups();
     cgroups.create(spec, &job.uid, job.cfs_period()).await.map_err(|e| orlop_base::telemetry::chain(&e))?;
     let config = job.sandbox_config(attempt);
     make_dirs(Path::new(&config.log_directory))
         .map_err(|e| format!("log directory {}: {e}", config.log_directory))?;
     let request = RunPodSandboxRequest { config: Some(config), runtime_handler: handler };
-    job.ctx.cri.run_pod_sandbox(request).await.map(|_| ()).map_err(|e| e.message())
+    let run = job.ctx.cri.run_pod_sandbox(request).await.map(|_| ()).map_err(|e| e.message());
+    if job.has_own_users() {
+        let m = &job.ctx.metrics;
+        m.started_user_namespaced_pods.inc();
+        m.started_user_namespaced_pods_errors.inc_by(u64::from(run.is_err()));
+    }
+    run
+}
+
+/// Gives the pod the ids of its user namespace.
+async fn take_users(job: &Job, handler: &str) -> Result<(), String> {
+    if let Some(why) = userns::unsupported(&job.ctx.node.runtime().handlers, handler) {
+        return Err(why);
+    }
+    let (users, uid, dir) = (job.ctx.users.clone(), job.uid.clone(), job.dir());
+    let taken = tokio::task::spawn_blocking(move || users.take(&uid, &dir)).await;
+    taken.map_err(|e| e.to_string())?.map_err(|e| orlop_base::telemetry::chain(&e))
 }
 
 fn make_dirs(path: &Path) -> std::io::Result<()> {
@@ -252,6 +288,13 @@ async fn start_steps(
         );
     }
     let image_user = image_user(job, c, &image_ref).await;
+    let users = job.users();
+    if job.has_own_users() && users.is_none() {
+        // In the node's own it would be root of the node.
+        return Err(config_error(
+            "the ids of the pod's user namespace are not known any more; delete the pod".into(),
+        ));
+    }
     let k = &job.ctx.config.kubelet;
     let security = security::container(
         &job.pod,
@@ -259,9 +302,15 @@ async fn start_steps(
         &image_user,
         &sandbox::seccomp_root(&job.ctx.config),
         k.seccomp_default,
+        users.clone(),
     )
     .map_err(|e| config_error(e.to_string()))?;
-    let mounts = super::mounts::build(job, c, &env, attempt, &facts).await.map_err(config_error)?;
+    let mut mounts = super::mounts::build(job, c, &env, attempt, &facts).await.map_err(config_error)?;
+    if let Some(u) = users {
+        for m in &mut mounts {
+            (m.uid_mappings, m.gid_mappings) = (u.uids.clone(), u.gids.clone());
+        }
+    }
     let target_id = job
         .spec()
         .ephemeral_containers
@@ -464,6 +513,7 @@ pub async fn tear_down(job: Job) -> Done {
     let result = job.ctx.volumes.tear_down(&job.ctx, &job.uid).await;
     let cgroups = job.ctx.node.cgroups();
     cgroups.remove(&job.uid).await;
+    job.ctx.users.release(&job.uid, &job.dir());
     Done::TornDown(result.map_err(|e| orlop_base::telemetry::chain(&e)))
 }
 
@@ -487,7 +537,8 @@ pub async fn remove_all(job: Job) -> Result<(), String> {
         m.name.as_deref().unwrap_or_default(),
         &job.uid,
     );
-    let dir = job.ctx.config.pod_dir(&job.uid);
+    let dir = job.dir();
+    job.ctx.users.release(&job.uid, &dir);
     let removed = volumes::blocking(move || {
         volumes::mounts::unmount_below(&dir)?;
         volumes::mounts::remove_tree(&dir)?;

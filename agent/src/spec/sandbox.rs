@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use orlop_proto::cri::{
     DnsConfig, LinuxPodSandboxConfig, PodSandboxConfig, PodSandboxMetadata, PortMapping, Protocol,
+    UserNamespace,
 };
 
 use super::security;
@@ -151,13 +152,14 @@ pub fn identity(pod: &Pod) -> HashMap<String, String> {
     ])
 }
 
-/// The sandbox's configuration. `cgroup_parent` is empty when the runtime is to choose.
+/// The sandbox's configuration. `cgroup_parent` is empty when the runtime is to choose; `users` are the pod's own.
 pub fn config(
     pod: &Pod,
     config: &Config,
     host: &HostDns,
     attempt: u32,
     cgroup_parent: String,
+    users: Option<UserNamespace>,
 ) -> PodSandboxConfig {
     let empty = PodSpec::default();
     let spec = pod.spec.as_ref().unwrap_or(&empty);
@@ -190,7 +192,7 @@ pub fn config(
         annotations: annotations.into_iter().collect(),
         linux: Some(LinuxPodSandboxConfig {
             cgroup_parent,
-            security_context: Some(security::sandbox(spec, &seccomp_root(config))),
+            security_context: Some(security::sandbox(spec, &seccomp_root(config), users)),
             sysctls: sysctls
                 .into_iter()
                 .flatten()
@@ -263,6 +265,7 @@ mod tests {
             &HostDns::default(),
             0,
             String::new(),
+            None,
         );
         assert_eq!(s.hostname, "p.s.n.svc.cluster.local");
         assert_eq!(s.port_mappings[0].host_port, 8080);

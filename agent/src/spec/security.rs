@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::{
 use orlop_proto::cri::security_profile::ProfileType;
 use orlop_proto::cri::{
     Capability, Int64Value, LinuxContainerSecurityContext, LinuxSandboxSecurityContext, NamespaceMode,
-    NamespaceOption, SeLinuxOption, SecurityProfile, SupplementalGroupsPolicy,
+    NamespaceOption, SeLinuxOption, SecurityProfile, SupplementalGroupsPolicy, UserNamespace,
 };
 
 use super::SpecError;
@@ -28,8 +28,8 @@ const MASKED: [&str; 12] = [
 ];
 const READONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
-/// Network, PID and IPC namespaces of a pod.
-pub fn namespaces(spec: &PodSpec) -> NamespaceOption {
+/// Network, PID, IPC and user namespaces of a pod; `None` for the node's users.
+pub fn namespaces(spec: &PodSpec, users: Option<UserNamespace>) -> NamespaceOption {
     let node = |on: Option<bool>| if on == Some(true) { NamespaceMode::Node } else { NamespaceMode::Pod };
     let pid = match (spec.host_pid, spec.share_process_namespace) {
         (Some(true), _) => NamespaceMode::Node,
@@ -41,7 +41,7 @@ pub fn namespaces(spec: &PodSpec) -> NamespaceOption {
         pid: pid as i32,
         ipc: node(spec.host_ipc) as i32,
         target_id: String::new(),
-        userns_options: None,
+        userns_options: users,
     }
 }
 
@@ -100,12 +100,16 @@ fn is_privileged(c: &Container) -> bool {
 }
 
 /// The sandbox's security context. `seccomp_root` holds Localhost profiles.
-pub fn sandbox(spec: &PodSpec, seccomp_root: &str) -> LinuxSandboxSecurityContext {
+pub fn sandbox(
+    spec: &PodSpec,
+    seccomp_root: &str,
+    users: Option<UserNamespace>,
+) -> LinuxSandboxSecurityContext {
     let p = spec.security_context.as_ref().unwrap_or(&NO_POD_CONTEXT);
     let (supplemental_groups, supplemental_groups_policy) = groups(p);
     let privileged = spec.containers.iter().chain(spec.init_containers.iter().flatten()).any(is_privileged);
     LinuxSandboxSecurityContext {
-        namespace_options: Some(namespaces(spec)),
+        namespace_options: Some(namespaces(spec, users)),
         selinux_options: p.se_linux_options.as_ref().map(selinux),
         run_as_user: int(p.run_as_user),
         // CRI refuses a group without a user.
@@ -170,6 +174,7 @@ pub fn container(
     image: &ImageUser,
     seccomp_root: &str,
     seccomp_default: bool,
+    users: Option<UserNamespace>,
 ) -> Result<LinuxContainerSecurityContext, SpecError> {
     let empty = PodSpec::default();
     let spec = pod.spec.as_ref().unwrap_or(&empty);
@@ -200,7 +205,7 @@ pub fn container(
     Ok(LinuxContainerSecurityContext {
         capabilities,
         privileged,
-        namespace_options: Some(namespaces(spec)),
+        namespace_options: Some(namespaces(spec, users)),
         selinux_options: s.se_linux_options.as_ref().or(p.se_linux_options.as_ref()).map(selinux),
         run_as_user: int(user.or(if from_image {
             image.uid.or(image.name.is_empty().then_some(0))
@@ -267,7 +272,7 @@ mod tests {
     }
 
     fn map(p: &Pod, image: &ImageUser) -> Result<LinuxContainerSecurityContext, SpecError> {
-        container(p, &p.spec.as_ref().unwrap().containers[0], image, "/seccomp", false)
+        container(p, &p.spec.as_ref().unwrap().containers[0], image, "/seccomp", false, None)
     }
 
     #[test]

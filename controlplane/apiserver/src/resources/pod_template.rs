@@ -269,6 +269,35 @@ pub fn validate_spec(spec: &Value, path: &str, errors: &mut Errors) {
     }
     validate_tolerations(spec, path, errors);
     validate_sysctls(spec, path, errors);
+    validate_host_users(spec, path, errors);
+}
+
+/// What a user namespace of the pod's own excludes, and what needs one (KEP-127, KEP-4265).
+fn validate_host_users(spec: &Value, path: &str, errors: &mut Errors) {
+    let own = value::at(spec, "hostUsers") == Some(&Value::Bool(false));
+    for field in ["hostNetwork", "hostPID", "hostIPC"] {
+        if own && value::flag(spec, field) {
+            errors.forbidden(&format!("{path}.{field}"), "when `hostUsers` is false");
+        }
+    }
+    for list in CONTAINER_LISTS {
+        for (i, c) in value::list(spec, list).iter().enumerate() {
+            let at = format!("{path}.{list}[{i}]");
+            if own && !value::list(c, "volumeDevices").is_empty() {
+                errors.forbidden(&format!("{at}.volumeDevices"), "when `hostUsers` is false");
+            }
+            let at = format!("{at}.securityContext.procMount");
+            match value::at(c, "securityContext.procMount") {
+                Some(v) if v == "Unmasked" && !own => {
+                    errors.invalid(&at, v, "`hostUsers` must be false to use `Unmasked`");
+                }
+                Some(v) if v != "Unmasked" && v != "Default" => {
+                    errors.not_supported(&at, v, &["Default", "Unmasked"]);
+                }
+                _ => {}
+            }
+        }
+    }
 }
 
 fn validate_sysctls(spec: &Value, path: &str, errors: &mut Errors) {
@@ -572,6 +601,14 @@ mod tests {
             (
                 json!({"containers": [ok], "restartPolicy": "Sometimes"}),
                 "spec.restartPolicy: Unsupported value: \"Sometimes\"",
+            ),
+            (
+                json!({"containers": [ok], "hostUsers": false, "hostPID": true}),
+                "spec.hostPID: Forbidden: when `hostUsers` is false",
+            ),
+            (
+                json!({"containers": [{"name": "a", "image": "x", "securityContext": {"procMount": "Unmasked"}}]}),
+                "spec.containers[0].securityContext.procMount: Invalid value: \"Unmasked\": `hostUsers` must be false",
             ),
             (
                 json!({"containers": [{"name": "a", "image": "x", "ports": [{"containerPort": 70000}]}]}),
