@@ -201,7 +201,7 @@ pub async fn run(command: ImageCommand) -> Result<(), Failure> {
                 connect(&cri).await?.list_images(cri::ListImagesRequest::default()).await.map_err(status)?;
             say(format_args!("{:<60} {:<20} {:>10}", "IMAGE", "ID", "BYTES"))?;
             for image in answer.into_inner().images {
-                let id: String = image.id.trim_start_matches("sha256:").chars().take(12).collect();
+                let id: String = image.id.rsplit(':').next().unwrap_or_default().chars().take(12).collect();
                 let names = if image.repo_tags.is_empty() { &image.repo_digests } else { &image.repo_tags };
                 for name in names {
                     say(format_args!("{name:<60} {id:<20} {:>10}", image.size))?;

@@ -5,12 +5,12 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use oci_spec::image::{Arch, Config, History, ImageConfiguration, Os, RootFs};
-use sha2::Digest as _;
 
 use crate::export::{ArchiveWriter, manifest_json};
 use crate::layout::LayerBlob;
 use crate::pack::{Deletions, Style, pack};
-use crate::{Digest, Error, Reference, Result, manifest};
+use crate::reference::Hasher;
+use crate::{Algorithm, Digest, Error, Reference, Result, manifest};
 
 /// What to build.
 #[derive(Clone, Debug)]
@@ -43,7 +43,12 @@ pub fn build(spec: &Build, out: &Path) -> Result<String> {
     }
     let dir = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut layer_file = tempfile::NamedTempFile::new_in(dir).map_err(Error::io("create a file in", dir))?;
-    let style = Style { mtime: Some(spec.created), root_owned: spec.root_owned, deletions: Deletions::None };
+    let style = Style {
+        mtime: Some(spec.created),
+        root_owned: spec.root_owned,
+        deletions: Deletions::None,
+        holes: false,
+    };
     let (layer, diff) = compress(&spec.rootfs, layer_file.as_file_mut(), style)?;
     let created = timestamp(spec.created);
     let mut rootfs = RootFs::default();
@@ -107,17 +112,17 @@ pub(crate) fn compress(dir: &Path, out: &mut File, style: Style) -> Result<(Laye
 
 struct HashedWriter<W> {
     inner: W,
-    hasher: sha2::Sha256,
+    hasher: Hasher,
     count: u64,
 }
 
 impl<W> HashedWriter<W> {
     fn new(inner: W) -> Self {
-        HashedWriter { inner, hasher: sha2::Sha256::new(), count: 0 }
+        HashedWriter { inner, hasher: Algorithm::Sha256.hasher(), count: 0 }
     }
 
     fn finish(self) -> (W, Digest, u64) {
-        (self.inner, Digest::from_hasher(self.hasher), self.count)
+        (self.inner, self.hasher.finish(), self.count)
     }
 }
 

@@ -28,7 +28,11 @@ pub(crate) fn write<W: Write>(
     let upper = layout.rootfs(key).join("upper");
     let layers: Vec<PathBuf> = record.chain.iter().map(|c| layout.layer_fs(c)).collect();
     let deleted = deleted(&upper, &layers)?;
-    let out = pack(&upper, out, Style { mtime: None, root_owned: false, deletions: Deletions::LeftOut })?;
+    let out = pack(
+        &upper,
+        out,
+        Style { mtime: None, root_owned: false, deletions: Deletions::LeftOut, holes: true },
+    )?;
     Ok((out, deleted))
 }
 
@@ -112,7 +116,7 @@ mod tests {
             .unwrap();
         let gone = deleted(&upper, &[layer]).unwrap();
         assert_eq!(gone, [PathBuf::from("etc/gone"), "made/old".into()]);
-        let style = Style { mtime: None, root_owned: false, deletions: Deletions::LeftOut };
+        let style = Style { mtime: None, root_owned: false, deletions: Deletions::LeftOut, holes: true };
         let packed = pack(&upper, Vec::new(), style).unwrap();
         let mut names: Vec<String> = tar::Archive::new(&packed[..])
             .entries()

@@ -52,7 +52,7 @@ impl ArchiveWriter {
         if !self.written.insert(*digest) {
             return Ok(());
         }
-        self.file(&format!("blobs/sha256/{}", digest.hex()), from, size)
+        self.file(&blob_name(digest), from, size)
     }
 
     /// Adds a manifest under `names`.
@@ -90,6 +90,11 @@ impl ArchiveWriter {
         file.persist(&self.path).map_err(|e| io(e.error))?;
         Ok(())
     }
+}
+
+/// Where a blob lies in an OCI layout.
+pub(crate) fn blob_name(digest: &Digest) -> String {
+    format!("blobs/{}/{}", digest.algorithm().name(), digest.hex())
 }
 
 /// An OCI manifest for a config and layers.
@@ -136,7 +141,7 @@ pub(crate) fn export(layout: &Layout, entries: &[Entry], archive: &Path) -> Resu
 
 /// Makes layers from the unpacked files; the config then names the new diff ids.
 fn repack(layout: &Layout, entry: &Entry, record: &ImageRecord, out: &mut ArchiveWriter) -> Result<()> {
-    let style = Style { mtime: None, root_owned: false, deletions: Deletions::Whiteouts };
+    let style = Style { mtime: None, root_owned: false, deletions: Deletions::Whiteouts, holes: true };
     let (mut layers, mut diffs) = (Vec::new(), Vec::new());
     for chain in &record.chain {
         let temporary = layout.ingest();

@@ -242,6 +242,7 @@ proptest! {
         let (_, read) = unpack::decompress_while(
             &data[..],
             None,
+            (crate::Algorithm::Sha256, crate::Algorithm::Sha512),
             |mut r| {
                 let _ = std::io::copy(&mut (&mut r).take(1 << 20), &mut std::io::sink());
                 r.finish(&AtomicBool::new(false)).is_ok()

@@ -5,7 +5,7 @@ use oci_spec::image::ImageConfiguration;
 /// One image as the CRI sees it: a config, and the names that lead to it.
 #[derive(Clone, Debug)]
 pub struct Image {
-    /// `sha256:…` of the config.
+    /// `sha256:…` or `sha512:…` of the config.
     pub id: String,
     /// Names with a tag, such as `docker.io/library/busybox:1.36`.
     pub repo_tags: Vec<String>,

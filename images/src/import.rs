@@ -10,12 +10,13 @@ use bytes::Bytes;
 use serde::Deserialize;
 use tokio::sync::mpsc;
 
+use crate::export::blob_name;
 use crate::ingest::{LayerPlan, Origin};
 use crate::layout::{ImageRecord, Ingest, LayerBlob};
 use crate::manifest::{self, Descriptor, Manifest};
 use crate::pull::{fetch_layers, finish};
 use crate::store::{Inner, blocking};
-use crate::unpack::TarReader;
+use crate::unpack::{Frames, TarReader};
 use crate::{Digest, Error, Image, Reference, Result};
 
 /// The largest document (index, manifest, config) of an archive.
@@ -70,7 +71,7 @@ impl Source {
 
     fn document(&self, digest: &Digest) -> Result<Vec<u8>, String> {
         let bytes = self.read(&blob_name(digest))?;
-        let actual = Digest::of(&bytes);
+        let actual = digest.same_of(&bytes);
         if actual != *digest {
             return Err(format!("the blob {digest} has digest {actual}; the archive is damaged"));
         }
@@ -98,15 +99,13 @@ impl Source {
     }
 }
 
-fn blob_name(digest: &Digest) -> String {
-    format!("blobs/sha256/{}", digest.hex())
-}
-
 /// One image of an archive.
 struct Found {
     tags: Vec<String>,
     manifest: Vec<u8>,
     config: Vec<u8>,
+    /// Digest of `config`.
+    id: Digest,
     layers: Vec<LayerBlob>,
     /// Names of the layers' files.
     files: Vec<String>,
@@ -145,7 +144,7 @@ async fn import_one(
     let text = found.tags.first().cloned().unwrap_or_else(|| archive.display().to_string());
     let (config, diffs) = manifest::parse_config(&found.config, found.layers.len(), &text)?;
     let chain = manifest::chain_ids(&diffs);
-    let id = Digest::of(&found.config);
+    let id = found.id;
     let pins = inner.pin(&[&chain[..], &[id]].concat());
     let mut plans = manifest::plan(&found.layers, &diffs, &chain);
     if !found.digests_known {
@@ -201,7 +200,8 @@ fn open(inner: &Inner, archive: &Path) -> Result<Source> {
     if head.starts_with(&[0x1f, 0x8b]) {
         plain = Some(Box::new(flate2::read::MultiGzDecoder::new(file)));
     } else if head == [0x28, 0xb5, 0x2f, 0xfd] {
-        plain = Some(Box::new(zstd::Decoder::new(file).map_err(Error::io("read", archive))?));
+        let buffered = BufReader::with_capacity(CHUNK, file);
+        plain = Some(Box::new(Frames::new(buffered).map_err(Error::io("read", archive))?));
     }
     if let Some(mut plain) = plain {
         // Layers are read in any order, several at a time.
@@ -312,6 +312,7 @@ fn find_oci(source: &Source, name: Option<&Reference>) -> Result<Vec<Found>, Str
         images.push(Found {
             tags,
             config: source.document(&config.digest)?,
+            id: config.digest,
             files: layers.iter().map(|l| blob_name(&l.digest)).collect(),
             manifest: bytes,
             layers,
@@ -385,8 +386,9 @@ fn find_docker(source: &Source, name: Option<&Reference>) -> Result<Vec<Found>, 
         if let (true, true, Some(name)) = (tags.is_empty(), single, name) {
             tags.extend(name.tagged());
         }
-        let manifest = crate::export::manifest_json(Digest::of(&config), config.len() as u64, &layers);
-        images.push(Found { tags, manifest, config, layers, files: entry.layers, digests_known: false });
+        let id = Digest::of(&config);
+        let manifest = crate::export::manifest_json(id, config.len() as u64, &layers);
+        images.push(Found { tags, manifest, config, id, layers, files: entry.layers, digests_known: false });
     }
     Ok(images)
 }

@@ -12,7 +12,7 @@ use orlop_base::failpoint;
 
 use crate::layout::{Ingest, LayerRecord, Layout, VERSION};
 use crate::unpack::{self, Stream, Unpacked};
-use crate::{Digest, Error, Result};
+use crate::{Algorithm, Digest, Error, Result};
 
 /// A layer to fetch, with what it must turn out to be.
 #[derive(Clone, Debug)]
@@ -70,6 +70,7 @@ pub(crate) fn unpack_layer(
     let (used, read) = unpack::decompress_while(
         stream,
         copy,
+        (plan.digest.map_or(Algorithm::Sha256, |d| d.algorithm()), plan.diff.algorithm()),
         |tar| {
             let (unpacked, rest) = unpack::unpack(tar, root.as_fd())?;
             let (diff, _) = rest.finish(&AtomicBool::new(false)).map_err(unpack::Error::Read)?;

@@ -3,7 +3,7 @@
 //! ```text
 //! lock                         held while a process has the store open
 //! images.json                  the images and their names
-//! content/<sha256>             manifests, configs, and layers as transferred where they are kept
+//! content/<hex digits>         manifests, configs, and layers as transferred where they are kept
 //! layers/<id>/fs, layer.json   one unpacked layer; the id is the first 24 digits of its chain id
 //! layers/empty/{a,b}           a second lower layer for read-only mounts of one layer
 //! rootfs/<key>/upper, work, rootfs.json

@@ -36,6 +36,6 @@ pub use error::{Error, Kind, Result};
 pub use image::{GcReport, Image, Usage};
 pub use options::{Auth, IdMapping, Options, Proxies, RootfsOptions, UserNamespace};
 pub use pack::pack_folder;
-pub use reference::{Digest, Reference};
+pub use reference::{Algorithm, Digest, Reference};
 pub use store::ImageStore;
 pub use unpack::Error as UnpackError;

@@ -2,7 +2,6 @@
 
 use oci_spec::image::ImageConfiguration;
 use serde::Deserialize;
-use sha2::Digest as _;
 
 use crate::ingest::LayerPlan;
 use crate::layout::LayerBlob;
@@ -142,7 +141,7 @@ pub(crate) fn parse_config(
         .rootfs()
         .diff_ids()
         .iter()
-        .map(|d| d.parse::<Digest>().map_err(|_| bad(format!("{d:?} is not a sha256 digest"))))
+        .map(|d| d.parse::<Digest>().map_err(|_| bad(format!("{d:?} is not a digest of sha256 or sha512"))))
         .collect::<Result<Vec<_>>>()?;
     if diffs.len() != layers {
         return Err(bad(format!("it names {} layers, the manifest {layers}", diffs.len())));
@@ -156,11 +155,7 @@ pub(crate) fn chain_ids(diffs: &[Digest]) -> Vec<Digest> {
     for diff in diffs {
         chain.push(match chain.last() {
             None => *diff,
-            Some(below) => {
-                let mut h = sha2::Sha256::new();
-                h.update(format!("{below} {diff}"));
-                Digest::from_hasher(h)
-            }
+            Some(below) => Digest::of(format!("{below} {diff}").as_bytes()),
         });
     }
     chain

@@ -117,8 +117,8 @@ async fn pull(inner: &Arc<Inner>, reference: &Reference, auth: Option<&Auth>) ->
         return Ok(image);
     }
     let text = reference.to_string();
-    let (top, _) = session.resolve().await?;
-    let top_digest = Digest::of(&top);
+    let (top, algorithm) = session.resolve().await?;
+    let top_digest = algorithm.digest(&top);
     let (manifest_bytes, config_descriptor, layers) = image_manifest(&session, top, &text).await?;
     let config_bytes = session.small_blob(&config_descriptor.digest, config_descriptor.size).await?;
     let (config, diffs) = manifest::parse_config(&config_bytes, layers.len(), &text)?;

@@ -7,53 +7,125 @@ use sha2::Digest as _;
 
 use crate::{Error, Result};
 
-/// A sha256 digest, the only algorithm that registries use in practice.
+/// How content is named: the algorithms that the OCI image specification registers for all to know.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Algorithm {
+    Sha256,
+    Sha512,
+}
+
+impl Algorithm {
+    /// As it stands before the colon, and in the path of a blob in an OCI layout.
+    pub fn name(self) -> &'static str {
+        match self {
+            Algorithm::Sha256 => "sha256",
+            Algorithm::Sha512 => "sha512",
+        }
+    }
+
+    /// Hashes `bytes`.
+    pub fn digest(self, bytes: &[u8]) -> Digest {
+        let mut h = self.hasher();
+        h.update(bytes);
+        h.finish()
+    }
+
+    pub(crate) fn hasher(self) -> Hasher {
+        match self {
+            Algorithm::Sha256 => Hasher::Sha256(sha2::Sha256::new()),
+            Algorithm::Sha512 => Hasher::Sha512(sha2::Sha512::new()),
+        }
+    }
+}
+
+/// A digest that is being computed.
+pub(crate) enum Hasher {
+    Sha256(sha2::Sha256),
+    Sha512(sha2::Sha512),
+}
+
+impl Hasher {
+    pub fn update(&mut self, bytes: &[u8]) {
+        match self {
+            Hasher::Sha256(h) => h.update(bytes),
+            Hasher::Sha512(h) => h.update(bytes),
+        }
+    }
+
+    pub fn finish(self) -> Digest {
+        match self {
+            Hasher::Sha256(h) => Digest::Sha256(h.finalize().into()),
+            Hasher::Sha512(h) => Digest::Sha512(h.finalize().into()),
+        }
+    }
+}
+
+/// What content is called and verified by.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Digest([u8; 32]);
+pub enum Digest {
+    Sha256([u8; 32]),
+    Sha512([u8; 64]),
+}
 
 impl Digest {
-    /// Hashes `bytes`.
+    /// Hashes `bytes` as everything is hashed that nobody has named: with SHA-256.
     pub fn of(bytes: &[u8]) -> Digest {
-        Digest(sha2::Sha256::digest(bytes).into())
+        Algorithm::Sha256.digest(bytes)
     }
 
-    pub(crate) fn from_hasher(h: sha2::Sha256) -> Digest {
-        Digest(h.finalize().into())
+    pub fn algorithm(&self) -> Algorithm {
+        match self {
+            Digest::Sha256(_) => Algorithm::Sha256,
+            Digest::Sha512(_) => Algorithm::Sha512,
+        }
     }
 
-    /// The 64 hexadecimal digits.
+    /// What `bytes` must have for this to be their digest.
+    pub fn same_of(&self, bytes: &[u8]) -> Digest {
+        self.algorithm().digest(bytes)
+    }
+
+    /// The 64 or 128 hexadecimal digits.
     pub fn hex(&self) -> String {
         use fmt::Write;
-        let mut out = String::with_capacity(64);
-        for b in self.0 {
+        let bytes: &[u8] = match self {
+            Digest::Sha256(b) => b,
+            Digest::Sha512(b) => b,
+        };
+        let mut out = String::with_capacity(2 * bytes.len());
+        for b in bytes {
             // Writing to a String cannot fail.
             let _ = write!(out, "{b:02x}");
         }
         out
     }
 
-    /// Reads 64 lower-case hexadecimal digits.
+    /// Reads lower-case hexadecimal digits; their number tells the algorithm.
     pub fn from_hex(hex: &str) -> Option<Digest> {
-        let nibble = |c: u8| match c {
-            b'0'..=b'9' => Some(c - b'0'),
-            b'a'..=b'f' => Some(c - b'a' + 10),
+        match hex.len() {
+            64 => Some(Digest::Sha256(read_hex(hex)?)),
+            128 => Some(Digest::Sha512(read_hex(hex)?)),
             _ => None,
-        };
-        let hex = hex.as_bytes();
-        if hex.len() != 64 {
-            return None;
         }
-        let mut out = [0u8; 32];
-        for (i, pair) in hex.chunks_exact(2).enumerate() {
-            out[i] = nibble(pair[0])? << 4 | nibble(pair[1])?;
-        }
-        Some(Digest(out))
     }
+}
+
+fn read_hex<const N: usize>(hex: &str) -> Option<[u8; N]> {
+    let nibble = |c: u8| match c {
+        b'0'..=b'9' => Some(c - b'0'),
+        b'a'..=b'f' => Some(c - b'a' + 10),
+        _ => None,
+    };
+    let mut out = [0u8; N];
+    for (byte, pair) in out.iter_mut().zip(hex.as_bytes().chunks_exact(2)) {
+        *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
+    }
+    Some(out)
 }
 
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "sha256:{}", self.hex())
+        write!(f, "{}:{}", self.algorithm().name(), self.hex())
     }
 }
 
@@ -66,12 +138,14 @@ impl fmt::Debug for Digest {
 impl FromStr for Digest {
     type Err = Error;
     fn from_str(s: &str) -> Result<Digest> {
-        s.strip_prefix("sha256:").and_then(Digest::from_hex).ok_or_else(|| Error::Reference {
-            text: s.to_owned(),
-            why: "a digest is sha256: and 64 lower-case hexadecimal digits",
-        })
+        let digest = s
+            .split_once(':')
+            .and_then(|(algorithm, hex)| Digest::from_hex(hex).filter(|d| d.algorithm().name() == algorithm));
+        digest.ok_or_else(|| Error::Reference { text: s.to_owned(), why: DIGEST_FORM })
     }
 }
+
+const DIGEST_FORM: &str = "a digest is sha256: and 64, or sha512: and 128, lower-case hexadecimal digits; no other kind is known here";
 
 impl serde::Serialize for Digest {
     fn serialize<S: serde::Serializer>(&self, s: S) -> std::result::Result<S::Ok, S::Error> {
@@ -110,9 +184,7 @@ impl Reference {
         }
         let (rest, digest) = match text.split_once('@') {
             Some((rest, d)) => {
-                let d = d.parse().map_err(|_| {
-                    bad("after '@' comes a digest: sha256: and 64 lower-case hexadecimal digits")
-                })?;
+                let d = d.parse().map_err(|_| bad(DIGEST_FORM))?;
                 (rest, Some(d))
             }
             None => (text, None),
@@ -268,6 +340,27 @@ mod tests {
         let r = Reference::parse(&format!("quay.io/a/b:v1@{D}")).unwrap();
         assert_eq!(r.to_string(), format!("quay.io/a/b:v1@{D}"));
         assert_eq!(r.tagged().unwrap(), "quay.io/a/b:v1");
+    }
+
+    #[test]
+    fn digests_of_both_kinds() {
+        let long = Algorithm::Sha512.digest(b"");
+        assert!(
+            long.to_string()
+                .starts_with("sha512:cf83e1357eefb8bdf1542850d66d8007d620e4050b5715dc83f4a921d36ce9ce")
+        );
+        assert_eq!(Digest::of(b"").to_string(), D);
+        for d in [long, Digest::of(b"")] {
+            assert_eq!(d.to_string().parse::<Digest>().unwrap(), d);
+            assert_eq!(Digest::from_hex(&d.hex()), Some(d));
+            assert_eq!(d.same_of(b""), d);
+        }
+        let name = format!("localhost:5000/a@{long}");
+        assert_eq!(Reference::parse(&name).unwrap().to_string(), name);
+        // Digits of one kind under the name of the other.
+        for bad in [format!("sha512:{}", Digest::of(b"").hex()), format!("sha256:{}", long.hex())] {
+            assert!(bad.parse::<Digest>().is_err(), "{bad}");
+        }
     }
 
     #[test]

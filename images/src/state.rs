@@ -74,11 +74,14 @@ impl State {
                 return hit;
             }
         }
-        let hex = text.strip_prefix("sha256:").unwrap_or(text);
+        let (algorithm, hex) = text.split_once(':').map_or((None, text), |(a, h)| (Some(a), h));
         if hex.is_empty() || !hex.bytes().all(|b| b.is_ascii_hexdigit() && !b.is_ascii_uppercase()) {
             return None;
         }
-        let mut hits = self.images.values().filter(|e| e.record.id.hex().starts_with(hex));
+        let mut hits = self.images.values().filter(|e| {
+            let id = e.record.id;
+            algorithm.is_none_or(|a| a == id.algorithm().name()) && id.hex().starts_with(hex)
+        });
         match (hits.next(), hits.next()) {
             (Some(e), None) => Some(e),
             _ => None,
@@ -197,7 +200,7 @@ fn load_image(
     }
     let read = |digest: &Digest| {
         let bytes = fs::read(layout.content(digest)).map_err(|e| format!("{digest}: {e}"))?;
-        if Digest::of(&bytes) != *digest {
+        if digest.same_of(&bytes) != *digest {
             // Or the next pull would find it in place.
             let _ = fs::remove_file(layout.content(digest));
             return Err(format!("{digest} is damaged"));

@@ -20,7 +20,7 @@ use super::auth::{self, Challenge};
 use super::hosts::{self, Host};
 use super::proxy::Routes;
 use super::transport::{self, Http};
-use crate::{Auth, Digest, Error, Options, Reference, Result};
+use crate::{Algorithm, Auth, Digest, Error, Options, Reference, Result};
 
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
      application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
@@ -41,6 +41,11 @@ struct Endpoint {
     auth: Option<Auth>,
     /// The `Authorization` header that worked last.
     granted: Mutex<Option<HeaderValue>>,
+}
+
+/// How the registry names what it sent.
+fn content_digest(response: &Response<Incoming>) -> Option<Digest> {
+    response.headers().get("docker-content-digest")?.to_str().ok()?.parse().ok()
 }
 
 /// One pull's conversation with a registry and its mirrors.
@@ -110,8 +115,8 @@ impl Session {
         Ok(Session { reference: reference.clone(), endpoints, routes, patience: options.patience })
     }
 
-    /// The manifest or index of the reference, with its media type as the registry gives it.
-    pub async fn resolve(&self) -> Result<(Bytes, String)> {
+    /// The manifest or index of the reference, and how the registry names it.
+    pub async fn resolve(&self) -> Result<(Bytes, Algorithm)> {
         let r = &self.reference;
         let what = match (&r.digest, &r.tag) {
             (Some(d), _) => d.to_string(),
@@ -135,13 +140,13 @@ impl Session {
             }
             let path = format!("/{}/manifests/{tag}", self.reference.repository);
             if let Ok(response) = self.request(endpoint, Method::HEAD, &path, None).await {
-                return response.headers().get("docker-content-digest")?.to_str().ok()?.parse().ok();
+                return content_digest(&response);
             }
         }
         None
     }
 
-    async fn manifest(&self, what: &str, by_tag: bool, expect: Option<Digest>) -> Result<(Bytes, String)> {
+    async fn manifest(&self, what: &str, by_tag: bool, expect: Option<Digest>) -> Result<(Bytes, Algorithm)> {
         let path = format!("/{}/manifests/{what}", self.reference.repository);
         self.document(&Document {
             what: "the manifest",
@@ -169,7 +174,7 @@ impl Session {
     }
 
     /// Tries each suitable host, with retries. The last host's error counts, which is the registry's own.
-    async fn document(&self, document: &Document) -> Result<(Bytes, String)> {
+    async fn document(&self, document: &Document) -> Result<(Bytes, Algorithm)> {
         let mut last = None;
         for endpoint in &self.endpoints {
             if !(if document.by_tag { endpoint.host.resolve } else { endpoint.host.pull }) {
@@ -193,15 +198,14 @@ impl Session {
         Err(last.unwrap_or_else(|| self.no_host()))
     }
 
-    async fn document_from(&self, endpoint: &Endpoint, d: &Document) -> Result<(Bytes, String), Failure> {
+    async fn document_from(&self, endpoint: &Endpoint, d: &Document) -> Result<(Bytes, Algorithm), Failure> {
         let response = self.request(endpoint, Method::GET, &d.path, None).await?;
-        let kind = response.headers().get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
-        let kind = kind.to_owned();
+        let named = d.expect.or_else(|| content_digest(&response));
         let body = self.collect(endpoint, response, d.size).await?;
         if let Some(expected) = &d.expect {
             self.verify(d.what, endpoint, expected, &body)?;
         }
-        Ok((body, kind))
+        Ok((body, named.map_or(Algorithm::Sha256, |n| n.algorithm())))
     }
 
     /// Sends a blob's bytes into `to`, then an empty chunk; or an error. Resumes where a connection broke off. Ends
@@ -573,7 +577,7 @@ impl Session {
     }
 
     fn verify(&self, what: &str, endpoint: &Endpoint, expected: &Digest, body: &[u8]) -> Result<(), Failure> {
-        let actual = Digest::of(body);
+        let actual = expected.same_of(body);
         if actual == *expected {
             return Ok(());
         }

@@ -8,6 +8,7 @@ mod reader;
 mod source;
 #[cfg(test)]
 mod tests;
+mod zstd_frames;
 
 use std::io;
 
@@ -16,6 +17,7 @@ pub(crate) use apply::{
 };
 pub(crate) use reader::{Kind, TarReader};
 pub(crate) use source::{Stream, decompress_while};
+pub(crate) use zstd_frames::Frames;
 
 /// Why a layer could not be unpacked.
 #[derive(Debug, thiserror::Error)]

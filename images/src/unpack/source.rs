@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::{Buf, Bytes};
-use sha2::Digest as _;
 use tokio::sync::mpsc;
 
-use crate::Digest;
+use super::zstd_frames::Frames;
+use crate::reference::Hasher;
+use crate::{Algorithm, Digest};
 
 /// Bytes per decompressed buffer.
 const BUFFER: usize = 256 << 10;
@@ -67,15 +68,15 @@ impl BufRead for Stream {
 /// Hashes and counts what is read through it.
 pub(crate) struct Hashed<R> {
     inner: R,
-    hasher: sha2::Sha256,
+    hasher: Hasher,
     count: u64,
     copy: Option<std::fs::File>,
 }
 
 impl<R: BufRead> Hashed<R> {
     /// `copy` receives every byte as well.
-    pub fn new(inner: R, copy: Option<std::fs::File>) -> Self {
-        Hashed { inner, hasher: sha2::Sha256::new(), count: 0, copy }
+    pub fn new(inner: R, algorithm: Algorithm, copy: Option<std::fs::File>) -> Self {
+        Hashed { inner, hasher: algorithm.hasher(), count: 0, copy }
     }
 
     /// Reads what is left, unless `abandoned`, and gives the digest and length of everything.
@@ -86,7 +87,7 @@ impl<R: BufRead> Hashed<R> {
             }
             let n = self.fill_buf()?.len();
             if n == 0 {
-                return Ok((Digest::from_hasher(self.hasher), self.count));
+                return Ok((self.hasher.finish(), self.count));
             }
             self.consume(n);
         }
@@ -172,10 +173,11 @@ impl BufRead for Buffers {
 /// Decompresses `input` on a second thread while `use_it` reads the result on this one. Returns what `use_it` returned,
 /// and digest and length of the whole input, also when decompressing or `use_it` failed, because a wrong digest explains
 /// such failures better; unless `give_up` says of the result that the rest is not worth reading. Detects gzip and zstd by
-/// their first bytes, as media types are often wrong.
+/// their first bytes, as media types are often wrong. `algorithms` are for the input and for what is decompressed.
 pub(crate) fn decompress_while<R, T>(
     input: R,
     copy: Option<std::fs::File>,
+    algorithms: (Algorithm, Algorithm),
     use_it: impl FnOnce(Hashed<Buffers>) -> T,
     give_up: impl FnOnce(&T) -> bool,
 ) -> (T, io::Result<(Digest, u64)>)
@@ -192,7 +194,7 @@ where
     let flag = &abandoned;
     std::thread::scope(|scope| {
         let worker = scope.spawn(move || {
-            let mut input = Hashed::new(input, copy);
+            let mut input = Hashed::new(input, algorithms.0, copy);
             if let Err(e) = pump(&mut input, &full_tx, &empty_rx) {
                 // The reader may have given up before.
                 let _ = full_tx.send(Err(e));
@@ -201,7 +203,7 @@ where
             input.finish(flag)
         });
         let buffers = Buffers { full, empty, current: Vec::new(), position: 0, done: false };
-        let used = use_it(Hashed::new(buffers, None));
+        let used = use_it(Hashed::new(buffers, algorithms.1, None));
         flag.store(give_up(&used), Ordering::Relaxed);
         let read = worker.join().unwrap_or_else(|_| Err(io::Error::other("the decompressor panicked")));
         (used, read)
@@ -219,7 +221,7 @@ fn pump<R: BufRead>(
     if head.starts_with(&[0x1f, 0x8b]) {
         copy_out(flate2::bufread::MultiGzDecoder::new(chained), full, empty)
     } else if is_zstd(&head) {
-        copy_out(zstd::stream::read::Decoder::with_buffer(chained)?, full, empty)
+        copy_out(Frames::new(chained)?, full, empty)
     } else {
         copy_out(chained, full, empty)
     }
@@ -271,10 +273,13 @@ mod tests {
 
     use super::*;
 
+    const BOTH: (Algorithm, Algorithm) = (Algorithm::Sha256, Algorithm::Sha256);
+
     fn through(input: &[u8]) -> (Vec<u8>, Digest, Digest) {
         let ((data, diff), read) = decompress_while(
             input,
             None,
+            BOTH,
             |mut r| {
                 let mut data = Vec::new();
                 r.read_to_end(&mut data).unwrap();
@@ -316,7 +321,7 @@ mod tests {
     #[test]
     fn a_reader_that_stops_early_does_not_hang() {
         let big = vec![7u8; 5 << 20];
-        let ((), read) = decompress_while(&big[..], None, drop, |_| true);
+        let ((), read) = decompress_while(&big[..], None, BOTH, drop, |_| true);
         // Whether the worker had read everything when it was told does not matter.
         drop(read);
     }
@@ -324,8 +329,13 @@ mod tests {
     #[test]
     fn damaged_gzip_is_an_error_and_the_input_still_has_its_digest() {
         let input = &b"\x1f\x8b\x08garbage"[..];
-        let (used, read) =
-            decompress_while(input, None, |mut r| r.read_to_end(&mut Vec::new()).map(|_| ()), |_| false);
+        let (used, read) = decompress_while(
+            input,
+            None,
+            BOTH,
+            |mut r| r.read_to_end(&mut Vec::new()).map(|_| ()),
+            |_| false,
+        );
         assert!(used.is_err());
         assert_eq!(read.unwrap().0, Digest::of(input));
     }

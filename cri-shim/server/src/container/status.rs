@@ -52,9 +52,10 @@ impl Runtime {
     /// The name people know: what was asked for, or the image's first tag when an id was.
     fn image_name(&self, asked: &cri::ImageSpec, id: &str) -> cri::ImageSpec {
         let mut spec = asked.clone();
-        let is_id = id.strip_prefix("sha256:").is_some_and(|hex| {
-            let asked = asked.image.strip_prefix("sha256:").unwrap_or(&asked.image);
-            !asked.is_empty() && hex.starts_with(asked)
+        let is_id = id.split_once(':').is_some_and(|(algorithm, hex)| {
+            let digits = asked.image.strip_prefix(algorithm).and_then(|d| d.strip_prefix(':'));
+            let digits = digits.unwrap_or(&asked.image);
+            !digits.is_empty() && hex.starts_with(digits)
         });
         if !spec.user_specified_image.is_empty() {
             spec.image.clone_from(&spec.user_specified_image);
