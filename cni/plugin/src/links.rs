@@ -3,6 +3,7 @@
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::AddressFamily;
@@ -12,7 +13,7 @@ use netlink_packet_route::address::{
 };
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags,
-    LinkInfo, LinkMessage,
+    LinkInfo, LinkMessage, State,
 };
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState};
 use netlink_packet_route::route::{
@@ -25,6 +26,9 @@ use crate::removal;
 
 type Result<T> = std::result::Result<T, Error>;
 
+/// The kernel may gather such events for a second; a link that needs longer is somebody else's to explain.
+const CARRIER_PATIENCE: Duration = Duration::from_secs(3);
+
 const ENODEV: i32 = 19;
 const EEXIST: i32 = 17;
 const ENETUNREACH: i32 = 101;
@@ -35,6 +39,8 @@ const EHOSTUNREACH: i32 = 113;
 pub struct Link {
     pub index: u32,
     pub up: bool,
+    /// Set to carry packets (operational state as in RFC 2863), which is a moment later than `up`.
+    pub carries: bool,
     pub mtu: u32,
     pub mac: Vec<u8>,
 }
@@ -114,12 +120,14 @@ fn get_link(nl: &mut Netlink, m: LinkMessage, what: &str) -> Result<Option<Link>
             let mut link = Link {
                 index: m.header.index,
                 up: m.header.flags.contains(LinkFlags::Up),
+                carries: false,
                 mtu: 0,
                 mac: Vec::new(),
             };
             for a in m.attributes {
                 match a {
                     LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+                    LinkAttribute::OperState(state) => link.carries = state == State::Up,
                     LinkAttribute::Address(mac) => link.mac = mac,
                     _ => {}
                 }
@@ -147,6 +155,16 @@ pub fn set_up(nl: &mut Netlink, index: u32, alias: Option<&str>) -> Result<()> {
         m.attributes = vec![LinkAttribute::IfAlias(alias.chars().take(200).collect())];
     }
     nl.change(Message::SetLink(m), 0).map_err(failed("bring a link up"))
+}
+
+/// Waits until the first side of a pair that was set up carries packets. The kernel learns in the background that the other
+/// side has come, and drops what is sent until then: a first packet that the sender repeats a second later, or never.
+pub fn wait_for_carrier(nl: &mut Netlink, index: u32) -> Result<()> {
+    let begin = Instant::now();
+    while find_index(nl, index)?.is_some_and(|l| !l.carries) && begin.elapsed() < CARRIER_PATIENCE {
+        std::thread::sleep(Duration::from_micros(500));
+    }
+    Ok(())
 }
 
 /// Keeps the kernel from giving the link an IPv6 link-local address.

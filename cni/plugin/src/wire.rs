@@ -89,9 +89,10 @@ impl Wiring<'_> {
             netns.file.as_raw_fd(),
             wired.mtu,
         )?;
-        self.host_side(host, &wired)?;
+        let index = self.host_side(host, &wired)?;
         let mut pod = netns.enter()?;
         self.pod_side(&mut pod, &wired)?;
+        links::wait_for_carrier(host, index)?;
         Ok(wired)
     }
 
@@ -108,7 +109,8 @@ impl Wiring<'_> {
         Ok(links::find_index(host, hop.index)?.map(|l| l.mtu).filter(|m| *m != 0).unwrap_or(DEFAULT_MTU))
     }
 
-    fn host_side(&self, host: &mut Netlink, wired: &Wired) -> Result<(), Error> {
+    /// Returns the link's index.
+    fn host_side(&self, host: &mut Netlink, wired: &Wired) -> Result<u32, Error> {
         let index = links::expect(host, &self.host_name)?.index;
         if !self.has_ipv6() {
             // Fails where the kernel has no IPv6, which is as good.
@@ -134,7 +136,7 @@ impl Wiring<'_> {
                 links::add_address(host, index, GATEWAY_V4, AddressScope::Link)?;
             }
         }
-        Ok(())
+        Ok(index)
     }
 
     fn pod_side(&self, pod: &mut Netlink, wired: &Wired) -> Result<(), Error> {

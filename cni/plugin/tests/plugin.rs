@@ -256,6 +256,10 @@ async fn many_pods_at_once() {
         let start = Instant::now();
         node.cni.add(&p.network).await.unwrap();
         add.push(start.elapsed());
+        // The kernel drops packets until then.
+        let links = inside(&node.netns, || run("ip -o link"));
+        let ours = links.lines().find(|l| l.contains(": orlp")).unwrap();
+        assert!(ours.contains("state UP"), "{ours}");
         let start = Instant::now();
         node.cni.del(&p.network).await.unwrap();
         del.push(start.elapsed());
