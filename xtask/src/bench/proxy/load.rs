@@ -3,41 +3,45 @@
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
+use serde_json::Value;
 
 use super::super::{Result, text};
 use super::world::{Net, POD};
 
 /// Answers a byte with a byte.
 pub const PING: u16 = 8080;
-/// Takes in whatever comes.
-pub const SINK: u16 = 8081;
-const CHUNK: usize = 256 * 1024;
+/// iperf3's.
+pub const BULK: u16 = 8081;
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Starts both servers in a pod; they run until this process ends.
+/// Starts the server that answers in a pod; it runs until this process ends.
 pub fn serve(pod: &Net) -> Result {
-    let listeners = pod.run(|| {
-        let listen = |port| TcpListener::bind((POD, port)).map_err(text);
-        Ok([listen(PING)?, listen(SINK)?])
-    })?;
-    for (listener, size) in listeners.into_iter().zip([1, CHUNK]) {
-        pod.spawn(move || {
-            let mut buffer = vec![0; size];
-            for mut s in listener.incoming().flatten() {
-                s.set_nodelay(true).map_err(text)?;
-                while let Ok(1..) = s.read(&mut buffer) {
-                    if size == 1 && s.write_all(&buffer).is_err() {
-                        break;
-                    }
+    let listener = pod.run(|| TcpListener::bind((POD, PING)).map_err(text))?;
+    pod.spawn(move || {
+        for mut s in listener.incoming().flatten() {
+            s.set_nodelay(true).map_err(text)?;
+            let mut byte = [0];
+            while let Ok(1) = s.read(&mut byte) {
+                if s.write_all(&byte).is_err() {
+                    break;
                 }
             }
-            Ok(())
-        });
-    }
+        }
+        Ok(())
+    });
     Ok(())
+}
+
+/// Starts iperf3's server in a pod.
+pub fn serve_bulk(pod: &Net) -> Result<Child> {
+    let mut c = pod.command(Path::new("iperf3"));
+    c.args(["--server", "--port", &BULK.to_string()]);
+    c.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().map_err(text)
 }
 
 fn reset_on_close(s: &TcpStream) -> Result {
@@ -85,16 +89,17 @@ pub fn exchanges(to: SocketAddr, time: Duration) -> Result<f64> {
     Ok(typical_rate(times))
 }
 
-/// MiB a second into one connection.
-pub fn bulk(to: SocketAddr, time: Duration) -> Result<f64> {
-    let mut s = TcpStream::connect_timeout(&to, PATIENCE).map_err(|e| format!("{to}: {e}"))?;
-    let data = vec![0; CHUNK];
-    let (begin, mut sent) = (Instant::now(), 0.0);
-    while begin.elapsed() < time {
-        s.write_all(&data).map_err(text)?;
-        sent += CHUNK as f64;
-    }
-    Ok(sent / begin.elapsed().as_secs_f64() / f64::from(1 << 20))
+/// MiB a second that arrive over one connection of iperf3, which takes whole seconds.
+pub fn bulk(to: SocketAddr, _: Duration) -> Result<f64> {
+    let (ip, port) = (to.ip().to_string(), to.port().to_string());
+    let out = Command::new("iperf3")
+        .args(["--client", &ip, "--port", &port, "--time", "1", "--json"])
+        .stdin(Stdio::null())
+        .output()
+        .map_err(text)?;
+    let said: Value = serde_json::from_slice(&out.stdout).map_err(text)?;
+    let bits = said["end"]["sum_received"]["bits_per_second"].as_f64();
+    bits.map(|b| b / 8.0 / f64::from(1 << 20)).ok_or_else(|| format!("iperf3 to {to}: {}", said["error"]))
 }
 
 /// When a connection there first works.

@@ -17,7 +17,7 @@ use kube::api::{Api, PostParams};
 use orlop_test_vms::program;
 use serde_json::{Value, json};
 
-use self::load::{PING, SINK, at};
+use self::load::{BULK, PING, at};
 use self::world::{Cgroup, Net, POD, World};
 use super::process::pss;
 use super::table::{Goal, Table, Times, Unit};
@@ -29,9 +29,12 @@ const ENDPOINTS: usize = 10;
 /// server gives out).
 const WEB: Ipv4Addr = Ipv4Addr::new(10, 213, 255, 1);
 const NODE_PORTS: [u16; 2] = [32_080, 32_081];
-/// Figures are medians of so many rounds, taken in turn with those that they are compared with.
-const ROUNDS: usize = 9;
-const ROUND: Duration = Duration::from_millis(500);
+/// Figures are medians of so many rounds, taken in turn with those that they are compared with: many short ones, as a
+/// machine's mood lasts for seconds.
+const ROUNDS: usize = 40;
+const ROUND: Duration = Duration::from_millis(100);
+/// Those of iperf3, which counts in seconds.
+const BULK_ROUNDS: usize = 9;
 /// New Services of which one is typical.
 const SINGLES: usize = 20;
 /// Requests that fill the API server at the same time.
@@ -58,20 +61,40 @@ fn endpoint(i: usize, e: usize) -> Ipv4Addr {
     Ipv4Addr::new(10, 100 + e as u8, (i / 250) as u8, (i % 250 + 1) as u8)
 }
 
-/// Addresses in the rule set; the API server chooses its own.
-fn nft_vip(i: usize) -> Ipv4Addr {
-    Ipv4Addr::new(10, 213, (i / 250) as u8, (i % 250 + 1) as u8)
+/// Of a Service that stands by. All addresses are given, so that the API server chooses none that is to come.
+fn vip(i: usize) -> Ipv4Addr {
+    Ipv4Addr::new(10, 213, (i / 250 + 1) as u8, (i % 250 + 1) as u8)
 }
 
 struct Bench {
     dir: tempfile::TempDir,
-    /// Ends before its namespace goes.
-    _server: Process,
+    /// The API server and what answers in pods; they end before their namespaces go.
+    _servers: Vec<Process>,
+    /// Whether iperf3 is there.
+    bulk: bool,
     cgroup: Cgroup,
     /// Without any proxy, with ours, and with the rule set when nft is there.
     plain: World,
     ours: World,
     rules: Option<World>,
+}
+
+type Load = fn(SocketAddr, Duration) -> Result<f64>;
+
+/// What is measured through a ClusterIP and through a node port.
+struct Line {
+    what: &'static str,
+    load: Load,
+    /// Of the Service, and of nodes.
+    ports: (u16, u16),
+    rounds: usize,
+    /// The goal through a ClusterIP.
+    times: f64,
+}
+
+/// Whether a program is there to run.
+fn installed(program: &str) -> bool {
+    Command::new(program).arg("--version").stdout(Stdio::null()).status().is_ok_and(|s| s.success())
 }
 
 /// A child that is killed on drop.
@@ -88,9 +111,14 @@ impl Bench {
     fn new() -> Result<Bench> {
         let dir = tempfile::tempdir().map_err(text)?;
         let (plain, ours) = (World::new("a")?, World::new("b")?);
-        let rules = if nft::installed() { Some(World::new("c")?) } else { None };
+        let rules = if installed("nft") { Some(World::new("c")?) } else { None };
+        let bulk = installed("iperf3");
+        let mut servers = Vec::new();
         for w in [&plain, &ours].into_iter().chain(&rules) {
             load::serve(&w.pod)?;
+            if bulk {
+                servers.push(Process(load::serve_bulk(&w.pod)?));
+            }
         }
         let log = std::fs::File::create(dir.path().join("server.log")).map_err(text)?;
         let mut server = ours.node.command(&program("orlop"));
@@ -102,7 +130,8 @@ impl Bench {
             server.arg(flag).arg(dir.path().join(name));
         }
         let server = server.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().map_err(text)?;
-        let bench = Bench { dir, _server: Process(server), cgroup: Cgroup::new()?, plain, ours, rules };
+        servers.push(Process(server));
+        let bench = Bench { dir, _servers: servers, bulk, cgroup: Cgroup::new()?, plain, ours, rules };
         let begin = Instant::now();
         while let Err(e) = bench.api(|client| Box::pin(make_web(client))) {
             if begin.elapsed() > PATIENCE {
@@ -172,49 +201,49 @@ impl Bench {
             [Some(Goal::Figure(5.0)), None],
         );
 
-        type Load = fn(SocketAddr, Duration) -> Result<f64>;
-        let loads: [(&str, Load, u16, Goal); 3] = [
-            ("connections", load::connections, PING, Goal::Times(0.97)),
-            ("exchanges", load::exchanges, PING, Goal::Times(0.99)),
-            ("bulk, MiB", load::bulk, SINK, Goal::Times(0.99)),
+        let ping =
+            |what, load, times| Line { what, load, ports: (PING, NODE_PORTS[0]), rounds: ROUNDS, times };
+        let mut lines = vec![
+            ping("connections", load::connections as Load, 0.97),
+            ping("exchanges", load::exchanges as Load, 0.99),
         ];
-        for (what, load, port, goal) in loads {
+        if self.bulk {
+            let ports = (BULK, NODE_PORTS[1]);
+            lines.push(Line {
+                what: "iperf3, MiB",
+                load: load::bulk,
+                ports,
+                rounds: BULK_ROUNDS,
+                times: 0.99,
+            });
+        }
+        for l in &lines {
             let (ours, straight) = in_turn(
-                || self.measure(true, &self.ours.client, load, at(WEB, port)),
-                || self.measure(false, &self.plain.client, load, at(POD, port)),
+                l.rounds,
+                || self.measure(true, &self.ours.client, l.load, at(WEB, l.ports.0)),
+                || self.measure(false, &self.plain.client, l.load, at(POD, l.ports.0)),
             )?;
-            let what = format!("{what} through ClusterIP / straight without a proxy");
-            table.row(what, Unit::PerSecond, ours, Some(straight), Some(goal));
+            let what = format!("{} through ClusterIP / straight without a proxy", l.what);
+            table.row(what, Unit::PerSecond, ours, Some(straight), Some(Goal::Times(l.times)));
         }
         let Some(rules) = &self.rules else { return Ok(table) };
         nft::load(&rules.node, services)?;
         let goal = Goal::Times(if services >= 5000 { 2.0 } else { 1.0 });
-        for (i, (what, load, ..)) in loads.into_iter().enumerate() {
-            let to = at(world::NODE, NODE_PORTS[usize::from(i == 2)]);
+        for (i, l) in lines.iter().enumerate() {
+            let to = at(world::NODE, l.ports.1);
             let (ours, theirs) = in_turn(
-                || self.measure(false, &self.ours.outside, load, to),
-                || self.measure(false, &rules.outside, load, to),
+                l.rounds,
+                || self.measure(false, &self.ours.outside, l.load, to),
+                || self.measure(false, &rules.outside, l.load, to),
             )?;
-            let goal = (i == 0).then_some(goal);
-            table.row(
-                format!("{what} through NodePort / nftables"),
-                Unit::PerSecond,
-                ours,
-                Some(theirs),
-                goal,
-            );
+            let what = format!("{} through NodePort / nftables", l.what);
+            table.row(what, Unit::PerSecond, ours, Some(theirs), (i == 0).then_some(goal));
         }
         Ok(table)
     }
 
     /// One round in a namespace, in or out of the proxy's cgroup.
-    fn measure(
-        &self,
-        covered: bool,
-        from: &Net,
-        load: fn(SocketAddr, Duration) -> Result<f64>,
-        to: SocketAddr,
-    ) -> Result<f64> {
+    fn measure(&self, covered: bool, from: &Net, load: Load, to: SocketAddr) -> Result<f64> {
         self.cgroup.enter(covered)?;
         from.run(move || load(to, ROUND))
     }
@@ -324,22 +353,22 @@ fn slice(service: &str, ips: &[Ipv4Addr], port: u16) -> Value {
     json!({
         "metadata": {"name": format!("{service}-{port}"), "labels": {
             "kubernetes.io/service-name": service, "endpointslice.kubernetes.io/managed-by": "bench"}},
-        "addressType": "IPv4", "endpoints": endpoints, "ports": [{"name": if port == SINK { "sink" } else { "" },
+        "addressType": "IPv4", "endpoints": endpoints, "ports": [{"name": "",
             "protocol": "TCP", "port": port}],
     })
 }
 
 /// The Service that is measured.
 async fn make_web(client: kube::Client) -> Result {
-    let [ping, sink] = NODE_PORTS;
+    let [ping, bulk] = NODE_PORTS;
     let service = json!({
         "metadata": {"name": "web"},
         "spec": {"type": "NodePort", "clusterIP": WEB.to_string(), "ports": [
-            {"name": "ping", "port": PING, "nodePort": ping}, {"name": "sink", "port": SINK, "nodePort": sink}]},
+            {"name": "ping", "port": PING, "nodePort": ping}, {"name": "bulk", "port": BULK, "nodePort": bulk}]},
     });
     create::<Service>(&client, service).await?;
     let mut slice = slice("web", &[POD], PING);
-    slice["ports"] = json!([{"name": "ping", "protocol": "TCP", "port": PING}, {"name": "sink", "protocol": "TCP", "port": SINK}]);
+    slice["ports"] = json!([{"name": "ping", "protocol": "TCP", "port": PING}, {"name": "bulk", "protocol": "TCP", "port": BULK}]);
     create::<EndpointSlice>(&client, slice).await
 }
 
@@ -354,7 +383,7 @@ async fn fill(client: kube::Client, from: usize, to: usize) -> Result {
             slice["metadata"]["name"] = json!(name);
             create::<Service>(
                 &client,
-                json!({"metadata": {"name": name}, "spec": {"ports": [{"port": 80}]}}),
+                json!({"metadata": {"name": name}, "spec": {"clusterIP": vip(i).to_string(), "ports": [{"port": 80}]}}),
             )
             .await?;
             create::<EndpointSlice>(&client, slice).await
@@ -364,9 +393,13 @@ async fn fill(client: kube::Client, from: usize, to: usize) -> Result {
 }
 
 /// Medians of two figures that are taken in turn.
-fn in_turn(mut a: impl FnMut() -> Result<f64>, mut b: impl FnMut() -> Result<f64>) -> Result<(f64, f64)> {
+fn in_turn(
+    rounds: usize,
+    mut a: impl FnMut() -> Result<f64>,
+    mut b: impl FnMut() -> Result<f64>,
+) -> Result<(f64, f64)> {
     let (mut of_a, mut of_b) = (Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds {
         of_a.push(a()?);
         of_b.push(b()?);
     }

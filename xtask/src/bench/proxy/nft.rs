@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use super::super::{Result, text};
-use super::load::{PING, SINK};
+use super::load::{BULK, PING};
 use super::world::{NODE, Net, POD};
 use super::{ENDPOINTS, NODE_PORTS};
 
@@ -37,9 +37,9 @@ fn rules(services: usize) -> Result<String> {
     };
     for i in 0..services {
         let endpoints: Vec<_> = (0..ENDPOINTS).map(|e| (super::endpoint(i, e), 80)).collect();
-        add(&format!("s{i}"), super::nft_vip(i), 80, &endpoints).map_err(text)?;
+        add(&format!("s{i}"), super::vip(i), 80, &endpoints).map_err(text)?;
     }
-    for (node_port, number) in NODE_PORTS.into_iter().zip([PING, SINK]) {
+    for (node_port, number) in NODE_PORTS.into_iter().zip([PING, BULK]) {
         add(&format!("web{number}"), super::WEB, number, &[(POD, number)]).map_err(text)?;
         ports.push(format!("tcp . {node_port} : goto external-web{number}"));
     }
@@ -73,15 +73,6 @@ fn rules(services: usize) -> Result<String> {
         addresses.join(", "),
         ports.join(", ")
     ))
-}
-
-/// Whether there is an nft to load rules with.
-pub fn installed() -> bool {
-    std::process::Command::new("nft")
-        .arg("--version")
-        .stdout(Stdio::null())
-        .status()
-        .is_ok_and(|s| s.success())
 }
 
 /// Replaces the rules of a namespace.
