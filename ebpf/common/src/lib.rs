@@ -5,6 +5,7 @@
 #![cfg_attr(not(any(test, feature = "user")), no_std)]
 
 pub mod maglev;
+pub mod noted;
 
 /// Version of all layouts in this crate. Pinned maps live in a folder named after it.
 pub const LAYOUT: u32 = 2;
@@ -279,6 +280,8 @@ pub mod counters {
     pub const DIRECT: u32 = 10;
     /// Packets sent on by XDP.
     pub const XDP: u32 = 11;
+    /// TCP connections taken up in the middle: a full table had dropped their entry, or they are older than it.
+    pub const RESUMED: u32 = 12;
     pub const COUNT: u32 = 16;
 }
 

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use aya::programs::{CgroupSockAddr, ProgramFd, SchedClassifier, Xdp};
+use aya::programs::{CgroupSock, CgroupSockAddr, ProgramFd, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use orlop_ebpf_common::{Config as KernelConfig, LAYOUT, Uplink, uplink_flags};
 
@@ -28,6 +28,9 @@ const SOCKET_PROGRAMS: [(&str, AttachType); 8] = [
     ("lb_sendmsg6", AttachType::Sendmsg6),
 ];
 
+/// Forgets sockets that are closed.
+const RELEASE: &str = "lb_release";
+
 /// Source ports for packets to other nodes: above ip_local_port_range's default of 32768-60999.
 const SNAT_PORTS: (u16, u16) = (61_000, 65_535);
 /// Node ports, which no translated source may have either.
@@ -46,10 +49,28 @@ pub struct Datapath {
     config: Config,
 }
 
+/// Programs for uplinks and for pods' interfaces.
 enum Packet {
-    Tcx { ingress: ProgramFd, egress: ProgramFd },
-    Clsact { ingress: Box<SchedClassifier>, egress: Box<SchedClassifier> },
+    Tcx { uplink: Pair<ProgramFd>, pod: Pair<ProgramFd> },
+    Clsact { uplink: Pair<Box<SchedClassifier>>, pod: Pair<Box<SchedClassifier>> },
 }
+
+struct Pair<P> {
+    ingress: P,
+    egress: P,
+}
+
+impl<P> Pair<P> {
+    fn load(
+        mut by: impl FnMut(&'static str) -> Result<P, Error>,
+        names: [&'static str; 2],
+    ) -> Result<Self, Error> {
+        Ok(Pair { ingress: by(names[0])?, egress: by(names[1])? })
+    }
+}
+
+const UPLINK: [&str; 2] = ["lb_ingress", "lb_egress"];
+const POD: [&str; 2] = ["lb_pod_ingress", "lb_pod_egress"];
 
 impl Datapath {
     /// Loads the programs and adopts pinned maps; those of an older layout as far as they are alike. What an earlier
@@ -72,15 +93,11 @@ impl Datapath {
         })
         .map_err(|e| map_error("CONFIG", e))?;
         let packet = if !config.force_clsact && probe::has_tcx() {
-            Packet::Tcx {
-                ingress: classifier(&mut bpf, "lb_ingress")?,
-                egress: classifier(&mut bpf, "lb_egress")?,
-            }
+            let mut load = |name| classifier(&mut bpf, name);
+            Packet::Tcx { uplink: Pair::load(&mut load, UPLINK)?, pod: Pair::load(&mut load, POD)? }
         } else {
-            Packet::Clsact {
-                ingress: Box::new(lasting(&mut bpf, "lb_ingress", &config.pins)?),
-                egress: Box::new(lasting(&mut bpf, "lb_egress", &config.pins)?),
-            }
+            let mut load = |name| lasting(&mut bpf, name, &config.pins).map(Box::new);
+            Packet::Clsact { uplink: Pair::load(&mut load, UPLINK)?, pod: Pair::load(&mut load, POD)? }
         };
         let xdp = if config.xdp.is_empty() { None } else { Some(xdp(&mut bpf)?) };
         Ok(Datapath { maps, object: Some(bpf), packet, xdp, config: config.clone() })
@@ -103,13 +120,8 @@ impl Datapath {
         };
         let dir = File::open(&cgroup).map_err(path_err("open cgroup", &cgroup))?;
         let cgroup_id = dir.metadata().map_err(path_err("read cgroup", &cgroup))?.ino();
-        for (name, attach) in SOCKET_PROGRAMS {
-            let program: &mut CgroupSockAddr = program(bpf, name)?;
-            let failed = |e| Error::Program { program: name, source: Box::new(e) };
-            if program.fd().is_err() {
-                program.load().map_err(failed)?;
-            }
-            let fd = program.fd().map_err(failed)?;
+        for (name, attach) in SOCKET_PROGRAMS.into_iter().chain([(RELEASE, AttachType::Release)]) {
+            let fd = socket_program(bpf, name)?;
             let target = Target { number: dir.as_raw_fd() as u32, id: cgroup_id };
             let pin = pin::links(&self.config.pins).join(name);
             link(&pin, fd.as_fd(), target, attach).map_err(|source| Error::Attach {
@@ -130,18 +142,21 @@ impl Datapath {
         let uplink = Uplink { flags: uplink.flags | by_driver, ..uplink };
         self.maps.put_uplink(index, uplink).map_err(|e| map_error("UPLINKS", e))?;
         let links = pin::links(&self.config.pins);
+        let is_pod = uplink.flags & uplink_flags::POD != 0;
         match &mut self.packet {
-            Packet::Tcx { ingress, egress } => {
+            Packet::Tcx { uplink, pod } => {
+                let (names, Pair { ingress, egress }) = if is_pod { (POD, pod) } else { (UPLINK, uplink) };
                 let target = Target { number: index, id: u64::from(index) };
                 for (program, pin, fd, attach) in [
-                    ("lb_egress", "out", &*egress, AttachType::TcxEgress),
-                    ("lb_ingress", "in", &*ingress, AttachType::TcxIngress),
+                    (names[1], "out", &*egress, AttachType::TcxEgress),
+                    (names[0], "in", &*ingress, AttachType::TcxIngress),
                 ] {
                     link(&links.join(format!("{pin}_{index}")), fd.as_fd(), target, attach)
                         .map_err(|source| Error::Attach { program, target: name.to_owned(), source })?;
                 }
             }
-            Packet::Clsact { ingress, egress } => {
+            Packet::Clsact { uplink, pod } => {
+                let Pair { ingress, egress } = if is_pod { pod } else { uplink };
                 clsact::attach(&self.config.pins, index, name, ingress, egress)?;
             }
         }
@@ -206,12 +221,12 @@ pub(crate) fn verify() -> Result<(), Error> {
     let config = Config { pins, sizes: small, ..Config::default() };
     pin::prepare(&config.pins)?;
     let result = load(&config).and_then(|mut bpf| {
-        for (name, _) in SOCKET_PROGRAMS {
-            let p: &mut CgroupSockAddr = program(&mut bpf, name)?;
-            p.load().map_err(|e| Error::Program { program: name, source: Box::new(e) })?;
+        for name in SOCKET_PROGRAMS.map(|(name, _)| name).into_iter().chain([RELEASE]) {
+            socket_program(&mut bpf, name)?;
         }
-        classifier(&mut bpf, "lb_ingress")?;
-        classifier(&mut bpf, "lb_egress")?;
+        for name in UPLINK.into_iter().chain(POD) {
+            classifier(&mut bpf, name)?;
+        }
         xdp(&mut bpf).map(drop)
     });
     pin::remove(&config.pins)?;
@@ -276,6 +291,25 @@ where
         .ok_or(Error::Missing { name })?
         .try_into()
         .map_err(|e| Error::Program { program: name, source: Box::new(e) })
+}
+
+/// A program for a cgroup, loaded if it is not yet.
+fn socket_program(bpf: &mut Ebpf, name: &'static str) -> Result<ProgramFd, Error> {
+    let failed = |e| Error::Program { program: name, source: Box::new(e) };
+    let fd = if name == RELEASE {
+        let p: &mut CgroupSock = program(bpf, name)?;
+        if p.fd().is_err() {
+            p.load().map_err(failed)?;
+        }
+        p.fd().map_err(failed)?
+    } else {
+        let p: &mut CgroupSockAddr = program(bpf, name)?;
+        if p.fd().is_err() {
+            p.load().map_err(failed)?;
+        }
+        p.fd().map_err(failed)?
+    };
+    fd.try_clone().map_err(|e| Error::Program { program: name, source: Box::new(e.into()) })
 }
 
 fn classifier(bpf: &mut Ebpf, name: &'static str) -> Result<ProgramFd, Error> {

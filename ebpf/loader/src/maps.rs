@@ -7,6 +7,7 @@ use orlop_ebpf_common::{
 };
 
 mod fake;
+mod listed;
 mod real;
 
 pub use fake::{FakeMaps, FaultyMaps};

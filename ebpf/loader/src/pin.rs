@@ -140,9 +140,11 @@ const SHAPES: [(&str, usize, usize); 10] = [
 ];
 
 /// Maps that an upgrade makes anew, and the counters.
-const OTHER_SHAPES: [(&str, usize, usize); 7] = [
+const OTHER_SHAPES: [(&str, usize, usize); 9] = [
+    ("CLIENTS", size_of::<u32>(), size_of::<u32>()),
     ("CONFIG", size_of::<u32>(), size_of::<Config>()),
     ("COUNTERS", size_of::<u32>(), size_of::<u64>()),
+    ("FILTER", size_of::<u32>(), size_of::<u64>()),
     ("FRAGMENTS", size_of::<FragmentKey>(), size_of::<FragmentPorts>()),
     ("LOCAL_ADDRS", size_of::<Addr>(), size_of::<u32>()),
     ("MAGLEV", size_of::<u32>(), size_of::<MaglevTable>()),
@@ -183,7 +185,10 @@ pub(crate) fn remove(pins: &Path) -> Result<(), Error> {
     }
     let empty = folders(&at).is_ok_and(|d| d.is_empty());
     if ours && empty {
-        match rustix::mount::unmount(&at, UnmountFlags::empty()) {
+        // In a place of our own nobody pins anything; who looks at it just now (somebody counts free space on all file
+        // systems, another process had the mounts copied) must not keep it.
+        let how = if at == pins { UnmountFlags::DETACH } else { UnmountFlags::empty() };
+        match rustix::mount::unmount(&at, how) {
             // Somebody else has come to use it: then it is theirs.
             Ok(()) | Err(rustix::io::Errno::BUSY | rustix::io::Errno::INVAL) => {}
             Err(e) => return Err(path_err("unmount", &at)(e.into())),

@@ -28,6 +28,7 @@ pub enum AttachType {
     Recvmsg6 = 20,
     Peername4 = 29,
     Peername6 = 30,
+    Release = 34,
     Xdp = 37,
     TcxIngress = 46,
     TcxEgress = 47,

@@ -251,6 +251,29 @@ fn affinity_of_sockets_ends_after_its_time() {
     purge(&config).unwrap();
 }
 
+/// The table of sockets holds those that live, however many came and went.
+#[test]
+fn closed_sockets_are_forgotten() {
+    let place = Place::new("lr");
+    let config = place.config();
+    let vip: SocketAddr = "127.201.13.1:80".parse().unwrap();
+    let mut dp = Datapath::open(&config).unwrap();
+    service(&mut dp, vip, TCP, 9, &[tcp_server("a")]);
+    let kept = TcpStream::connect(vip).unwrap();
+    // More than the table holds.
+    for _ in 0..3000 {
+        TcpStream::connect(vip).unwrap();
+    }
+    let at = |a: SocketAddr| (addr_from(a.ip()), a.port());
+    let known = dp.maps.sockets().unwrap();
+    let ours: Vec<_> = known.iter().filter(|(_, r)| (r.addr, r.port) == at(vip)).collect();
+    assert_eq!(ours.len(), 1, "{ours:?}");
+    assert_eq!(kept.peer_addr().unwrap(), vip, "its name is still known");
+    drop(kept);
+    assert!(dp.maps.sockets().unwrap().iter().all(|(_, r)| (r.addr, r.port) != at(vip)));
+    purge(&config).unwrap();
+}
+
 /// Ids of this load balancer's maps, and of programs that use one of them.
 fn in_kernel(maps: &[u32]) -> (usize, usize) {
     let programs = aya::programs::loaded_programs()
@@ -272,7 +295,8 @@ fn purge_leaves_no_program_and_no_map() {
     drop(dp);
     let (maps, programs) = in_kernel(&ids);
     assert_eq!(maps, ids.len(), "pins keep the maps");
-    assert!(programs >= 8, "links keep the socket programs: {programs}");
+    assert!(programs >= 9, "links keep the socket programs: {programs}");
+    let _somebody_looks = std::fs::File::open(&config.pins).unwrap();
     purge(&config).unwrap();
     // Programs and maps go after a grace period of the kernel.
     let start = std::time::Instant::now();

@@ -7,6 +7,7 @@ mod icmp;
 mod maps;
 mod packet;
 mod parse;
+mod plain;
 mod rewrite;
 mod select;
 mod sock;

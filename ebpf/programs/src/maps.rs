@@ -40,6 +40,10 @@ pub static STATS: PerCpuHashMap<u32, Stats> = PerCpuHashMap::pinned(32768, BPF_F
 #[map]
 pub static NAMES: HashMap<u32, ServiceName> = HashMap::pinned(32768, BPF_F_NO_PREALLOC);
 #[map]
+pub static FILTER: Array<u64> = Array::pinned(noted::PLACES / 64, 0);
+#[map]
+pub static CLIENTS: Array<u32> = Array::pinned(noted::CLIENTS, 0);
+#[map]
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(counters::COUNT, 0);
 
 #[inline(always)]
@@ -63,6 +67,37 @@ pub fn count_connection(service: u32, served: bool) {
             }
         }
     }
+}
+
+/// Whether there may be a frontend at this address and port.
+#[inline(always)]
+pub fn listed(addr: &Addr, port: u16, proto: u8) -> bool {
+    let at = noted::place(addr, port, proto);
+    match FILTER.get(at / 64) {
+        Some(word) => word & (1 << (at % 64)) != 0,
+        None => true,
+    }
+}
+
+/// Whether there may be a frontend at this address and port, or a node port.
+#[inline(always)]
+pub fn leads_somewhere(addr: &Addr, port: u16, proto: u8) -> bool {
+    listed(addr, port, proto) || listed(&any_addr(is_v4(addr)), port, proto)
+}
+
+/// Notes that packets for Services come from this address of a pod.
+#[inline(always)]
+pub fn note_client(addr: &Addr) {
+    if let Some(c) = CLIENTS.get_ptr_mut(noted::client(addr)) {
+        // SAFETY: a valid element; all that is ever stored is the same.
+        unsafe { *c = 1 };
+    }
+}
+
+/// Whether packets for Services may have come from this address of a pod.
+#[inline(always)]
+pub fn is_client(addr: &Addr) -> bool {
+    CLIENTS.get(noted::client(addr)).is_none_or(|c| *c != 0)
 }
 
 /// Whether a service port admits this source.

@@ -19,6 +19,7 @@ use crate::direct;
 use crate::icmp;
 use crate::maps::*;
 use crate::parse::{Kind, parse};
+use crate::plain;
 use crate::rewrite::{self, DROP, NEXT, Route, dropped};
 use crate::select;
 
@@ -35,7 +36,7 @@ const KIND_ADDRESS: u32 = 0;
 pub const TCP_FIN: u8 = 1;
 pub const TCP_SYN: u8 = 2;
 pub const TCP_RST: u8 = 4;
-const TCP_ACK: u8 = 16;
+pub const TCP_ACK: u8 = 16;
 
 #[inline(always)]
 fn opens(p: &Packet) -> bool {
@@ -94,28 +95,50 @@ pub fn idle(v: &CtValue, proto: u8, now: u64) -> bool {
 
 #[classifier]
 pub fn lb_ingress(ctx: TcContext) -> i32 {
-    let Some(link) = uplink(ifindex(&ctx)) else { return NEXT };
-    let Some(s) = scratch() else { return NEXT };
-    let kind = parse(&ctx, link, s);
-    let found = match kind {
-        Kind::Transport => incoming(&ctx, link, s),
-        Kind::Error => icmp::find(&ctx, s, true).ok_or(NEXT),
-        Kind::Other => return NEXT,
-    };
-    carry_out(&ctx, s, kind, found)
+    ingress(&ctx)
 }
 
 #[classifier]
 pub fn lb_egress(ctx: TcContext) -> i32 {
-    let Some(link) = uplink(ifindex(&ctx)) else { return NEXT };
+    egress(&ctx)
+}
+
+/// For what comes from pods.
+#[classifier]
+pub fn lb_pod_ingress(ctx: TcContext) -> i32 {
+    if plain::passes_in(&ctx) { NEXT } else { ingress(&ctx) }
+}
+
+/// For what goes to pods.
+#[classifier]
+pub fn lb_pod_egress(ctx: TcContext) -> i32 {
+    if plain::passes_out(&ctx) { NEXT } else { egress(&ctx) }
+}
+
+#[inline(always)]
+fn ingress(ctx: &TcContext) -> i32 {
+    let Some(link) = uplink(ifindex(ctx)) else { return NEXT };
     let Some(s) = scratch() else { return NEXT };
-    let kind = parse(&ctx, link, s);
+    let kind = parse(ctx, link, s);
     let found = match kind {
-        Kind::Transport => outgoing(s),
-        Kind::Error => icmp::find(&ctx, s, false).ok_or(NEXT),
+        Kind::Transport => incoming(ctx, link, s),
+        Kind::Error => icmp::find(ctx, s, true).ok_or(NEXT),
         Kind::Other => return NEXT,
     };
-    carry_out(&ctx, s, kind, found)
+    carry_out(ctx, s, kind, found)
+}
+
+#[inline(always)]
+fn egress(ctx: &TcContext) -> i32 {
+    let Some(link) = uplink(ifindex(ctx)) else { return NEXT };
+    let Some(s) = scratch() else { return NEXT };
+    let kind = parse(ctx, link, s);
+    let found = match kind {
+        Kind::Transport => outgoing(s),
+        Kind::Error => icmp::find(ctx, s, false).ok_or(NEXT),
+        Kind::Other => return NEXT,
+    };
+    carry_out(ctx, s, kind, found)
 }
 
 /// Rewrites the packet as its connection says. All ways lead here, so that the verifier walks this once.
@@ -181,16 +204,13 @@ fn outgoing(s: &mut Scratch) -> Result<*const CtValue, i32> {
     if unsafe { (*v).flags } & ct_flags::REDIRECT != 0 {
         return Err(NEXT);
     }
-    // SAFETY: no arguments.
-    touch(v, &s.packet, unsafe { bpf_ktime_get_ns() });
+    touch(v, &s.packet, now());
     Ok(v.cast_const())
 }
 
 /// A packet for a Service, or an answer of a backend on another node.
 #[inline(always)]
 fn incoming(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const CtValue, i32> {
-    // SAFETY: no arguments.
-    let now = unsafe { bpf_ktime_get_ns() };
     let config = CONFIG.get(0).ok_or(NEXT)?;
     // An answer from a backend on another node comes to one of the translated ports.
     if s.packet.dport >= config.snat_first && s.packet.dport <= config.snat_last {
@@ -198,41 +218,64 @@ fn incoming(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const Ct
         if let Some(v) = CONNECTIONS.get_ptr_mut(&s.key) {
             // SAFETY: a valid element.
             if unsafe { (*v).flags } & ct_flags::REDIRECT != 0 {
-                touch(v, &s.packet, now);
+                touch(v, &s.packet, now());
                 return Ok(v.cast_const());
             }
         }
     }
-    let scope = if link.flags & uplink_flags::POD != 0 { SCOPE_INTERNAL } else { SCOPE_EXTERNAL };
+    let from_pod = link.flags & uplink_flags::POD != 0;
     let p = &s.packet;
-    let Some(front) = select::frontend(&p.dst, p.dport, p.proto, scope, false, config) else {
-        if opens(p) && config.flags & config_flags::DIRECT != 0 && direct::told(ctx, s).is_some() {
-            return Err(take_charge(s, now));
+    let opening = opens(p);
+    if leads_somewhere(&p.dst, p.dport, p.proto) {
+        if from_pod {
+            note_client(&p.src);
         }
-        let p = &s.packet;
-        if p.proto == UDP || opens(p) {
-            forget(&mut s.key, p);
-        }
-        return Err(NEXT);
-    };
-    set_key(&mut s.key, p, ct_dir::FORWARD);
-    if let Some(v) = CONNECTIONS.get_ptr_mut(&s.key) {
-        // SAFETY: a valid element.
-        let known = unsafe { &*v };
-        let gone = select::backend(known.backend).is_none();
-        let renew = if p.proto == UDP {
-            gone || idle(known, UDP, now)
-                || (front.flags & frontend_flags::MEMBERS != 0
-                    && !select::is_member(front.set, known.backend))
-        } else {
-            opens(p) && (gone || known.flags & ct_flags::CLOSING != 0)
-        };
-        if !renew {
-            touch(v, p, now);
+        set_key(&mut s.key, p, ct_dir::FORWARD);
+        let known = CONNECTIONS.get_ptr_mut(&s.key);
+        if let Some(v) = known
+            && p.proto == TCP
+            && !opening
+        {
+            // Wherever it has led so far.
+            touch(v, p, now());
             return Ok(v.cast_const());
         }
+        let scope = if from_pod { SCOPE_INTERNAL } else { SCOPE_EXTERNAL };
+        if let Some(front) = select::frontend(&p.dst, p.dport, p.proto, scope, || false, config) {
+            let now = now();
+            if let Some(v) = known {
+                // SAFETY: a valid element.
+                let known = unsafe { &*v };
+                let gone = select::backend(known.backend).is_none();
+                let renew = if p.proto == UDP {
+                    gone || idle(known, UDP, now)
+                        || (front.flags & frontend_flags::MEMBERS != 0
+                            && !select::is_member(front.set, known.backend))
+                } else {
+                    gone || known.flags & ct_flags::CLOSING != 0
+                };
+                if !renew {
+                    touch(v, p, now);
+                    return Ok(v.cast_const());
+                }
+            }
+            return connect(ctx, front, config, link, s, now);
+        }
     }
-    connect(ctx, front, config, link, s, now)
+    if opening && config.flags & config_flags::DIRECT != 0 && direct::told(ctx, s).is_some() {
+        return Err(take_charge(s, now()));
+    }
+    let p = &s.packet;
+    if p.proto == UDP || opening {
+        forget(&mut s.key, p);
+    }
+    Err(NEXT)
+}
+
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: no arguments.
+    unsafe { bpf_ktime_get_ns() }
 }
 
 /// Another node has handed a connection over: its answers get the name that is in the reply's entry.
@@ -373,6 +416,9 @@ fn connect(
     }
     if id != 0 {
         count(counters::PACKET_CONNECTIONS);
+        if s.packet.proto == TCP && !opens(&s.packet) {
+            count(counters::RESUMED);
+        }
         count_connection(front.service, true);
     }
     Ok(&raw const s.forward)

@@ -6,8 +6,8 @@ use orlop_ebpf_common::*;
 
 use crate::maps::*;
 
-const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
-const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
+pub const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
+pub const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
 const IPV6_FRAGMENT: u8 = 44;
@@ -137,11 +137,13 @@ fn inner(ctx: &TcContext, l3: u32, v4: bool, s: &mut Scratch) -> Option<Kind> {
         p.headless = true;
         return Some(Kind::Transport);
     }
-    ports(ctx, &mut s.head, p)?;
-    p.tcp = 0;
     if proto == TCP {
-        load::<1>(ctx, p.l4 + 13, &mut s.head)?;
-        p.tcp = s.head[0];
+        load::<14>(ctx, p.l4, &mut s.head)?;
+        p.tcp = s.head[13];
+        (p.sport, p.dport) = (half(&s.head, 0), half(&s.head, 2));
+    } else {
+        p.tcp = 0;
+        ports(ctx, &mut s.head, p)?;
     }
     if more {
         // A full table evicts; the rest of the datagram is counted then.

@@ -6,19 +6,19 @@ use orlop_ebpf_common::*;
 use crate::maps::*;
 
 /// The frontend at this address: its own, or a node port when the address is the node's.
-/// `on_node`: the asker lives in the node's network namespace, where loopback addresses mean the node.
+/// `on_node`: whether the asker lives in the node's network namespace, where loopback addresses mean the node.
 #[inline(always)]
 pub fn frontend(
     addr: &Addr,
     port: u16,
     proto: u8,
     scope: u8,
-    on_node: bool,
+    on_node: impl Fn() -> bool,
     config: &Config,
 ) -> Option<&'static FrontendValue> {
     let mut key = FrontendKey { addr: *addr, port, proto, scope };
     let unspecified = is_unspecified(addr);
-    if !unspecified {
+    if !unspecified && listed(addr, port, proto) {
         // SAFETY: an update replaces whole elements, and a replaced one stays until a grace period after this program.
         if let Some(v) = unsafe { FRONTENDS.get(&key) } {
             return Some(v);
@@ -33,13 +33,16 @@ pub fn frontend(
             }
             key.scope = scope;
         }
-        key.addr = any_addr(is_v4(addr));
+    }
+    key.addr = any_addr(is_v4(addr));
+    if !listed(&key.addr, port, proto) {
+        return None;
     }
     // SAFETY: as above.
     let v = unsafe { FRONTENDS.get(&key) }?;
     let ours = if unspecified || is_loopback(addr) {
         let flag = if is_v4(addr) { config_flags::LOOPBACK4 } else { config_flags::LOOPBACK6 };
-        on_node && config.flags & flag != 0
+        config.flags & flag != 0 && on_node()
     } else {
         // SAFETY: as above.
         matches!(unsafe { LOCAL_ADDRS.get(addr) }, Some(f) if *f & local_flags::NODE_PORT != 0)

@@ -1,14 +1,15 @@
 //! Socket hooks: the address is translated once, when a process connects or sends; packets are never touched.
 
 use aya_ebpf::EbpfContext;
-use aya_ebpf::bindings::bpf_sock_addr;
+use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
-use aya_ebpf::macros::cgroup_sock_addr;
-use aya_ebpf::programs::SockAddrContext;
+use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr};
+use aya_ebpf::programs::{SockAddrContext, SockContext};
 use core::ptr::{addr_of, addr_of_mut, read_volatile, write_volatile};
 use orlop_ebpf_common::*;
 
 use crate::maps::*;
+use crate::rewrite::AF_INET6;
 use crate::select;
 
 const ALLOW: i32 = 1;
@@ -73,12 +74,12 @@ fn outgoing(ctx: &SockAddrContext, v6: bool, connected: bool) -> i32 {
     let addr = address(sa, v6);
     let port = port(sa);
     // SAFETY: the context is valid while the program runs.
-    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let netns = || unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let Some(config) = CONFIG.get(0) else { return ALLOW };
-    let on_node = config.netns_cookie == netns;
+    let on_node = || config.netns_cookie == netns();
     let Some(v) = select::frontend(&addr, port, proto, SCOPE_INTERNAL, on_node, config) else { return ALLOW };
     if v.flags & frontend_flags::RANGES != 0 {
-        if !on_node {
+        if !on_node() {
             // A pod's source address is not known yet: its packets are looked at where they enter the node.
             return ALLOW;
         }
@@ -104,6 +105,7 @@ fn outgoing(ctx: &SockAddrContext, v6: bool, connected: bool) -> i32 {
     }
     let fresh = chosen.is_none();
     if fresh {
+        let netns = if v.flags & frontend_flags::AFFINITY != 0 { netns() } else { 0 };
         let client = [netns as u32, (netns >> 32) as u32, 0, 0];
         chosen = select::choose(v, KIND_NETNS, &client, None);
         if sticky && let Some((backend, _)) = chosen {
@@ -120,8 +122,13 @@ fn outgoing(ctx: &SockAddrContext, v6: bool, connected: bool) -> i32 {
     }
 
     let seen = SockKey { cookie, addr: b.addr, port: b.port, proto, pad: 0, reserved: 0 };
-    // Without the entry the peer's name is the backend's, which TCP does not mind.
-    let _ = SOCK_REVERSE.insert(&seen, SockReverse { addr, port, pad: 0, service: v.service }, 0);
+    let named = SockReverse { addr, port, pad: 0, service: v.service };
+    // A datagram after the first finds its entry, most times.
+    // SAFETY: elements are replaced as a whole.
+    if fresh || unsafe { SOCK_REVERSE.get(&seen) } != Some(&named) {
+        // Without the entry the peer's name is the backend's, which TCP does not mind.
+        let _ = SOCK_REVERSE.insert(&seen, named, 0);
+    }
     set_address(sa, v6, &b.addr, b.port);
     count(counters::SOCK_TRANSLATED);
     if fresh {
@@ -145,6 +152,29 @@ fn incoming(ctx: &SockAddrContext, v6: bool) -> i32 {
     if let Some(r) = unsafe { SOCK_REVERSE.get(&key) }.copied() {
         set_address(sa, v6, &r.addr, r.port);
     }
+    ALLOW
+}
+
+/// Forgets a connected socket that its owner closes: the table holds those that live.
+#[cgroup_sock(sock_release)]
+pub fn lb_release(ctx: SockContext) -> i32 {
+    let sk: *mut bpf_sock = ctx.sock;
+    let proto = get!(sk, protocol) as u8;
+    let port = u16::from_be(get!(sk, dst_port));
+    if (proto != TCP && proto != UDP) || port == 0 {
+        return ALLOW;
+    }
+    // Read in any case: otherwise the compiler chooses the address of what it reads, which the verifier refuses.
+    let ip4 = get!(sk, dst_ip4);
+    let addr = if get!(sk, family) == AF_INET6 as u32 {
+        [get!(sk, dst_ip6[0]), get!(sk, dst_ip6[1]), get!(sk, dst_ip6[2]), get!(sk, dst_ip6[3])]
+    } else {
+        addr4(ip4)
+    };
+    // SAFETY: the context is valid while the program runs.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // Most were never translated.
+    let _ = SOCK_REVERSE.remove(&SockKey { cookie, addr, port, proto, pad: 0, reserved: 0 });
     ALLOW
 }
 

@@ -214,7 +214,7 @@ fn connection(s: &mut Scratch, now: u64) -> Option<*mut CtValue> {
         }
     }
     // As for every packet: a Service that is gone translates no more, and datagrams leave a backend that is.
-    let front = select::frontend(&s.key.dst, s.key.dport, s.key.proto, SCOPE_EXTERNAL, false, config)?;
+    let front = select::frontend(&s.key.dst, s.key.dport, s.key.proto, SCOPE_EXTERNAL, || false, config)?;
     s.key.dir = ct_dir::FORWARD;
     let v = CONNECTIONS.get_ptr_mut(&s.key)?;
     if s.key.proto == UDP {

@@ -285,7 +285,7 @@ impl View {
     }
 }
 
-const COUNTERS: [(&str, u32); 12] = [
+const COUNTERS: [(&str, u32); 13] = [
     ("socket translations", counters::SOCK_TRANSLATED),
     ("socket refusals", counters::SOCK_REFUSED),
     ("packet connections", counters::PACKET_CONNECTIONS),
@@ -293,6 +293,7 @@ const COUNTERS: [(&str, u32); 12] = [
     ("packets dropped", counters::PACKET_DROPPED),
     ("fragments not translated", counters::FRAGMENTS),
     ("source ports exhausted", counters::SNAT_EXHAUSTED),
+    ("connections resumed", counters::RESUMED),
     ("ICMP errors translated", counters::ICMP_ERRORS),
     ("sources not admitted", counters::NOT_ADMITTED),
     ("packets too big for their way", counters::TOO_BIG),

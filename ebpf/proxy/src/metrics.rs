@@ -52,6 +52,7 @@ pub struct ProxyMetrics {
     pub packet_connections: Gauge,
     pub packet_dropped: Gauge,
     pub fragments: Gauge,
+    pub resumed: Gauge,
     pub snat_exhausted: Gauge,
 }
 
@@ -145,6 +146,11 @@ impl ProxyMetrics {
             ),
             packet_dropped: metrics.add(o("packets_dropped"), "Packets dropped", Gauge::default()),
             fragments: metrics.add(o("fragments"), "Fragments that were not translated", Gauge::default()),
+            resumed: metrics.add(
+                o("connections_resumed"),
+                "TCP connections taken up in the middle, as a full table had dropped their entry",
+                Gauge::default(),
+            ),
             snat_exhausted: metrics.add(
                 o("source_ports_exhausted"),
                 "Connections without a free port",

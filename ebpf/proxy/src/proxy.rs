@@ -112,6 +112,7 @@ fn counter_refresh(datapath: Arc<Mutex<Datapath>>, m: ProxyMetrics) -> health::R
             (&m.packet_connections, counters::PACKET_CONNECTIONS),
             (&m.packet_dropped, counters::PACKET_DROPPED),
             (&m.fragments, counters::FRAGMENTS),
+            (&m.resumed, counters::RESUMED),
             (&m.snat_exhausted, counters::SNAT_EXHAUSTED),
         ] {
             gauge.set(d.maps.counter(index) as i64);
@@ -161,11 +162,26 @@ struct Proxy {
 struct Listing {
     seen: Option<HashSet<String>>,
     complete: bool,
+    refused: bool,
 }
 
 impl Listing {
     fn started(&self) -> bool {
         self.seen.is_some() || self.complete
+    }
+
+    /// Says what went wrong, and a missing right once, as only somebody else can give it.
+    fn failed(&mut self, e: &watcher::Error) {
+        match refusal(e) {
+            Some(_) if self.refused => {}
+            Some(message) => {
+                tracing::error!(
+                    "the API server refuses the proxy's user: {message}; bind it to the ClusterRole system:node-proxier"
+                );
+                self.refused = true;
+            }
+            None => tracing::warn!(error = %chain(e), "watch broke, trying again"),
+        }
     }
 }
 
@@ -185,7 +201,7 @@ impl Proxy {
             std::pin::pin!(watch(Api::<Service>::all(client.clone()), filter.clone()).default_backoff());
         let mut node = std::pin::pin!(watch(Api::<Node>::all(client.clone()), own).default_backoff());
         let mut slices = watch_slices();
-        let (mut service_list, mut slice_list) = (Listing::default(), Listing::default());
+        let (mut service_list, mut slice_list, mut node_list) = <(Listing, Listing, Listing)>::default();
         let mut initial = true;
         // Slices are read with the node's zone in mind, so it comes first; not for ever.
         let mut zone_known = false;
@@ -199,7 +215,7 @@ impl Proxy {
                 e = slices.next(), if zone_known => self.slice_event(e, &mut slice_list),
                 e = node.next() => {
                     zone_known |= !matches!(e, Some(Ok(Event::Init)));
-                    if self.node_event(e) && slice_list.started() {
+                    if self.node_event(e, &mut node_list) && slice_list.started() {
                         slices = watch_slices();
                     }
                 }
@@ -258,11 +274,11 @@ impl Proxy {
     }
 
     /// Takes note of the node's zone; says whether it changed.
-    fn node_event(&mut self, event: Watched<Node>) -> bool {
+    fn node_event(&mut self, event: Watched<Node>, list: &mut Listing) -> bool {
         let node = match event {
             Some(Ok(Event::InitApply(n) | Event::Apply(n))) => n,
             Some(Err(e)) => {
-                tracing::warn!(error = %chain(&e), "the node's zone is not known, trying again");
+                list.failed(&e);
                 return false;
             }
             _ => return false,
@@ -493,11 +509,24 @@ fn take_event<K: kube::Resource>(
         Ok(Event::Delete(o)) => drop(apply(&o, false)),
         Ok(Event::InitDone) => {
             list.complete = true;
+            list.refused = false;
             return list.seen.take();
         }
-        Err(e) => tracing::warn!(error = %chain(&e), "watch broke, trying again"),
+        Err(e) => list.failed(&e),
     }
     None
+}
+
+/// What the API server says when the user lacks a right.
+fn refusal(e: &watcher::Error) -> Option<&str> {
+    let status = match e {
+        watcher::Error::InitialListFailed(kube::Error::Api(s))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(s))
+        | watcher::Error::WatchFailed(kube::Error::Api(s))
+        | watcher::Error::WatchError(s) => s,
+        _ => return None,
+    };
+    (status.code == 403).then_some(&status.message)
 }
 
 async fn sleep_until(at: Option<tokio::time::Instant>) {

@@ -1,17 +1,20 @@
 //! The kernel's maps.
 
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use aya::{Ebpf, Pod};
+use orlop_ebpf_common::noted::client;
 use orlop_ebpf_common::{
     Addr, AffinityKey, AffinityValue, Backend, Config, CtKey, CtValue, FrontendKey, FrontendValue,
     MaglevTable, RangeKey, SCOPE_EXTERNAL, ServiceName, SlotKey, SockFlow, SockKey, SockReverse, Stats,
-    Uplink, counters, frontend_flags,
+    Uplink, counters, ct_dir, ct_flags, frontend_flags,
 };
 
+use super::listed::{Listed, Word};
 use super::{Dump, MapFailure, Maps, Op, table};
 use crate::{Error, pin, sys};
 
@@ -19,6 +22,10 @@ type Table<K, V> = HashMap<MapData, K, V>;
 
 /// Bits of a [`RangeKey`] before the address.
 const RANGE_HEAD: u32 = 32;
+
+/// Flags of a change (BPF_NOEXIST, BPF_EXIST).
+const NEW: u64 = 1;
+const REPLACE: u64 = 2;
 
 /// Handles of the kernel's maps.
 pub struct RealMaps {
@@ -38,6 +45,10 @@ pub struct RealMaps {
     affinity: Flows<AffinityKey, AffinityValue>,
     counters: PerCpuArray<MapData, u64>,
     flows: Flows<SockKey, SockFlow>,
+    /// The filter, kept by who changes frontends.
+    listed: Option<(Array<MapData, u64>, Listed)>,
+    /// Programs are loaded with it.
+    _clients: Option<Array<MapData, u32>>,
     /// Descriptors of the maps that are written in one go.
     batch: Batch,
     cpus: usize,
@@ -90,7 +101,69 @@ fn take_with_fd<T: TryFrom<Map, Error = MapError>>(
 
 impl RealMaps {
     pub(crate) fn take(bpf: &mut Ebpf) -> Result<RealMaps, Error> {
-        RealMaps::from(bpf)
+        let mut maps = RealMaps::from(bpf)?;
+        maps.listed = Some((take(bpf, "FILTER")?, Listed::new([])));
+        maps.list_anew().map_err(|e| written("FILTER", e))?;
+        let mut clients = take(bpf, "CLIENTS")?;
+        maps.note_clients(&mut clients).map_err(|e| written("CLIENTS", e))?;
+        maps._clients = Some(clients);
+        Ok(maps)
+    }
+
+    /// Brings the filter in step with the frontends that are there.
+    fn list_anew(&mut self) -> Result<(), MapFailure> {
+        let Some((table, listed)) = &mut self.listed else { return Ok(()) };
+        let all = sys::lookup_batch::<FrontendKey, FrontendValue>(self.batch.frontends.as_fd(), u32::MAX)
+            .map_err(|e| MapFailure::Syscall { map: "FRONTENDS", source: Box::new(e) })?;
+        *listed = Listed::new(all.iter().map(|(k, _)| k));
+        for (i, word) in (0..).zip(listed.words()) {
+            if table.get(&i, 0).map_err(|e| failure("FILTER", e))? != *word {
+                list(table, Some((i, *word)))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Connections of an earlier version's programs, which took no note of their clients.
+    fn note_clients(&self, table: &mut Array<MapData, u32>) -> Result<(), MapFailure> {
+        if table.iter().any(|noted| noted.is_ok_and(|n| n != 0)) {
+            return Ok(());
+        }
+        for (k, v) in self.connections()? {
+            if k.dir != ct_dir::FORWARD && v.flags & ct_flags::REDIRECT == 0 {
+                table.set(client(&k.dst), 1, 0).map_err(|e| failure("CLIENTS", e))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Programs look for a frontend only where one is listed, so that comes first.
+    fn put_frontend(&mut self, k: &FrontendKey, v: FrontendValue) -> Result<(), MapFailure> {
+        let failed = |e| failure("FRONTENDS", e);
+        let Some((table, listed)) = &mut self.listed else {
+            return self.frontends.insert(k, v, 0).map_err(failed);
+        };
+        match self.frontends.insert(k, v, REPLACE) {
+            Err(MapError::SyscallError(e)) if e.io_error.raw_os_error() == Some(libc::ENOENT) => {}
+            r => return r.map_err(failed),
+        }
+        list(table, listed.add(k))?;
+        let put = self.frontends.insert(k, v, NEW).map_err(failed);
+        if put.is_err() {
+            list(table, listed.remove(k))?;
+        }
+        put
+    }
+
+    fn del_frontend(&mut self, k: &FrontendKey) -> Result<(), MapFailure> {
+        match self.frontends.remove(k) {
+            Ok(()) => {}
+            r => return missing("FRONTENDS", r),
+        }
+        match &mut self.listed {
+            Some((table, listed)) => list(table, listed.remove(k)),
+            None => Ok(()),
+        }
     }
 
     /// The maps of a load balancer that somebody else runs, or that runs by itself.
@@ -125,6 +198,8 @@ impl RealMaps {
             affinity: Flows::take(s, "AFFINITY")?,
             counters: take(s, "COUNTERS")?,
             flows: Flows::take(s, "SOCK_FLOWS")?,
+            listed: None,
+            _clients: None,
             batch: Batch {
                 frontends: frontends_fd,
                 slots: slots_fd,
@@ -261,6 +336,15 @@ impl<K: Pod, V: Pod> Flows<K, V> {
     }
 }
 
+/// Writes a word of the filter that changed.
+fn list(filter: &mut Array<MapData, u64>, word: Option<Word>) -> Result<(), MapFailure> {
+    word.map_or(Ok(()), |(i, word)| filter.set(i, word, 0)).map_err(|e| failure("FILTER", e))
+}
+
+fn written(name: &'static str, e: MapFailure) -> Error {
+    Error::Path { what: "write BPF map", path: name.into(), source: io::Error::other(e) }
+}
+
 /// Keys and values of one map.
 struct Pairs<K, V>(Vec<K>, Vec<V>);
 
@@ -354,8 +438,8 @@ impl Maps for RealMaps {
             Op::DelRange((k, bits)) => {
                 missing("RANGES", self.ranges.remove(&Key::new(RANGE_HEAD + u32::from(*bits), *k)))
             }
-            Op::PutFrontend(k, v) => put("FRONTENDS", &mut self.frontends, *k, *v),
-            Op::DelFrontend(k) => del("FRONTENDS", &mut self.frontends, k),
+            Op::PutFrontend(k, v) => self.put_frontend(k, *v),
+            Op::DelFrontend(k) => self.del_frontend(k),
             Op::PutLocal(a, f) => put("LOCAL_ADDRS", &mut self.locals, *a, *f),
             Op::DelLocal(a) => del("LOCAL_ADDRS", &mut self.locals, a),
         }
@@ -380,7 +464,9 @@ impl Maps for RealMaps {
         let zero = vec![Stats::default(); names.0.len() * self.cpus];
         put_batch("STATS", &self.batch.stats, &names.0, &zero)?;
         names.put("NAMES", &self.batch.names)?;
-        frontends.put("FRONTENDS", &self.batch.frontends)
+        let put = frontends.put("FRONTENDS", &self.batch.frontends);
+        self.list_anew()?;
+        put
     }
 
     fn dump(&self) -> Result<Dump, MapFailure> {

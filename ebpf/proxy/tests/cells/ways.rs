@@ -380,3 +380,45 @@ fn datagrams_leave_a_lost_backend() {
     now(State::LocalOnly);
     all(&|v| Ok(format!("pod {}", OUTSIDE[v])), "somebody again");
 }
+
+/// A connection that is silent while more of others come than the table holds is taken up again where it was, and counted.
+#[test]
+fn evicted_connections_go_on() {
+    const TABLE: u32 = 1024;
+    let w = World::new();
+    let mut home = Home::new(false);
+    home.config.sizes.connections = TABLE;
+    echo(&w.pod, POD);
+    let dp = program_with(&w, &home.config, |model| {
+        let s = spec(State::LocalOnly);
+        model.set_service(&s.name(), Some(s.service()));
+        for v4 in [true, false] {
+            model.set_slice(&format!("{}-{v4}", s.name()), Some(s.slice(v4)));
+        }
+    });
+    let port = |udp| spec(State::LocalOnly).node_port(udp);
+    let to = |udp| [0, 1].map(|v| SocketAddr::new(NODE[v].parse().unwrap(), port(udp)));
+    let (tcp, udp) = (to(false), to(true));
+    w.outside
+        .run(move || {
+            let patience = Duration::from_secs(10);
+            let silent = tcp.map(|to| TcpStream::connect_timeout(&to, patience).unwrap());
+            for i in 0..2 * TABLE as usize {
+                let s = UdpSocket::bind(["0.0.0.0:0", "[::]:0"][i % 2]).unwrap();
+                s.set_read_timeout(Some(patience)).unwrap();
+                s.connect(udp[i % 2]).unwrap();
+                s.send(b"?").and_then(|_| s.recv(&mut [0])).unwrap();
+            }
+            for mut s in silent {
+                s.set_read_timeout(Some(patience)).unwrap();
+                s.write_all(b"still here").unwrap();
+                s.shutdown(Shutdown::Write).unwrap();
+                let mut text = String::new();
+                s.read_to_string(&mut text).unwrap();
+                assert_eq!(text, "still here");
+            }
+        })
+        .join()
+        .unwrap();
+    assert!(dp.maps.counter(counters::RESUMED) >= 2, "{}", dp.maps.counter(counters::RESUMED));
+}
