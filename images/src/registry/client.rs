@@ -31,6 +31,8 @@ const MAX_CONFIG: u64 = 8 << 20;
 const PROGRESS: usize = 4096;
 /// Attempts without any progress before a transfer fails.
 const ATTEMPTS: u32 = 5;
+/// Connections for a request that could not be sent.
+const DISPATCH_ATTEMPTS: u32 = 4;
 /// Attempts for a document, which has cost nothing yet.
 const DOCUMENT_ATTEMPTS: u32 = 3;
 const REDIRECTS: usize = 10;
@@ -436,7 +438,15 @@ impl Session {
         request: Request<Full<Bytes>>,
         whose: &str,
     ) -> Result<Response<Incoming>, Failure> {
-        match tokio::time::timeout(self.patience, endpoint.http.request(request)).await {
+        let send = || tokio::time::timeout(self.patience, endpoint.http.request(request.clone()));
+        let mut result = send().await;
+        for _ in 1..DISPATCH_ATTEMPTS {
+            match &result {
+                Ok(Err(e)) if is_unsent(e) => result = send().await,
+                _ => break,
+            }
+        }
+        match result {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(e)) if is_no_http(&e) => {
                 let text = format!("{whose}its answer is not usable HTTP: {}", chain(&e));
@@ -657,6 +667,19 @@ fn is_no_http(e: &(dyn std::error::Error + 'static)) -> bool {
     let mut e = Some(e);
     while let Some(one) = e {
         if one.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse) {
+            return true;
+        }
+        e = one.source();
+    }
+    false
+}
+
+/// Whether the server ended the connection before the request was on its way. Its reason, such as the alert that it wants a
+/// client certificate, is lost then; with the next connection it may arrive after the request.
+fn is_unsent(e: &(dyn std::error::Error + 'static)) -> bool {
+    let mut e = Some(e);
+    while let Some(one) = e {
+        if one.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled) {
             return true;
         }
         e = one.source();
