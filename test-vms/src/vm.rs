@@ -8,9 +8,24 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// What the guest loads before the first step: overlayfs, pods' links, the overlay network, and packet programs on kernels
-/// before 6.6.
-const MODULES: [&str; 6] = ["overlay", "veth", "dummy", "vxlan", "sch_ingress", "cls_bpf"];
+/// What the guest loads before the first step: overlayfs, pods' links, the overlay network, packet programs on kernels
+/// before 6.6, and what criu looks at (elsewhere the kernel has it loaded).
+const MODULES: [&str; 14] = [
+    "overlay",
+    "veth",
+    "dummy",
+    "vxlan",
+    "sch_ingress",
+    "cls_bpf",
+    "nf_tables",
+    "nf_conntrack_netlink",
+    "tun",
+    "unix_diag",
+    "tcp_diag",
+    "udp_diag",
+    "af_packet_diag",
+    "netlink_diag",
+];
 const PACKAGES: &str = "run `scripts/deps.sh test`";
 const BUSYBOX: &str = "/bin/busybox";
 const MEMORY_MIB: u32 = 1280;

@@ -34,7 +34,10 @@ fn guest() -> Result<Outcome, String> {
     for name in ["orlop", "orlop-monitor", "orlop-cni"] {
         guest.program(&program(name))?;
     }
-    guest.program(&on_path("crictl")?)?;
+    // criu has tar and gzip pack what lies in a container's tmpfs.
+    for name in ["crictl", "criu", "tar", "gzip", "crun"] {
+        guest.program(&on_path(name)?)?;
+    }
     let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
     guest.file("/vm/busybox.tar", &busybox_image(dir.path()))?;
     let demo = root().join("target/demo/demo-web.tar");
@@ -50,6 +53,8 @@ fn guest() -> Result<Outcome, String> {
     guest.step("cri", include_str!("../guest/cri.sh"))?;
     guest.step("pod", include_str!("../guest/pod.sh"))?;
     guest.step("oom", include_str!("../guest/oom.sh"))?;
+    guest.step("checkpoint", include_str!("../guest/checkpoint.sh"))?;
+    guest.step("crun", include_str!("../guest/crun.sh"))?;
     guest.step("up", include_str!("../guest/up.sh"))?;
     guest.run(LIMIT)
 }
@@ -100,6 +105,40 @@ fn too_much_memory_is_reported_as_that() {
     assert_eq!(fact("state"), "CONTAINER_EXITED");
     assert_eq!(fact("reason"), "OOMKilled");
     assert_eq!(fact("exit_code"), "137");
+}
+
+#[test]
+fn a_checkpoint_is_whole_and_its_container_goes_on() {
+    let m = machine();
+    println!("{}", m.succeeded("checkpoint"));
+    let fact = |key| m.fact("checkpoint", key);
+    assert_eq!((fact("counts"), fact("frozen"), fact("memory")), ("on", "0", "there"));
+    assert_eq!((fact("beside").trim(), fact("left")), ("/run/checkpoints/counter.tar", ""));
+    let files: Vec<&str> = fact("files").split_whitespace().collect();
+    for name in ["bind.mounts", "config.dump", "container.log", "deleted.files", "dump.log", "spec.dump"] {
+        assert!(files.contains(&name), "{name} is missing: {files:?}");
+    }
+    assert!(fact("count_on_disk").parse::<u32>().is_ok_and(|n| n >= 5), "{}", fact("count_on_disk"));
+    let images: Vec<&str> = fact("images").split_whitespace().collect();
+    for name in
+        ["core.img", "descriptors.json", "inventory.img", "mountpoints.img", "pages.img", "pstree.img"]
+    {
+        assert!(images.contains(&name), "{name} is missing: {images:?}");
+    }
+    assert_eq!(fact("terminal"), "done");
+}
+
+#[test]
+fn a_pod_of_crun_lives_like_any_other() {
+    let m = machine();
+    println!("{}", m.succeeded("crun"));
+    let fact = |key| m.fact("crun", key);
+    assert_eq!((fact("state"), fact("memory")), ("crun", "67108864"));
+    assert_eq!(fact("exec").trim(), "other 0::/");
+    assert_eq!((fact("exit_code"), fact("stdout"), fact("left")), ("7", "1", ""));
+    // Debian's is built without criu.
+    let refused = fact("checkpoint");
+    assert!(refused.starts_with("Unimplemented") && refused.contains("runtime crun"), "{refused}");
 }
 
 #[test]

@@ -171,7 +171,12 @@ impl Runtime {
             .await
             .map_err(|e| Error::ImageVolume(Box::new(e)))?;
         self.mount_translated(sandbox, &record, &bundle, &mut volumes)?;
-        let spec = self.spec(sandbox, &record, image, &rootfs, &volumes)?;
+        let mut spec = self.spec(sandbox, &record, image, &rootfs, &volumes)?;
+        let runtime = self.oci_runtime(&sandbox.record().runtime_handler)?;
+        if runtime.is_some() {
+            // crun before 1.9 refuses all but 1.0; runtimes that know more do not look at the version.
+            spec.0.set_version("1.0.2".to_owned());
+        }
         let path = bundle.join("config.json");
         let text =
             serde_json::to_vec(&spec.0).map_err(|e| Error::Internal(format!("cannot write a spec: {e}")))?;
@@ -190,7 +195,7 @@ impl Runtime {
                 tty: config.tty,
                 systemd_cgroup: self.config.cgroup_driver == CgroupDriver::Systemd,
                 log_line_limit: 0,
-                runtime: self.oci_runtime(&sandbox.record().runtime_handler)?,
+                runtime,
             })
             .await?;
         failpoint::pass("create-container-before-record")?;

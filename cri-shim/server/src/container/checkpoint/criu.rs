@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
@@ -24,8 +24,8 @@ pub(super) struct Seen {
     pid: u32,
     /// External mounts: where, and the key by which a restore finds what to mount there.
     mounts: Vec<(PathBuf, PathBuf)>,
-    /// As criu's `--external` has them.
-    namespaces: Vec<String>,
+    /// Namespaces, and the terminal whose other end the monitor has; as criu's `--external` has them.
+    others: Vec<String>,
     /// What the first three descriptors of the first process are.
     streams: Vec<String>,
 }
@@ -66,8 +66,9 @@ struct Told {
 /// Pure: everything on a mount from outside is from outside as well, unless the spec has put it there.
 fn externals(table: &[Mount], told: &Told) -> Vec<(PathBuf, PathBuf)> {
     let mut external: HashSet<u64> = told.binds.clone();
+    // Devices and groups of the host; of a terminal as /dev/console criu looks for the other end, which the monitor has.
     let from_outside =
-        |m: &Mount| matches!(m.kind.as_str(), "devtmpfs" | "cgroup") && !told.own.contains(&m.id);
+        |m: &Mount| matches!(m.kind.as_str(), "devtmpfs" | "cgroup" | "devpts") && !told.own.contains(&m.id);
     external.extend(table.iter().filter(|m| from_outside(m)).map(|m| m.id));
     // A mount may be listed before the one that it lies on.
     loop {
@@ -157,28 +158,37 @@ pub(super) fn pinned(spec: &Spec, kind: LinuxNamespaceType) -> Option<PathBuf> {
     all.iter().find(|n| n.typ() == kind)?.path().clone()
 }
 
+/// A pseudo terminal of the container as criu names it.
+fn terminal(m: &fs::Metadata) -> Option<String> {
+    // The majors of devpts (admin-guide/devices.txt, "Unix98 PTY slaves").
+    let is_slave = m.file_type().is_char_device() && (136..=143).contains(&rustix::fs::major(m.rdev()));
+    is_slave.then(|| format!("tty[{:x}:{:x}]", m.rdev(), m.dev()))
+}
+
 impl Seen {
     /// Blocking.
     pub fn of(pid: u32, spec: &Spec) -> Result<Seen> {
         let path = PathBuf::from(format!("/proc/{pid}/mountinfo"));
         let table = parse(&fs::read_to_string(&path).map_err(Error::io("read", &path))?);
         let told = told(&Root::of(pid)?, spec);
-        let mut namespaces = Vec::new();
+        let mut others = Vec::new();
         for (kind, name, key) in [
             (LinuxNamespaceType::Network, "net", "extRootNetNS"),
             (LinuxNamespaceType::Pid, "pid", "extRootPidNS"),
         ] {
             if let Some(pin) = pinned(spec, kind) {
                 let inode = fs::metadata(&pin).map_err(Error::io("find", &pin))?.ino();
-                namespaces.push(format!("{name}[{inode}]:{key}"));
+                others.push(format!("{name}[{inode}]:{key}"));
             }
         }
-        let stream = |fd| {
-            let link = fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap_or_default();
-            link.to_string_lossy().into_owned()
-        };
+        let path = |fd: u32| format!("/proc/{pid}/fd/{fd}");
+        let stream = |fd| fs::read_link(path(fd)).unwrap_or_default().to_string_lossy().into_owned();
         let streams = (0..3).map(stream).collect();
-        Ok(Seen { pid, mounts: externals(&table, &told), namespaces, streams })
+        let mut terminals: Vec<String> =
+            (0..3).filter_map(|fd| fs::metadata(path(fd)).ok()).filter_map(|m| terminal(&m)).collect();
+        terminals.dedup();
+        others.extend(terminals);
+        Ok(Seen { pid, mounts: externals(&table, &told), others, streams })
     }
 
     /// `descriptors.json`, by which runc finds the streams again.
@@ -213,8 +223,8 @@ pub(super) fn arguments(work: &Work, seen: &Seen) -> Vec<OsString> {
         let text = [b"mnt[", at.as_os_str().as_bytes(), b"]:", key.as_os_str().as_bytes()].concat();
         out.extend(["--external".into(), std::os::unix::ffi::OsStringExt::from_vec(text)]);
     }
-    for namespace in &seen.namespaces {
-        out.extend(["--external".into(), namespace.into()]);
+    for other in &seen.others {
+        out.extend(["--external".into(), other.into()]);
     }
     out
 }
@@ -243,6 +253,8 @@ mod tests {
 107 101 0:51 /sys /proc/sys ro - proc proc rw
 108 104 0:54 / /data/own rw - tmpfs tmpfs rw
 109 102 0:5 /null /dev/fuse rw - devtmpfs udev rw
+111 102 0:55 / /dev/pts rw - devpts devpts rw
+112 102 0:55 /0 /dev/console rw - devpts devpts rw
 110 100 0:60 / /made\\040inside rw - tmpfs x rw
 ";
 
@@ -251,10 +263,10 @@ mod tests {
         let told = Told {
             binds: HashSet::from([103, 104]),
             masks: HashSet::from([106]),
-            own: HashSet::from([101, 102, 107, 108]),
+            own: HashSet::from([101, 102, 107, 108, 111]),
         };
         let table = parse(TABLE);
-        assert_eq!(table[10].at, Path::new("/made inside"));
+        assert_eq!(table[12].at, Path::new("/made inside"));
         let found: Vec<(String, String)> = externals(&table, &told)
             .into_iter()
             .map(|(a, k)| (a.display().to_string(), k.display().to_string()))
@@ -265,6 +277,7 @@ mod tests {
             ("/data/below", "/data/below"),
             ("/proc/kcore", "/dev/null"),
             ("/dev/fuse", "/dev/fuse"),
+            ("/dev/console", "/dev/console"),
         ];
         assert_eq!(found, want.map(|(a, k)| (a.to_owned(), k.to_owned())));
     }
