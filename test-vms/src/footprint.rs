@@ -78,7 +78,11 @@ fn routes() -> BTreeSet<String> {
         };
         text.lines().map(route).collect()
     };
-    of("/proc/net/route", &[0, 1, 7]).into_iter().chain(of("/proc/net/ipv6_route", &[9, 0, 1])).collect()
+    // Every link gets and loses these with its address, in the kernel's own time.
+    let of_link =
+        |r: &String| r.split(' ').nth(1).is_some_and(|to| to.starts_with("fe80") || to.starts_with("ff00"));
+    let v6 = of("/proc/net/ipv6_route", &[9, 0, 1]).into_iter().filter(|r| !of_link(r));
+    of("/proc/net/route", &[0, 1, 7]).into_iter().chain(v6).collect()
 }
 
 /// Not from /sys, whose mount may show another network namespace.

@@ -32,7 +32,7 @@ fn pod(name: &str, more: Value) -> String {
                 {"name": "secret", "secret": {"secretName": "secret", "defaultMode": 0o400}},
             ],
             "containers": [
-                container("root", "echo begun; trap exit TERM; while :; do sleep 0.1; done", 0),
+                container("root", "echo begun; trap exit TERM; while [ ! -e /scratch/end ]; do sleep 0.1; done; rm /scratch/end", 0),
                 container("user", "trap exit TERM; while :; do sleep 0.1; done", 1000),
             ],
         },
@@ -148,11 +148,18 @@ fn owners(c: &Cluster, first: u32) {
 fn kept(c: &mut Cluster, range_before: (u32, u32)) {
     c.kill();
     c.up();
-    c.wait_ready();
-    c.kubectl(&["exec", "one", "-c", "root", "--", "kill", "-TERM", "1"]);
+    // The node's status is still that of before.
+    wait_for("the container is told to end", SOON, || {
+        c.kubectl_output(&["exec", "one", "-c", "root", "--", "touch", "/scratch/end"])
+            .status
+            .success()
+            .then_some(())
+    });
     wait_for("the container runs again", SOON, || {
-        let path = "jsonpath={.status.containerStatuses[?(@.name==\"root\")].restartCount}:{.status.containerStatuses[?(@.name==\"root\")].ready}";
-        (c.kubectl(&["get", "pod", "one", "-o", path]) == "1:true").then_some(())
+        let of = |field: &str| format!("{{.status.containerStatuses[?(@.name==\"root\")].{field}}}");
+        let path = format!("jsonpath={}:{}", of("restartCount"), of("ready"));
+        let said = c.kubectl(&["get", "pod", "one", "-o", &path]);
+        (said.ends_with(":true") && !said.starts_with("0:")).then_some(())
     });
     assert_eq!(range(c, "one", "root"), range_before);
     assert_eq!(in_container(c, "one", "root", "stat -c %u:%g /scratch/user"), "1000:2000");
