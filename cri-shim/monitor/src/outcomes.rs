@@ -369,6 +369,10 @@ impl Monitor {
                 {
                     self.own_log.line(&format!("exec: cannot use the terminal: {err}"));
                 }
+                if e.report.is_some() {
+                    // The terminal, too, waits until its client has heard that the stream is set up.
+                    e.io.pause(&self.poll, e.stream);
+                }
                 let exit = self.unclaimed.remove(&pid).map(|(code, _)| code);
                 e.exit = exit;
                 if e.conn.is_none() || e.timed_out {

@@ -65,6 +65,34 @@ fn a_quick_process_does_not_overtake_the_answer() {
     pod.finish();
 }
 
+/// The monitor is held still from the exec's fork until its program has written, so that it finds everything at once.
+#[test]
+fn a_terminal_does_not_overtake_the_answer() {
+    let pod = Pod::new("exectty");
+    let mut c = pod.client();
+    pod.create_started(&mut c, "a", &["sleep", "1000"]);
+    let monitor = pod.monitor_pid();
+    let children = || {
+        let file = format!("/proc/{monitor}/task/{monitor}/children");
+        std::fs::read_to_string(file).unwrap_or_default().split_whitespace().count()
+    };
+    let signal = |s| nix::sys::signal::kill(nix::unistd::Pid::from_raw(monitor), s).unwrap();
+    for _ in 0..10 {
+        wait_until(|| children() == 1);
+        let mut s = pod.client();
+        s.send(Ask::Exec(Exec { tty: true, ..stream(&["sh", "-c", "echo quick; sleep 0.2"]) }));
+        let begun = Instant::now();
+        while children() == 1 && begun.elapsed() < Duration::from_secs(1) {}
+        signal(nix::sys::signal::Signal::SIGSTOP);
+        std::thread::sleep(Duration::from_millis(50));
+        signal(nix::sys::signal::Signal::SIGCONT);
+        let first = s.recv().expect("an answer").body.unwrap();
+        assert!(matches!(first, Body::StreamStarted(_)), "{first:?} came before the stream was set up");
+        assert_eq!(s.stream_to_end(), (b"quick\r\n".to_vec(), Vec::new(), 0));
+    }
+    pod.finish();
+}
+
 #[test]
 fn limits() {
     let pod = Pod::new("execlimits");
