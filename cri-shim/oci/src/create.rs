@@ -148,6 +148,8 @@ fn in_helper(c: &CreateSpec<'_>, details: &dyn Fn() -> String) -> Result<(Create
 #[derive(Default)]
 struct Made {
     cgroups: Vec<PathBuf>,
+    /// They are a scope of systemd, with the helper in it, and go when that is empty.
+    by_systemd: bool,
     pid: i32,
     clamped: Vec<String>,
 }
@@ -157,6 +159,9 @@ fn take_back(c: &CreateSpec<'_>, made: &Made) {
         let _ = cgroup::signal_pid(Pid::from_raw(made.pid), libc::SIGKILL);
     }
     let _ = fs::remove_file(filter_path(c.root, c.id));
+    if made.by_systemd {
+        return;
+    }
     // A folder with members that are not ours stays.
     let _ = cgroup::remove_within(&made.cgroups, Duration::from_secs(2));
 }
@@ -237,10 +242,6 @@ impl Parts<'_> {
             sys::fork_sibling(self.entry.folder()).map_err(|e| Error::io("namespace", "cannot fork", &e))?;
         if let Some(pid) = pid {
             made.pid = pid.as_raw();
-            if made.cgroups.is_empty() {
-                // systemd has named them.
-                made.cgroups = cgroup::of_process(made.pid, nix::unistd::getppid().as_raw());
-            }
         }
         Ok(pid)
     }
@@ -326,9 +327,12 @@ fn group<'a>(c: &CreateSpec<'a>, path: &'a Path, folders: &'a [PathBuf]) -> limi
 /// Makes the cgroup with its limits.
 fn place(c: &CreateSpec<'_>, spec: &Spec, taken: &Taken, made: &mut Made) -> Result<cgroup::Entry, Error> {
     let path = &taken.cgroup_path;
-    let by_systemd = c.systemd_cgroup && cgroup::is_unified() && !path.is_absolute();
-    if by_systemd {
+    made.by_systemd = c.systemd_cgroup && cgroup::is_unified() && !path.is_absolute();
+    if made.by_systemd {
         group(c, path, &[]).enter_scope()?;
+        // systemd has named it.
+        let (own, parent) = (nix::unistd::getpid(), nix::unistd::getppid());
+        made.cgroups = cgroup::of_process(own.as_raw(), parent.as_raw());
     } else {
         let text = path.to_string_lossy();
         made.cgroups = cgroup::make(&text)
@@ -336,11 +340,15 @@ fn place(c: &CreateSpec<'_>, spec: &Spec, taken: &Taken, made: &mut Made) -> Res
     }
     if let Some(r) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
         group(c, path, &made.cgroups).apply(r, true)?;
-        if let (true, Some(folder)) = (cgroup::is_unified(), made.cgroups.first()) {
+        if cgroup::is_unified() {
+            let Some(folder) = made.cgroups.first() else {
+                let text = "the container has no cgroup of its own that device rules could be set for";
+                return Err(Error::new(Kind::Runtime, "cgroup", text, libc::ENOENT));
+            };
             devices::confine(folder, r.devices().as_deref().unwrap_or_default())?;
         }
     }
-    if by_systemd {
+    if made.by_systemd {
         return Ok(cgroup::Entry::Here);
     }
     let in_user_namespace = !taken.uid_map.is_empty();
