@@ -385,7 +385,7 @@ impl Node {
         assert!(left.is_empty(), "{when}: mounts left: {left:#?}\n{}", self.log());
         // A monitor answers its last request before it ends.
         let start = Instant::now();
-        while let Some(line) = process_of(&run) {
+        while let Some((_, line)) = processes_of(&run).first() {
             assert!(start.elapsed() < Duration::from_secs(5), "{when}: process left: {line}\n{}", self.log());
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -427,6 +427,16 @@ impl Drop for Node {
     fn drop(&mut self) {
         self.kill();
         let _ = self.server(&[]).arg("--purge").output();
+        // A failed test may leave a monitor that its server cannot end. A dead one can be cleaned up after.
+        let run = self.dir.join("run").to_string_lossy().into_owned();
+        let left = processes_of(&run);
+        if !left.is_empty() {
+            for (pid, _) in left {
+                let pid = nix::unistd::Pid::from_raw(pid);
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
+            let _ = self.server(&[]).arg("--purge").output();
+        }
         if std::thread::panicking() {
             eprintln!("--- the server's log:\n{}", self.log());
         }
@@ -475,13 +485,14 @@ pub fn container_config(name: &str, command: &[&str]) -> cri::ContainerConfig {
     }
 }
 
-/// A process that was started with `run` as its folder.
-fn process_of(run: &str) -> Option<String> {
-    fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
-        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        line.contains(&format!("--dir {run}")).then_some(line)
-    })
+/// Processes that were started with `run` as their folder, and their command lines.
+fn processes_of(run: &str) -> Vec<(i32, String)> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let lines = entries.filter_map(|entry| {
+        let line = fs::read(entry.path().join("cmdline")).ok()?;
+        Some((entry.file_name().to_str()?.parse().ok()?, String::from_utf8_lossy(&line).replace('\0', " ")))
+    });
+    lines.filter(|(_, line)| line.contains(&format!("--dir {run}"))).collect()
 }
 
 /// Gives the pod a user namespace whose root is `host_id` outside, and a network that one needs.

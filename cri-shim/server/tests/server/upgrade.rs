@@ -98,6 +98,26 @@ fn foreign_monitor(listener: UnixListener) {
     }
 }
 
+/// Puts the real monitor's socket back, also when the test fails: nobody could end the pod otherwise.
+struct Kept {
+    socket: PathBuf,
+    kept: PathBuf,
+}
+
+impl Kept {
+    fn aside(socket: PathBuf) -> Kept {
+        let kept = socket.with_file_name("kept.sock");
+        std::fs::rename(&socket, &kept).unwrap();
+        Kept { socket, kept }
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        let _ = std::fs::rename(&self.kept, &self.socket);
+    }
+}
+
 #[tokio::test]
 async fn an_unknown_protocol_is_refused_and_nothing_is_lost() {
     let mut node = Node::start("foreign", &[]).await;
@@ -106,14 +126,12 @@ async fn an_unknown_protocol_is_refused_and_nothing_is_lost() {
     let id = node.run_container(&pod, container_config("main", &["sleep", "1000"]), &config).await;
     let pid = node.pid_of(&id).await;
     node.kill();
-    let dir = node.dir.join("run/s").join(&pod);
-    let (socket, kept) = (dir.join("monitor.sock"), dir.join("kept.sock"));
-    std::fs::rename(&socket, &kept).unwrap();
+    let kept = Kept::aside(node.dir.join("run/s").join(&pod).join("monitor.sock"));
     // By a short name: a socket address holds 108 bytes.
     let short = PathBuf::from(format!("/tmp/cri-foreign-{}.sock", std::process::id()));
     let _ = std::fs::remove_file(&short);
     let listener = UnixListener::bind(&short).unwrap();
-    std::fs::rename(&short, &socket).unwrap();
+    std::fs::rename(&short, &kept.socket).unwrap();
     std::thread::spawn(move || foreign_monitor(listener));
     node.restart(&[]).await;
     let mut client = node.client().await;
@@ -125,7 +143,7 @@ async fn an_unknown_protocol_is_refused_and_nothing_is_lost() {
     assert_eq!(status.state, cri::ContainerState::ContainerRunning as i32, "{status:?}");
     assert!(std::path::Path::new(&format!("/proc/{pid}")).exists());
     node.kill();
-    std::fs::rename(&kept, &socket).unwrap();
+    drop(kept);
     node.restart(&[]).await;
     assert_eq!(node.pid_of(&id).await, pid);
     node.purge_and_check();
