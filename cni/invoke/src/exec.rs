@@ -11,6 +11,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::Child;
 
 use crate::error::{Error, Stderr};
+use crate::strays::OWNER;
 
 /// A result of a plugin is a few hundred bytes; this bounds what a broken one can make us hold.
 const MAX_OUTPUT: usize = 1 << 20;
@@ -26,6 +27,8 @@ pub(crate) struct Run<'a> {
     pub ifname: &'a str,
     pub args: &'a str,
     pub bin_dirs: &'a [PathBuf],
+    /// See [`OWNER`].
+    pub owner: &'a Path,
     pub limit: Duration,
 }
 
@@ -80,11 +83,12 @@ impl Run<'_> {
             .env("CNI_IFNAME", self.ifname)
             .env("CNI_ARGS", self.args)
             .env("CNI_PATH", join(self.bin_dirs))
+            .env(OWNER, self.owner)
             .env_remove("CNI_NETNS_OVERRIDE")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            // Its own group, so that a timeout also ends what it started.
+            // Its own group, so that a timeout also ends what it started; `strays` goes by it too.
             .process_group(0)
             .kill_on_drop(true);
         let mut tries = 0;

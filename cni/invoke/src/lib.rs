@@ -8,6 +8,7 @@ mod exec;
 mod locks;
 mod neighbours;
 mod pod;
+mod strays;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -80,6 +81,12 @@ impl Cni {
             locks: Locks::default(),
         };
         Cni { inner: Arc::new(inner) }
+    }
+
+    /// Ends plugins that an earlier process with this cache was killed over. Before anything else is asked of this handle: what they
+    /// were just making would come after it was deleted.
+    pub async fn end_strays(&self) {
+        strays::end(&self.inner.cache_dir).await;
     }
 
     /// The network in effect and the file it comes from. Files are read anew each time, so a change counts at once.
@@ -350,6 +357,7 @@ impl Cni {
             ifname: &pod.ifname,
             args: &args,
             bin_dirs: &self.inner.bin_dirs,
+            owner: &self.inner.cache_dir,
             limit: self.inner.limit,
         };
         run.execute(request).await

@@ -31,6 +31,11 @@ impl Network {
         }
     }
 
+    /// Before anything else: see [`Cni::end_strays`].
+    pub async fn end_strays(&self) {
+        self.cni.end_strays().await;
+    }
+
     /// Attaches the pod and returns its addresses, the primary one first.
     pub async fn attach(&self, record: &SandboxRecord, netns: PathBuf) -> Result<Vec<String>> {
         let result = self.cni.add(&pod_network(record, netns)).await?;

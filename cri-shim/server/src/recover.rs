@@ -3,6 +3,7 @@
 //! * records are replaced in one step, so a record is there in full or not at all; one that cannot be read is set aside with its
 //!   folder's name as all that is known of it, and cleaned up;
 //! * a record in phase `Creating` was never answered: it is taken back;
+//! * a network plugin that an earlier run was killed over has not ended by itself: it is ended before anything else is done;
 //! * a monitor that answers is right about its containers; one that does not is dead, as is a machine that was rebooted;
 //! * anything in the run folder, the image store's mounts or the network's records that belongs to no record is a leak.
 
@@ -88,6 +89,7 @@ impl Runtime {
     /// See the module. Single failures are logged and do not keep the server from starting: what could not be cleaned up is tried
     /// again at the next start.
     pub async fn recover(self: &Arc<Self>) -> Result<()> {
+        self.network.end_strays().await;
         let half_made = self.load()?;
         for container in half_made.containers {
             self.take_back_container(&container).await;

@@ -212,6 +212,43 @@ async fn a_plugin_that_hangs_or_talks_nonsense_costs_one_pod() {
     node.purge_and_check();
 }
 
+/// A plugin goes on when its server is killed. What it attaches then must not come after the next server's DEL.
+#[tokio::test]
+async fn a_plugin_of_a_killed_server_attaches_nothing_later() {
+    let mut node = Node::start("late", &[]).await;
+    let config = sandbox_config(&node, "late", false);
+    let begun = node.dir.join("begun");
+    // It calls others, as plugins do, and leaves one running for good, as some do.
+    let add = format!(
+        "setsid sleep 100 < /dev/null > /dev/null 2>&1 & echo $! $$ > {0}.new; mv {0}.new {0}; for i in $(seq 1000); do [ -e ../go ] && break; sleep 0.05; done; {GOOD_ADD}",
+        begun.display(),
+    );
+    plugin(&node, &add);
+    tokio::select! {
+        done = node.run_pod(&config) => panic!("{done:?}"),
+        () = wait_for("the plugin's start", || begun.exists()) => {}
+    }
+    let pids = fs::read_to_string(&begun).unwrap();
+    let (stays, ends) = pids.trim().split_once(' ').unwrap();
+    let lives = |pid: &str| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty());
+    node.kill();
+    assert!(lives(ends), "the test's plugin ended with its server");
+    plugin(&node, GOOD_ADD);
+    node.restart(&[]).await;
+    let (still, daemon) = (lives(ends), lives(stays));
+    fs::write(node.dir.join("go"), "").unwrap();
+    let _ = nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(stays.parse().unwrap()),
+        nix::sys::signal::Signal::SIGKILL,
+    );
+    assert!(!still, "the plugin goes on beside the next server");
+    assert!(daemon, "what a plugin leaves running is not the next server's to end");
+    same_view(&node, "after the restart").await;
+    node.run_pod(&config).await.unwrap();
+    same_view(&node, "after a success").await;
+    node.purge_and_check();
+}
+
 #[tokio::test]
 async fn broken_records_are_cleaned_up() {
     let mut node = Node::start("broken", &[]).await;
