@@ -57,6 +57,20 @@ pub fn policy(c: &Container) -> &str {
     if tag.is_none_or(|t| t == "latest") { "Always" } else { "IfNotPresent" }
 }
 
+/// Reason and message for the container's status: runtimes say by the first word whose fault it is (cri-api's errors). Pure.
+fn blame(image: &str, message: String) -> (&'static str, String) {
+    let known = [
+        ("RegistryUnavailable", "because the registry is unavailable"),
+        ("SignatureValidationFailed", "because the signature validation failed"),
+    ];
+    for (word, why) in known {
+        if let Some(rest) = message.strip_prefix(word) {
+            return (word, format!("image pull failed for {image} {why}{rest}"));
+        }
+    }
+    ("ErrImagePull", message)
+}
+
 impl Images {
     pub fn new(parallel: Option<u32>) -> Images {
         let permits = parallel.map_or(PARALLEL, |p| p.max(1) as usize);
@@ -123,15 +137,16 @@ impl Images {
                 Ok(present.unwrap_or(Present { reference, user: ImageUser::default() }))
             }
             Err(message) => {
-                self.failed(&image, &message);
                 ctx.events.container_warning(
                     pod,
                     (&c.name, kind),
                     "Failed",
                     format!("Failed to pull image {image:?}: {message}"),
                 );
-                ctx.events.container_warning(pod, (&c.name, kind), "Failed", "Error: ErrImagePull");
-                Err(Waiting { reason: "ErrImagePull".into(), message })
+                let (reason, message) = blame(&image, message);
+                self.failed(&image, &format!("{reason}: {message}"));
+                ctx.events.container_warning(pod, (&c.name, kind), "Failed", format!("Error: {reason}"));
+                Err(Waiting { reason: reason.into(), message })
             }
         }
     }
@@ -324,6 +339,22 @@ async fn credentials(ctx: &Context, pod: &Pod, image: &str) -> Vec<AuthConfig> {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn whose_fault_a_failed_pull_is() {
+        let of = |message: &str| blame("a:1", message.to_owned());
+        assert_eq!(
+            of("RegistryUnavailable: no route"),
+            (
+                "RegistryUnavailable",
+                "image pull failed for a:1 because the registry is unavailable: no route".to_owned()
+            )
+        );
+        let (reason, message) = of("SignatureValidationFailed: not signed");
+        assert_eq!(reason, "SignatureValidationFailed");
+        assert!(message.ends_with("the signature validation failed: not signed"), "{message}");
+        assert_eq!(of("no such image"), ("ErrImagePull", "no such image".to_owned()));
+    }
 
     #[test]
     fn policies() {

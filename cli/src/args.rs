@@ -257,6 +257,10 @@ pub struct RuntimeArgs {
     #[arg(long, value_name = "DIR", default_value = "/etc/containerd/certs.d")]
     pub registry_config_dir: PathBuf,
 
+    /// Programs that decide which images may be pulled: all executable files of this folder, called as containerd calls its verifiers
+    #[arg(long, value_name = "DIR", default_value = "/opt/containerd/image-verifier/bin")]
+    pub image_verifier_dir: PathBuf,
+
     /// OCI runtime for pods whose RuntimeClass has this handler: NAME=/PROGRAM [ARGUMENT]..., as runc=/usr/sbin/runc (repeatable)
     #[arg(long = "runtime-handler", value_name = "NAME=PROGRAM")]
     pub runtime_handlers: Vec<orlop_cri::Handler>,

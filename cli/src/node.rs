@@ -269,6 +269,7 @@ fn cri_config(
         images_dir: data_dir.join("images"),
         images: orlop_images::Options {
             certs_dir: Some(runtime.registry_config_dir.clone()),
+            verifiers_dir: Some(runtime.image_verifier_dir.clone()),
             proxies: orlop_images::Proxies::from_env(),
             ..orlop_images::Options::default()
         },

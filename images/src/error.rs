@@ -36,6 +36,8 @@ pub enum Error {
     Malformed { what: String, reference: String, why: String },
     #[error("cannot unpack layer {layer} of {reference}: {source}")]
     Unpack { reference: String, layer: String, source: Arc<crate::unpack::Error> },
+    #[error("{program} does not admit {reference} ({digest}): {why}", program = program.display())]
+    Refused { program: PathBuf, reference: String, digest: String, why: String },
     #[error("{archive} is not an OCI layout or docker archive: {why}", archive = archive.display())]
     Archive { archive: PathBuf, why: String },
     #[error("no image {0} in the store; pull or import it first")]
@@ -80,6 +82,8 @@ pub enum Kind {
     Limited,
     /// What came is not what was promised: a wrong digest, a layer or manifest that cannot be read.
     Corrupt,
+    /// A program that this machine asks about images does not admit it.
+    Refused,
     /// This machine's configuration does not allow it: `hosts.toml`, certificates, a store that somebody else has open.
     Misconfigured,
     /// No space, inodes or quota left.
@@ -109,6 +113,7 @@ impl Error {
                 _ => Kind::Corrupt,
             },
             Error::DigestMismatch { .. } | Error::Malformed { .. } | Error::Archive { .. } => Kind::Corrupt,
+            Error::Refused { .. } => Kind::Refused,
             Error::Config { .. } => Kind::Misconfigured,
             Error::State(e) if matches!(**e, orlop_base::durable::Error::Locked { .. }) => {
                 Kind::Misconfigured

@@ -30,6 +30,7 @@ mod store;
 mod unpack;
 mod unshare;
 mod user_namespace;
+mod verify;
 
 pub use build::{Build, build};
 pub use error::{Error, Kind, Result};

@@ -10,6 +10,9 @@ pub struct Options {
     pub certs_dir: Option<PathBuf>,
     /// A docker `config.json` with credentials, used when a pull brings none. Read at each pull.
     pub docker_config: Option<PathBuf>,
+    /// Programs that are asked before a pull whether the image may be used, as containerd's `bindir` image verifier asks them:
+    /// all executable files of this folder. They are looked for at each pull.
+    pub verifiers_dir: Option<PathBuf>,
     /// Names of images that garbage collection must keep (the CRI `pinned` flag), such as the sandbox image.
     pub pinned: Vec<String>,
     /// Keep layers as transferred beside the unpacked ones, so that an export has the original digests. Costs the
@@ -58,6 +61,7 @@ impl Default for Options {
         Options {
             certs_dir: Some(PathBuf::from("/etc/containerd/certs.d")),
             docker_config: None,
+            verifiers_dir: None,
             pinned: Vec::new(),
             keep_layer_blobs: false,
             parallel_layers: 3,

@@ -1,6 +1,7 @@
 //! From a reference to an image in the store. Identical pulls share one transfer.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use futures::FutureExt;
@@ -15,6 +16,7 @@ use crate::manifest::{self, Manifest};
 use crate::registry::Session;
 use crate::store::{Inner, blocking, joined};
 use crate::unpack::Stream;
+use crate::verify;
 use crate::{Auth, Digest, Error, Image, Reference, Result};
 
 type Pulling = Shared<BoxFuture<'static, Result<Arc<Image>>>>;
@@ -50,7 +52,10 @@ impl Drop for Listed {
 /// Joins the pull of the same thing that is under way, or starts one.
 pub(crate) async fn shared(inner: &Arc<Inner>, reference: &str, auth: Option<&Auth>) -> Result<Arc<Image>> {
     let reference = Reference::parse(reference)?;
-    if let Some(digest) = &reference.digest
+    let verifiers = verify::programs(inner.options.verifiers_dir.as_deref())?;
+    // What the programs say may have changed since the image came.
+    if verifiers.is_empty()
+        && let Some(digest) = &reference.digest
         && let Some(image) = by_name_and_digest(inner, &reference, digest)
         && reference.tagged().is_none_or(|t| image.repo_tags.contains(&t))
     {
@@ -66,7 +71,7 @@ pub(crate) async fn shared(inner: &Arc<Inner>, reference: &str, auth: Option<&Au
                 let listed = Listed { inner: inner.clone(), key: key.clone(), number: pulls.0 };
                 let (auth, number) = (auth.cloned(), pulls.0);
                 let future = async move {
-                    let result = pull(&listed.inner, &reference, auth.as_ref()).await;
+                    let result = pull(&listed.inner, &reference, auth.as_ref(), &verifiers).await;
                     let result = match result {
                         Err(e) => Err(after_failure(&listed.inner, e).await),
                         image => image,
@@ -102,7 +107,12 @@ fn by_name_and_digest(inner: &Inner, reference: &Reference, digest: &Digest) -> 
     state.images.values().find(|e| e.record.digests.contains(&name)).map(|e| e.image.clone())
 }
 
-async fn pull(inner: &Arc<Inner>, reference: &Reference, auth: Option<&Auth>) -> Result<Arc<Image>> {
+async fn pull(
+    inner: &Arc<Inner>,
+    reference: &Reference,
+    auth: Option<&Auth>,
+    verifiers: &[PathBuf],
+) -> Result<Arc<Image>> {
     let session = {
         let (reference, auth) = (reference.clone(), auth.cloned());
         let options = inner.options.clone();
@@ -110,7 +120,7 @@ async fn pull(inner: &Arc<Inner>, reference: &Reference, auth: Option<&Auth>) ->
     };
     let known = inner.state.read().find(&reference.to_string()).map(|e| e.image.clone());
     // Asking for the digest alone does not count against a registry's limit of pulls.
-    if let (Some(image), None) = (known, reference.digest)
+    if let (Some(image), None, []) = (known, reference.digest, verifiers)
         && let Some(now) = session.current_digest().await
         && image.repo_digests.contains(&reference.with_digest(&now))
     {
@@ -119,6 +129,7 @@ async fn pull(inner: &Arc<Inner>, reference: &Reference, auth: Option<&Auth>) ->
     let text = reference.to_string();
     let (top, algorithm) = session.resolve().await?;
     let top_digest = algorithm.digest(&top);
+    verify::ask(verifiers, &text, &top_digest, &top).await?;
     let (manifest_bytes, config_descriptor, layers) = image_manifest(&session, top, &text).await?;
     let config_bytes = session.small_blob(&config_descriptor.digest, config_descriptor.size).await?;
     let (config, diffs) = manifest::parse_config(&config_bytes, layers.len(), &text)?;

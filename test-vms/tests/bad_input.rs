@@ -114,7 +114,8 @@ fn waiting(c: &Cluster, name: &str) -> String {
     let path = "jsonpath={.status.containerStatuses[0].state.waiting}";
     wait_for(&format!("pod {name} waits for its image"), SOON, || {
         let state = c.kubectl(&["get", "pod", name, "-o", path]);
-        (state.contains("ErrImagePull") || state.contains("ImagePullBackOff")).then_some(state)
+        let reasons = ["ErrImagePull", "RegistryUnavailable", "ImagePullBackOff"];
+        reasons.iter().any(|r| state.contains(r)).then_some(state)
     })
 }
 

@@ -339,7 +339,7 @@ fn bad_manifests_are_explained(c: &Cluster) {
         let pod = json(c, &["-n", "demo", "get", "pod", "nowhere"]);
         let r =
             pod["status"]["containerStatuses"][0]["state"]["waiting"]["reason"].as_str().map(str::to_owned);
-        r.filter(|r| r == "ErrImagePull" || r == "ImagePullBackOff")
+        r.filter(|r| r == "RegistryUnavailable" || r == "ImagePullBackOff")
     });
     assert!(!reason.is_empty());
     c.kubectl(&["-n", "demo", "delete", "pod", "nowhere", "--grace-period=0", "--force"]);

@@ -231,7 +231,9 @@ pub async fn ensure_image(job: Job, container: String) -> Done {
                 Err(why) => {
                     // The error shows for a moment, then the back-off and how long it takes.
                     let wait = match why.reason.as_str() {
-                        "ErrImagePull" => Duration::from_secs(1),
+                        "ErrImagePull" | "RegistryUnavailable" | "SignatureValidationFailed" => {
+                            Duration::from_secs(1)
+                        }
                         _ => images.retry_in(c.image.as_deref().unwrap_or_default()),
                     };
                     Err((why, wait.max(Duration::from_secs(1))))

@@ -42,7 +42,7 @@ pub enum Error {
     Durable(#[from] orlop_base::durable::Error),
     #[error(transparent)]
     Failpoint(#[from] orlop_base::failpoint::Failed),
-    #[error("{}{}", if registry_is_down(.0) { "RegistryUnavailable: " } else { "" }, chain(.0))]
+    #[error("{}{}", kubelets_word(.0), chain(.0))]
     Image(orlop_images::Error),
     /// The kubelet knows the message by its first word (`ErrImageVolumeMountFailed` of cri-api).
     #[error("ImageVolumeMountFailed")]
@@ -89,9 +89,13 @@ impl From<orlop_images::Error> for Error {
     }
 }
 
-/// Whether a registry, not the image or the request, is to blame.
-fn registry_is_down(e: &orlop_images::Error) -> bool {
-    e.kind() == orlop_images::Kind::Unavailable
+/// The prefix by which the kubelet knows whom to blame (`ErrRegistryUnavailable` and `ErrSignatureValidationFailed` of cri-api).
+fn kubelets_word(e: &orlop_images::Error) -> &'static str {
+    match e.kind() {
+        orlop_images::Kind::Unavailable => "RegistryUnavailable: ",
+        orlop_images::Kind::Refused => "SignatureValidationFailed: ",
+        _ => "",
+    }
 }
 
 fn image_code(e: &orlop_images::Error) -> Code {
@@ -102,7 +106,7 @@ fn image_code(e: &orlop_images::Error) -> Code {
         Kind::AlreadyExists => Code::AlreadyExists,
         Kind::Unauthorized => Code::PermissionDenied,
         // The kubelet takes the code off a failed pull's message only when it is this one, and only then sees the prefix.
-        Kind::Unavailable => Code::Unknown,
+        Kind::Unavailable | Kind::Refused => Code::Unknown,
         Kind::Limited | Kind::Full => Code::ResourceExhausted,
         Kind::Corrupt => Code::DataLoss,
         Kind::Misconfigured => Code::FailedPrecondition,
@@ -175,6 +179,13 @@ mod tests {
         let failing =
             E::Registry { reference: reference.clone(), registry: registry.clone(), detail: detail.clone() };
         assert_eq!(of(failing), (Code::Unknown, "RegistryUnavailable".to_owned()));
+        let refused = E::Refused {
+            program: "/v".into(),
+            reference: reference.clone(),
+            digest: "sha256:0".into(),
+            why: "no".into(),
+        };
+        assert_eq!(of(refused), (Code::Unknown, "SignatureValidationFailed".to_owned()));
         for (e, code) in [
             (E::NotFound { reference: reference.clone(), registry: registry.clone() }, Code::NotFound),
             (

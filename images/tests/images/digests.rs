@@ -1,8 +1,9 @@
 //! Images whose content is named by SHA-512, from a registry that names it so.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
-use orlop_images::{Algorithm, Digest, Options};
+use orlop_images::{Algorithm, Digest, Error, Options};
 use serde_json::json;
 
 use crate::fake::*;
@@ -119,5 +120,40 @@ async fn what_is_not_what_it_is_called_is_refused() {
     let other = sha512(b"another");
     let said = store.pull(&format!("{}/a@{other}", damaged.address), None).await.unwrap_err().to_string();
     assert!(said.contains(&other.to_string()), "{said}");
-    assert_eq!(place.count("layers"), 1 + 1, "the good layer waits for another try");
+    assert!(store.list().is_empty());
+    assert_eq!((place.count("ingest"), place.count("content")), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn programs_decide_what_is_pulled() {
+    let image = long();
+    let fake = registry(&image, false);
+    let place = Place::new();
+    let (dir, refuse) = (place.dir.path().join("verifiers"), place.dir.path().join("refuse"));
+    fs::create_dir(&dir).unwrap();
+    let text = format!("#!/bin/sh\n[ ! -e {} ] || {{ echo not today; exit 1; }}\n", refuse.display());
+    fs::write(dir.join("asks"), text).unwrap();
+    fs::set_permissions(dir.join("asks"), fs::Permissions::from_mode(0o755)).unwrap();
+    let store = place.open_with(Options { verifiers_dir: Some(dir), ..Options::default() }).await;
+    let names = [format!("{}/a:v1", fake.address), format!("{}/a@{}", fake.address, sha512(&image.manifest))];
+    let refused = async |name: &String| {
+        let e = store.pull(name, None).await.unwrap_err();
+        assert!(matches!(e, Error::Refused { .. }) && e.to_string().contains("not today"), "{e}");
+        assert!(e.to_string().contains(&sha512(&image.manifest).to_string()), "{e}");
+    };
+    fs::write(&refuse, "").unwrap();
+    for name in &names {
+        refused(name).await;
+    }
+    assert_eq!(fake.requests("/blobs/").len(), 0, "nothing of a refused image is fetched");
+    fs::remove_file(&refuse).unwrap();
+    for name in &names {
+        store.pull(name, None).await.unwrap();
+    }
+    // It is here, but may not be pulled any more.
+    fs::write(&refuse, "").unwrap();
+    for name in &names {
+        refused(name).await;
+    }
+    assert!(store.get(&names[0]).is_some());
 }
