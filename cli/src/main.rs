@@ -76,7 +76,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
     }
     let daemon = |future: Pin<Box<dyn Future<Output = Result<(), Failure>>>>| {
         // A broken connection is logged by those who use it, with what it means to them.
-        orlop_base::telemetry::init("info,kube_client::client::builder=off");
+        orlop_base::telemetry::init("info,kube_client::client::builder=off,kube_runtime::watcher=off");
         runtime()?.block_on(future)
     };
     match cli.command {

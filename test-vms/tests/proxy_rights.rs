@@ -178,9 +178,14 @@ fn the_role_of_kube_proxy_is_enough_and_a_missing_right_is_said_once() {
     place.bind("system:node-proxier", "px");
     place.wait_healthy();
     let said = place.said();
-    let lines: Vec<&str> = said.lines().filter(|l| l.contains("refuses the proxy's user")).collect();
+    let lines: Vec<&str> = said.lines().filter(|l| l.contains("forbidden")).collect();
     assert_eq!(lines.len(), 1, "{said}");
-    assert!(lines[0].contains("endpointslices") && lines[0].contains("system:node-proxier"), "{said}");
+    assert!(
+        lines[0].contains("endpointslices")
+            && lines[0].contains("refuses the proxy's user")
+            && lines[0].contains("system:node-proxier"),
+        "{said}"
+    );
 
     // Services, endpoints and the node have been read.
     let mut inspect = Command::new(program("orlop"));
