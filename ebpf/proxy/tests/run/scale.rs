@@ -250,16 +250,12 @@ async fn churn(services: usize, time: Duration) {
     task.await.unwrap().unwrap();
 }
 
+/// `ORLOP_TEST_CHURN=10000,60` has it at full size: so many Services, for so many seconds.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_are_right_while_everything_changes() {
-    churn(1000, Duration::from_secs(5)).await;
-}
-
-/// Measures; run it alone, with --release.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "takes minutes: cargo test --release -p orlop-proxy --test run -- --ignored --nocapture"]
-async fn answers_are_right_for_a_minute_at_full_size() {
-    churn(10_000, Duration::from_secs(60)).await;
+    let asked = std::env::var("ORLOP_TEST_CHURN").unwrap_or_else(|_| "1000,5".into());
+    let (services, seconds) = asked.split_once(',').expect("ORLOP_TEST_CHURN=SERVICES,SECONDS");
+    churn(services.parse().unwrap(), Duration::from_secs(seconds.parse().unwrap())).await;
 }
 
 /// From an empty kernel to all Services, then new ones beside them; returns the time of the first, and the median of the
@@ -296,14 +292,4 @@ async fn at_scale(services: usize) -> (Duration, Duration) {
 async fn a_thousand_services_are_complete() {
     let (full, one) = at_scale(1000).await;
     println!("1000 services: full sync {full:?}, one new {one:?}");
-}
-
-/// Measures; run it alone, with --release.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "a measurement: cargo test --release -p orlop-proxy --test run -- --ignored --nocapture"]
-async fn figures_at_scale() {
-    for services in [100, 5000, 10_000] {
-        let (full, one) = at_scale(services).await;
-        println!("{services} services: full sync {full:?}, one new p50 {one:?}");
-    }
 }
