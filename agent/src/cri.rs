@@ -146,6 +146,15 @@ impl Cri {
         call!(self.runtime.exec_sync, request, limit, "ExecSync")
     }
 
+    /// Returns when the archive is written; a timeout of zero is the runtime's own.
+    pub async fn checkpoint_container(&self, request: CheckpointContainerRequest) -> Result<(), Error> {
+        let limit = match u64::try_from(request.timeout) {
+            Ok(0) | Err(_) => PULL_TIMEOUT,
+            Ok(seconds) => Duration::from_secs(seconds) + Duration::from_secs(10),
+        };
+        call!(self.runtime.checkpoint_container, request, limit, "CheckpointContainer").map(|_| ())
+    }
+
     pub async fn pull_image(&self, request: PullImageRequest) -> Result<PullImageResponse, Error> {
         call!(self.images.pull_image, request, PULL_TIMEOUT, "PullImage")
     }

@@ -4,6 +4,7 @@
 //! kubelet does it; errors are plain text, which the API server wraps into a Status.
 
 mod auth;
+mod checkpoint;
 mod containers;
 mod logs;
 mod stats;
@@ -188,6 +189,10 @@ impl Server {
             }
             ["run", namespace, pod, container] if request.method() == Method::POST => {
                 streams::run(ctx, request.uri().query().unwrap_or_default(), namespace, pod, container).await
+            }
+            ["checkpoint", namespace, pod, container] if request.method() == Method::POST => {
+                let query = request.uri().query().unwrap_or_default();
+                checkpoint::make(ctx, query, namespace, pod, container).await
             }
             _ => Err(Refusal::not_found("404 page not found")),
         }

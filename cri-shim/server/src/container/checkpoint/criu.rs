@@ -231,7 +231,8 @@ pub(super) fn arguments(work: &Work, seen: &Seen) -> Vec<OsString> {
 
 /// Pure: the last line of a criu log that says what went wrong, rather than that something did.
 pub(super) fn last_error(log: &str) -> Option<String> {
-    const EMPTY: [&str; 2] = ["Dumping FAILED", "Could not initialize kernel features detection"];
+    const EMPTY: [&str; 3] =
+        ["Dumping FAILED", "Could not initialize kernel features detection", "exited, status"];
     let errors = log.lines().filter_map(|l| l.split_once("Error ("));
     let texts: Vec<&str> = errors.map(|(_, l)| l.split_once("): ").map_or(l, |(_, text)| text)).collect();
     let last = texts.iter().rev().find(|t| !EMPTY.iter().any(|e| t.starts_with(e))).or(texts.last())?;
@@ -286,6 +287,7 @@ mod tests {
     fn the_error_that_says_something() {
         let log = "(00.1) mnt: fine\n\
             (00.2) Error (criu/mount.c:1088): mnt: Mount 919 ./data (master_id: 30) has unreachable sharing.\n\
+            (00.2) Error (criu/util.c:642): exited, status=1\n\
             (00.3) Error (criu/cr-dump.c:2111): Dumping FAILED.\n";
         assert_eq!(
             last_error(log).unwrap(),
