@@ -183,8 +183,8 @@ fn default_routes(ips: &[std::net::IpAddr]) -> Vec<Route> {
 
 /// Best effort: the runtime sends DEL after a failed ADD in any case.
 fn undo(host: &mut Netlink, nat: Option<&mut Nat>, conf: &Conf, attachment: &Attachment) {
-    let freed =
-        links::delete(host, &attachment.host_interface()).and_then(|_| release(nat, conf, attachment));
+    let freed = links::delete_from_afar(host, &attachment.host_interface())
+        .and_then(|_| release(nat, conf, attachment));
     if let Err(e) = freed {
         eprintln!("cannot undo yet: {}", orlop_base::telemetry::chain(&e));
     }

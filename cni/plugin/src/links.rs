@@ -181,8 +181,25 @@ pub fn no_link_local(nl: &mut Netlink, index: u32) -> Result<()> {
 /// Deletes a link, and with it its other side; whether it was there. Nobody finds it any more when this returns, and nothing
 /// leads to it.
 pub fn delete(nl: &mut Netlink, name: &str) -> Result<bool> {
+    delete_by(nl, name, removal::delete)
+}
+
+/// [`delete`] for a process that has entered another network namespace than that of `nl`. Returns later.
+pub fn delete_from_afar(nl: &mut Netlink, name: &str) -> Result<bool> {
+    delete_by(nl, name, |nl, index| {
+        let mut m = LinkMessage::default();
+        m.header.index = index;
+        nl.change(Message::DelLink(m), 0)
+    })
+}
+
+fn delete_by(
+    nl: &mut Netlink,
+    name: &str,
+    way: impl FnOnce(&mut Netlink, u32) -> io::Result<()>,
+) -> Result<bool> {
     let Some(link) = find(nl, name)? else { return Ok(false) };
-    match removal::delete(nl, link.index) {
+    match way(nl, link.index) {
         Ok(()) => Ok(true),
         // Somebody else was first.
         Err(e) if e.raw_os_error() == Some(ENODEV) => Ok(false),

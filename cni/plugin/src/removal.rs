@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
 
 use netlink_packet_route::RouteNetlinkMessage as Message;
 use netlink_packet_route::link::LinkMessage;
@@ -19,6 +20,8 @@ const LINKS: u32 = 1;
 
 /// Deletes the link, and with it its other side. By its number, which no other link ever gets: a child that outlives a killed parent
 /// cannot hit a link that was made since under the same name.
+///
+/// The link must be in the network namespace where this process is, which is where `nl` was opened as long as no other was entered.
 pub fn delete(nl: &mut Netlink, index: u32) -> io::Result<()> {
     let mut request = LinkMessage::default();
     request.header.index = index;
@@ -44,7 +47,7 @@ fn begin(request: Message) -> io::Result<File> {
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
-            let answer = carry_out(request);
+            let answer = carry_out(request, write.as_raw_fd());
             let _ = File::from(write).write_all(&answer.to_ne_bytes());
             // SAFETY: _exit is always sound; the parent's state must not be dropped here.
             unsafe { libc::_exit(0) }
@@ -53,11 +56,12 @@ fn begin(request: Message) -> io::Result<File> {
     }
 }
 
-fn carry_out(request: Message) -> i32 {
-    // Whoever runs the plugin waits for the end of its output.
-    for stream in 0..=2 {
-        // SAFETY: nothing in this child uses the standard streams.
-        unsafe { libc::close(stream) };
+fn carry_out(request: Message, keep: RawFd) -> i32 {
+    // Whoever runs the plugin waits for the end of its output, and whoever wants the record of addresses for its lock.
+    let keep = keep.unsigned_abs();
+    for (first, last) in [(0, keep.saturating_sub(1)), (keep + 1, libc::c_uint::MAX)] {
+        // SAFETY: this child uses no descriptor that it has not opened itself, but the pipe.
+        unsafe { libc::close_range(first, last, 0) };
     }
     match Netlink::open().and_then(|mut own| own.change(request, 0)) {
         Ok(()) => 0,

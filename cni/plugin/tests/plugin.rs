@@ -3,7 +3,9 @@
 mod common;
 
 use std::collections::HashSet;
+use std::io::Write;
 use std::net::IpAddr;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{NODE_IP, Node, Pod, inside, run, talk};
@@ -137,6 +139,25 @@ async fn a_former_boot_does_not_count() {
     assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 2, "the new record and the lock");
 }
 
+/// ADD without a runtime, which would send DEL after a failure; returns the plugin's output.
+fn call_alone(node: &Node, pod: &Pod, range: &str) -> String {
+    let conf = serde_json::json!({"cniVersion": "1.1.0", "name": "test", "type": "orlop-cni",
+        "ipam": {"ranges": [range], "dataDir": node.data()}});
+    let mut plugin = Command::new(env!("CARGO_BIN_EXE_orlop-cni"))
+        .env_clear()
+        .env("CNI_COMMAND", "ADD")
+        .env("CNI_CONTAINERID", &pod.network.container_id)
+        .env("CNI_NETNS", &pod.network.netns)
+        .env("CNI_IFNAME", "eth0")
+        .env("CNI_PATH", "/")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    plugin.stdin.take().unwrap().write_all(conf.to_string().as_bytes()).unwrap();
+    String::from_utf8(plugin.wait_with_output().unwrap().stdout).unwrap()
+}
+
 #[tokio::test]
 async fn failed_adds_leave_nothing_and_say_why() {
     let node = Node::new(&conflist(&["10.55.0.0/24"]));
@@ -156,6 +177,18 @@ async fn failed_adds_leave_nothing_and_say_why() {
     let pod = Pod::new("route");
     let e = node.cni.add(&pod.network).await.unwrap_err();
     assert!(matches!(&e, Error::Plugin { source, .. } if source.msg.contains("10.55.0.3")), "{e:?}");
+
+    // What fails inside of the pod, as a second default route does, is undone on the node by the plugin alone.
+    let routed = Pod::new("routed");
+    inside(&routed.netns, || {
+        run("ip link add away type veth peer name further");
+        run("ip link set away up");
+        run("ip route add default dev away");
+    });
+    let said = call_alone(&node, &routed, "10.55.0.0/24");
+    assert!(said.contains("\"code\""), "{said}");
+    let inner = inside(&routed.netns, || run("ip -o link"));
+    assert!(inner.contains("away") && !inner.contains("eth0"), "{inner}");
 
     assert!(node.host_links().is_empty() && node.recorded().is_empty());
     assert!(node.cni.attachments().is_empty());
