@@ -43,6 +43,8 @@ impl Error {
 const TIMEOUT: Duration = Duration::from_secs(120);
 /// Image pulls may take as long as they make progress; the runtime itself gives up on a stuck one.
 const PULL_TIMEOUT: Duration = Duration::from_secs(3600);
+/// Every call's bound, whatever a pod or a caller names: tonic panics on what its header cannot say (99999999 hours).
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Messages up to 16 MiB, as upstream's client allows.
 const MAX_MESSAGE: usize = 16 << 20;
 
@@ -53,10 +55,18 @@ pub struct Cri {
     images: ImageServiceClient<Channel>,
 }
 
+/// Pure: how long to wait for a checkpoint that may take `seconds`; the runtime takes an hour at most.
+fn checkpoint_limit(seconds: i64) -> Duration {
+    match u64::try_from(seconds) {
+        Ok(0) | Err(_) => PULL_TIMEOUT,
+        Ok(s) => Duration::from_secs(s).min(PULL_TIMEOUT) + Duration::from_secs(10),
+    }
+}
+
 macro_rules! call {
     ($self:ident.$client:ident.$name:ident, $request:expr, $timeout:expr, $label:literal) => {{
         let mut request = tonic::Request::new($request);
-        request.set_timeout($timeout);
+        request.set_timeout($timeout.min(LONGEST));
         let call = $self.$client.clone().$name(request).await;
         call.map(tonic::Response::into_inner)
             .map_err(|status| Error::Call { call: $label, status: Box::new(status) })
@@ -148,10 +158,7 @@ impl Cri {
 
     /// Returns when the archive is written; a timeout of zero is the runtime's own.
     pub async fn checkpoint_container(&self, request: CheckpointContainerRequest) -> Result<(), Error> {
-        let limit = match u64::try_from(request.timeout) {
-            Ok(0) | Err(_) => PULL_TIMEOUT,
-            Ok(seconds) => Duration::from_secs(seconds) + Duration::from_secs(10),
-        };
+        let limit = checkpoint_limit(request.timeout);
         call!(self.runtime.checkpoint_container, request, limit, "CheckpointContainer").map(|_| ())
     }
 
@@ -164,5 +171,25 @@ impl Cri {
         let call = self.runtime.clone().get_container_events(GetEventsRequest {}).await;
         call.map(tonic::Response::into_inner)
             .map_err(|status| Error::Call { call: "GetContainerEvents", status: Box::new(status) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_ends_within_an_hour() {
+        let seconds = |s| checkpoint_limit(s).as_secs();
+        assert_eq!([0, -1, 5, i64::MAX].map(seconds), [3600, 3600, 15, 3610]);
+    }
+
+    #[tokio::test]
+    async fn no_time_is_too_long_for_a_call() {
+        let dir = tempfile::tempdir().unwrap();
+        let cri = Cri::new(&dir.path().join("nobody.sock")).unwrap();
+        let request = CheckpointContainerRequest { timeout: i64::MAX, ..Default::default() };
+        assert!(cri.checkpoint_container(request).await.is_err());
+        assert!(cri.stop_container("a", i64::MAX).await.is_err());
     }
 }

@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
+use orlop_base::strays::OWNER;
 use orlop_cni_types::{Command, ErrorResult};
 use serde_json::{Map, Value};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::Child;
 
 use crate::error::{Error, Stderr};
-use crate::strays::OWNER;
 
 /// A result of a plugin is a few hundred bytes; this bounds what a broken one can make us hold.
 const MAX_OUTPUT: usize = 1 << 20;

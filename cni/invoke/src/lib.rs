@@ -8,7 +8,6 @@ mod exec;
 mod locks;
 mod neighbours;
 mod pod;
-mod strays;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -86,7 +85,7 @@ impl Cni {
     /// Ends plugins that an earlier process with this cache was killed over. Before anything else is asked of this handle: what they
     /// were just making would come after it was deleted.
     pub async fn end_strays(&self) {
-        strays::end(&self.inner.cache_dir).await;
+        orlop_base::strays::end(&self.inner.cache_dir).await;
     }
 
     /// The network in effect and the file it comes from. Files are read anew each time, so a change counts at once.

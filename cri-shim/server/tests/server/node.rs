@@ -186,6 +186,15 @@ impl Node {
         fs::read_to_string(self.dir.join("server.log")).unwrap_or_default()
     }
 
+    /// As a service manager does; returns when the server has ended.
+    pub async fn terminate(&mut self) {
+        let Some(child) = &mut self.child else { return };
+        let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        wait_for("the server's end", || child.try_wait().unwrap().is_some()).await;
+        self.child = None;
+    }
+
     /// SIGKILL.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {

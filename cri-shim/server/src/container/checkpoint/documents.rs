@@ -1,8 +1,11 @@
 //! The archive's files beside criu's images, in the forms that CRI-O, containerd and checkpointctl share.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
 
 use orlop_proto::cri;
 use serde_json::{Value, json};
@@ -11,12 +14,12 @@ use crate::error::{Error, Result};
 use crate::store::ContainerRecord;
 
 /// What the files say.
-pub(super) struct Facts<'a> {
+pub(super) struct Facts {
     /// The container's config.json.
-    pub spec: &'a [u8],
-    pub status: &'a cri::ContainerStatus,
-    pub container: &'a ContainerRecord,
-    pub runtime: &'a str,
+    pub spec: Vec<u8>,
+    pub status: cri::ContainerStatus,
+    pub container: Arc<ContainerRecord>,
+    pub runtime: String,
     pub now: jiff::Timestamp,
 }
 
@@ -108,22 +111,27 @@ fn put(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     fs::write(&path, bytes).map_err(Error::io("write", &path))
 }
 
-/// Writes all but the images, the changed files and [`write_deleted`]'s.
-pub(super) fn write(dir: &Path, f: &Facts) -> Result<()> {
+/// Writes all but the images, the changed files and [`write_deleted`]'s. Blocking, and without end where a volume's server hangs.
+pub(super) fn write(dir: &Path, f: &Facts, deadline: Instant) -> Result<()> {
     for (name, value) in [
         ("config.dump", config(f)),
-        ("status.dump", status_dump(f.status)),
-        ("status", status(f.container)),
+        ("status.dump", status_dump(&f.status)),
+        ("status", status(&f.container)),
         ("bind.mounts", bind_mounts(&f.container.config.mounts)),
     ] {
         put(dir, name, value.to_string().as_bytes())?;
     }
-    put(dir, "spec.dump", f.spec)?;
+    put(dir, "spec.dump", &f.spec)?;
     let log = Path::new(&f.container.log_path);
     // The monitor follows no link there either.
-    if fs::symlink_metadata(log).is_ok_and(|m| m.is_file()) {
+    if let Ok(m) = fs::symlink_metadata(log)
+        && m.is_file()
+    {
         let to = dir.join("container.log");
-        fs::copy(log, &to).map_err(Error::io("copy the log to", &to))?;
+        let mut out = super::create(&to, deadline)?;
+        // The container goes on writing.
+        let copied = File::open(log).and_then(|l| io::copy(&mut l.take(m.len()), &mut out));
+        copied.and_then(|_| out.flush()).map_err(Error::io("copy the log to", &to))?;
     }
     Ok(())
 }

@@ -31,6 +31,8 @@ use crate::store::{Container, ContainerPhase, Sandbox};
 
 /// For callers that name no limit: the kubelet's own for a request.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(120);
+/// Whatever a caller names: nothing else can be done to the container in the meantime.
+const LONGEST: Duration = Duration::from_secs(3600);
 
 /// Pure: the archive's path.
 fn location(text: &str) -> Result<PathBuf> {
@@ -43,11 +45,11 @@ fn location(text: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Pure: the CRI counts in seconds; zero leaves it to the runtime.
+/// Pure: the CRI counts in seconds; zero leaves it to the runtime. At most [`LONGEST`].
 fn limit(seconds: i64) -> Result<Duration> {
     match u64::try_from(seconds) {
         Ok(0) => Ok(DEFAULT_LIMIT),
-        Ok(s) => Ok(Duration::from_secs(s)),
+        Ok(s) => Ok(Duration::from_secs(s).min(LONGEST)),
         Err(_) => Err(Error::Invalid(format!("a checkpoint cannot end within {seconds} s"))),
     }
 }
@@ -142,22 +144,28 @@ impl Runtime {
                 network: criu::pinned(&spec, oci_spec::runtime::LinuxNamespaceType::Network),
                 partial: location.with_file_name(format!(".checkpoint-{}.partial", container.id)),
             },
-        )?;
-        let dumped = self.dump(container, &tool, &work, spec, deadline).await;
-        work.undo.thaw();
-        if dumped.is_err() {
-            work.undo.unlock_network().await;
+        )
+        .await?;
+        let done = async {
+            self.dump(container, &tool, &work, spec, deadline).await?;
+            work.undo.thaw();
+            let said = documents::Facts {
+                spec: spec_json,
+                status: self.container_status_of(container),
+                container: record,
+                runtime: if handler.is_empty() { crate::status::RUNTIME } else { handler }.to_owned(),
+                now: jiff::Timestamp::now(),
+            };
+            let folder = work.archive();
+            // Asks the volumes' file systems, too.
+            let written = spawn_blocking(move || documents::write(&folder, &said, deadline));
+            let out_of_time = |_| Error::Internal("the container's volumes cannot be looked at".into());
+            joined(timeout_at(deadline.into(), written).await.map_err(out_of_time)?)??;
+            archive(&work, location, deadline).await
         }
-        dumped?;
-        let said = documents::Facts {
-            spec: &spec_json,
-            status: &self.container_status_of(container),
-            container: &record,
-            runtime: if handler.is_empty() { crate::status::RUNTIME } else { handler },
-            now: jiff::Timestamp::now(),
-        };
-        documents::write(&work.archive(), &said)?;
-        archive(&work, location, deadline).await?;
+        .await;
+        work.end().await;
+        done?;
         tracing::info!(container = %container.id, archive = %location.display(), "wrote a checkpoint");
         Ok(())
     }
@@ -214,6 +222,7 @@ mod tests {
         }
         assert_eq!(limit(0).unwrap(), DEFAULT_LIMIT);
         assert_eq!(limit(3).unwrap(), Duration::from_secs(3));
+        assert_eq!(limit(i64::MAX).unwrap(), LONGEST);
         assert!(limit(-1).is_err());
     }
 

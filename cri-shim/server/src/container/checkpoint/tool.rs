@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
+use orlop_base::strays;
 use tokio::process::Command;
 use tokio::time::timeout_at;
 
@@ -71,10 +72,18 @@ impl Tool {
         }
     }
 
+    /// In a process group of its own, with nothing of our environment.
+    fn command(&self) -> Command {
+        let mut command = Command::new(self.program());
+        command.env_clear().env("PATH", PATH).current_dir("/").stdin(Stdio::null());
+        command.process_group(0).kill_on_drop(true);
+        command
+    }
+
     /// Another runtime may not know the command.
     pub async fn check(&self, deadline: Instant) -> Result<()> {
         let Tool::Runtime { handler, runtime, .. } = self else { return Ok(()) };
-        let mut command = Command::new(&runtime.program);
+        let mut command = self.command();
         command.args(&runtime.args).args(["checkpoint", "--help"]);
         let until = deadline.min(Instant::now() + HELP_LIMIT);
         if run(command, None, until).await?.is_some_and(|s| s.success()) {
@@ -107,8 +116,14 @@ impl Tool {
     /// Writes the images of a frozen container.
     pub async fn run(&self, id: &str, work: &Work, seen: &Seen, deadline: Instant) -> Result<()> {
         let (output, log) = (work.file("output"), work.file("runtime.log"));
-        let mut command = Command::new(self.program());
-        command.args(self.arguments(id, work, seen, &log));
+        let mut command = self.command();
+        command.args(self.arguments(id, work, seen, &log)).env(strays::OWNER, work.dir());
+        if let Tool::Runtime { .. } = self {
+            // The one lock that is undone when the runtime and its criu are killed; no runtime has a flag for it.
+            let config = work.file("criu.conf");
+            fs::write(&config, "network-lock nftables\n").map_err(Error::io("write", &config))?;
+            command.env("CRIU_CONFIG_FILE", config);
+        }
         let file = File::create(&output).map_err(Error::io("create", &output))?;
         let Some(status) = run(command, Some(file), deadline).await? else {
             return Err(Error::Internal(format!("{} did not end in time", self.program().display())));
@@ -135,25 +150,37 @@ fn runtime_error(log: &str) -> Option<String> {
     })
 }
 
-/// Runs a program in a process group of its own; `None`: it had to be killed, with what it had started. criu detaches from
-/// the processes that it looks into when it dies, and what it has put into them ends by itself.
+/// A program with what it has started, which ends with this. criu detaches from the processes that it looks into when it dies,
+/// and what it has put into them ends by itself.
+struct Group(Option<Pid>);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(leader) = self.0 {
+            // Not reaped yet, so the number is still its own.
+            let _ = killpg(leader, Signal::SIGKILL);
+        }
+    }
+}
+
+/// Runs a [`Tool::command`]; `None`: it had to be killed.
 async fn run(mut command: Command, output: Option<File>, deadline: Instant) -> Result<Option<ExitStatus>> {
     let program = PathBuf::from(command.as_std().get_program());
     let failed = |e| Error::io("run", &program)(e);
     let end = |file: &Option<File>| {
         file.as_ref().map_or_else(|| Ok(Stdio::null()), |f| f.try_clone().map(Stdio::from))
     };
-    command.env_clear().env("PATH", PATH).current_dir("/").stdin(Stdio::null());
     command.stdout(end(&output).map_err(failed)?).stderr(end(&output).map_err(failed)?);
-    let mut child = command.process_group(0).kill_on_drop(true).spawn().map_err(failed)?;
-    let group = child.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw);
+    let mut child = command.spawn().map_err(failed)?;
+    // After the child, so that it goes before it when the request is dropped.
+    let mut group = Group(child.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw));
     match timeout_at(deadline.into(), child.wait()).await {
-        Ok(status) => Ok(Some(status.map_err(failed)?)),
+        Ok(status) => {
+            group.0 = None;
+            Ok(Some(status.map_err(failed)?))
+        }
         Err(_) => {
-            if let Some(group) = group {
-                // It is not reaped yet, so the number is still its own.
-                let _ = killpg(group, Signal::SIGKILL);
-            }
+            drop(group);
             child.wait().await.map_err(failed)?;
             Ok(None)
         }
@@ -171,18 +198,43 @@ mod tests {
         assert_eq!(runtime_error("text"), None);
     }
 
+    /// Whether the process whose number is in `file` has ended; `None`: nothing is there yet.
+    fn ended(file: &Path) -> Option<bool> {
+        let pid: u32 = fs::read_to_string(file).ok()?.trim().parse().ok()?;
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        Some(stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with('Z')))
+    }
+
+    async fn until(what: &str, check: impl Fn() -> bool) {
+        let check = || std::future::ready(check().then_some(()));
+        orlop_base::testkit::wait_until(what, Duration::from_secs(20), check).await;
+    }
+
     #[tokio::test]
     async fn a_program_that_does_not_end_is_killed_with_its_children() {
         let dir = tempfile::tempdir().unwrap();
-        let mark = dir.path().join("mark");
-        let mut command = Command::new("/bin/sh");
-        command.arg("-c").arg(format!("(sleep 3; echo > {}) & sleep 60", mark.display()));
-        let deadline = Instant::now() + Duration::from_millis(300);
-        assert!(run(command, None, deadline).await.unwrap().is_none());
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", "exit 3"]);
-        let status = run(command, None, Instant::now() + HELP_LIMIT).await.unwrap().unwrap();
+        let file = dir.path().join("child");
+        let shell = |script: &str| {
+            let mut command = Tool::Criu("/bin/sh".into()).command();
+            command.args(["-c", script]);
+            command
+        };
+        let hangs = || shell(&format!("sleep 1000 & echo $! > {}; wait", file.display()));
+        // A loaded machine may take its time until there is a child.
+        let mut limit = Duration::from_millis(200);
+        while ended(&file).is_none() {
+            assert!(run(hangs(), None, Instant::now() + limit).await.unwrap().is_none());
+            limit *= 2;
+        }
+        until("the child's end at the deadline", || ended(&file) == Some(true)).await;
+        // The same when the request is dropped.
+        fs::remove_file(&file).unwrap();
+        tokio::select! {
+            done = run(hangs(), None, Instant::now() + Duration::from_secs(1000)) => panic!("{done:?}"),
+            () = until("a child", || ended(&file).is_some()) => {}
+        }
+        until("the child's end", || ended(&file) == Some(true)).await;
+        let status = run(shell("exit 3"), None, Instant::now() + HELP_LIMIT).await.unwrap().unwrap();
         assert_eq!(status.code(), Some(3));
-        assert!(!mark.exists());
     }
 }

@@ -7,10 +7,10 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
 use orlop_base::durable::{self, Sync};
+use orlop_base::strays;
 use serde::{Deserialize, Serialize};
+use tokio::task::spawn_blocking;
 
 use super::nftables;
 use crate::error::{Error, Result};
@@ -87,21 +87,26 @@ impl Undo {
         }
     }
 
-    /// Opens the pod's network again where a killed criu has not.
-    pub async fn unlock_network(&self) {
-        let Some(pin) = self.network.clone() else { return };
+    /// Opens the pod's network again where a killed criu has not; `false`: it may still be closed.
+    async fn unlock_network(&self) -> bool {
+        let Some(pin) = self.network.clone() else { return true };
         let pid = self.pid;
         match netns::inside(pin, move || nftables::delete_table(&format!("CRIU-{pid}"))).await {
             Ok(true) => tracing::warn!(pid, "opened a pod's network that criu had closed"),
             Ok(false) => {}
+            // The pod is gone.
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
             Err(e) => {
-                tracing::error!(pid, error = %e, "could not look whether criu left a pod's network closed")
+                tracing::error!(pid, error = %e, "could not look whether criu left a pod's network closed");
+                return false;
             }
         }
+        true
     }
 }
 
-/// A checkpoint under way; dropping it takes everything back.
+/// A checkpoint under way. One that is dropped without [`Work::end`] (a panic, a server that stops) lets the container go on; its
+/// record stays, by which the next checkpoint of the container or the next start takes back the rest.
 pub(super) struct Work {
     dir: PathBuf,
     pub undo: Undo,
@@ -109,8 +114,9 @@ pub(super) struct Work {
 
 impl Work {
     /// `below`: where unfinished archives lie. The container's own lock keeps a second one of the same container away.
-    pub fn begin(below: &Path, id: &str, undo: Undo) -> Result<Work> {
+    pub async fn begin(below: &Path, id: &str, undo: Undo) -> Result<Work> {
         let dir = below.join(format!("{PREFIX}{id}"));
+        take_back(&dir).await;
         crate::mounts::remove_tree(&dir)?;
         let work = Work { dir, undo };
         fs::create_dir_all(below).map_err(Error::io("create", below))?;
@@ -119,6 +125,19 @@ impl Work {
         }
         durable::write_json(&work.dir.join("undo.json"), VERSION, &work.undo, Sync::PageCache)?;
         Ok(work)
+    }
+
+    /// Takes everything back, after success as well: criu has opened the network then. No program works in the folder any more.
+    pub async fn end(self) {
+        self.undo.thaw();
+        if self.undo.unlock_network().await {
+            forget(&self.dir, &self.undo).await;
+        }
+    }
+
+    /// The folder; it marks the programs that work in it.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// What becomes the archive.
@@ -140,55 +159,83 @@ impl Work {
 impl Drop for Work {
     fn drop(&mut self) {
         self.undo.thaw();
-        forget(&self.dir, &self.undo);
     }
 }
 
-fn forget(dir: &Path, undo: &Undo) {
-    let removed = match fs::remove_file(&undo.partial) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io("remove", &undo.partial)(e)),
-        _ => crate::mounts::remove_tree(dir),
-    };
-    if let Err(e) = removed {
+/// The images may be gigabytes.
+async fn forget(dir: &Path, undo: &Undo) {
+    let (dir, partial) = (dir.to_owned(), undo.partial.clone());
+    let removed = spawn_blocking(move || match fs::remove_file(&partial) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io("remove", &partial)(e)),
+        _ => crate::mounts::remove_tree(&dir),
+    });
+    if let Err(e) = super::joined(removed.await).flatten() {
         tracing::warn!(error = %e, "could not remove a checkpoint's files; the next start does");
     }
 }
 
-/// Leaders of process groups that work in `dir`.
-fn at_work_in(dir: &Path) -> Vec<Pid> {
-    let dir = dir.to_string_lossy().into_owned();
-    let names = fs::read_dir("/proc").into_iter().flatten().flatten().map(|e| e.file_name());
-    let pids = names.filter_map(|n| n.to_string_lossy().parse::<i32>().ok());
-    let ours = |pid: &i32| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        line.windows(dir.len()).any(|w| w == dir.as_bytes())
-    };
-    // Only what leads a group was started by us: that is how it is started.
-    let leads = |pid: &Pid| nix::unistd::getpgid(Some(*pid)) == Ok(*pid);
-    pids.filter(ours).map(Pid::from_raw).filter(leads).collect()
+/// Takes back what `dir` has a record of; its criu may still be at work.
+async fn take_back(dir: &Path) {
+    let Ok(Some(undo)) = durable::read_json::<Undo>(&dir.join("undo.json"), VERSION) else { return };
+    strays::end(dir).await;
+    undo.thaw();
+    undo.unlock_network().await;
+    forget(dir, &undo).await;
+    tracing::info!(folder = %dir.display(), "ended a checkpoint that was broken off");
 }
 
-/// Takes back what a killed server left in `below`; its criu may still be at work.
+/// Takes back what a killed server left in `below`.
 pub(crate) async fn end_left_over(below: &Path) {
     for entry in fs::read_dir(below).into_iter().flatten().flatten() {
-        let dir = entry.path();
-        if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
-            continue;
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            take_back(&entry.path()).await;
         }
-        let Ok(Some(undo)) = durable::read_json::<Undo>(&dir.join("undo.json"), VERSION) else { continue };
-        for _ in 0..200 {
-            let at_work = at_work_in(&dir);
-            if at_work.is_empty() {
-                break;
-            }
-            for leader in at_work {
-                let _ = killpg(leader, Signal::SIGKILL);
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::process::Command;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_broken_off_is_taken_back_by_the_next_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let below = at("below");
+        fs::write(at("cgroup.freeze"), "1").unwrap();
+        let undo = Undo { freezer: at(""), pid: 1, network: None, partial: at("partial") };
+        let state = || fs::read_to_string(at("cgroup.freeze")).unwrap();
+        let work = Work::begin(&below, "a", undo.clone()).await.unwrap();
+        let folder = work.dir().to_owned();
+        fs::write(&undo.partial, "half").unwrap();
+        drop(work);
+        assert_eq!(state(), "0");
+        assert!(folder.join("undo.json").exists() && undo.partial.exists());
+
+        fs::write(at("cgroup.freeze"), "1").unwrap();
+        let mut criu = Command::new("/bin/sleep");
+        let mut criu = criu.arg("1000").env(strays::OWNER, &folder).process_group(0).spawn().unwrap();
+        let work = Work::begin(&below, "a", undo.clone()).await.unwrap();
+        assert!(!criu.wait().await.unwrap().success());
+        assert!(!undo.partial.exists() && state() == "0");
+        work.end().await;
+        assert!(!folder.exists());
+    }
+
+    #[tokio::test]
+    async fn the_record_stays_while_the_network_may_be_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        // No namespace is pinned in a file, and none is left without one.
+        fs::write(at("pin"), "").unwrap();
+        for (pin, stays) in [("pin", true), ("gone", false)] {
+            let undo = Undo { freezer: at(""), pid: 1, network: Some(at(pin)), partial: at("partial") };
+            let work = Work::begin(&at("below"), pin, undo).await.unwrap();
+            let record = work.file("undo.json");
+            work.end().await;
+            assert_eq!(record.exists(), stays, "{pin}");
         }
-        undo.thaw();
-        undo.unlock_network().await;
-        forget(&dir, &undo);
-        tracing::info!(folder = %dir.display(), "ended a checkpoint that an earlier server had begun");
     }
 }
