@@ -3,7 +3,7 @@
 //!
 //! The range lies in the pod's folder in the form of upstream's kubelet, so that either can take over the other's pods.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -31,6 +31,12 @@ pub enum Error {
     Exhausted(usize),
     #[error("{path} does not say which ids the pod has: {why}; delete the pod", path = path.display())]
     Record { path: PathBuf, why: String },
+    #[error(
+        "the pod gets no ids, as they may be those of pod {uid}, whose own are not known: {why}; delete that pod"
+    )]
+    Unknown { uid: String, why: String },
+    #[error("the pod gets no ids, as they may be another's: {why}; mend this and restart the agent")]
+    Unlisted { why: String },
     #[error("cannot record the pod's ids")]
     Write(#[from] durable::Error),
     #[error("cannot {what} {path}", path = path.display())]
@@ -67,6 +73,10 @@ impl Ranges {
         self.first + index * self.length
     }
 
+    fn span(self, index: u32) -> Span {
+        Span::of(self.start(index), self.length)
+    }
+
     fn index(self, start: u32) -> Option<u32> {
         let behind = start.checked_sub(self.first)?;
         let index = behind / self.length;
@@ -74,8 +84,25 @@ impl Ranges {
     }
 }
 
+/// Ids of the node, the last one not included.
+#[derive(Clone, Copy)]
+struct Span {
+    from: u64,
+    to: u64,
+}
+
+impl Span {
+    fn of(first: u32, length: u32) -> Span {
+        Span { from: first.into(), to: u64::from(first) + u64::from(length) }
+    }
+
+    fn overlaps(self, other: Span) -> bool {
+        self.from < other.to && other.from < self.to
+    }
+}
+
 /// The file in the pod's folder.
-#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Record {
     uid_mappings: Vec<Mapping>,
@@ -88,6 +115,12 @@ struct Mapping {
     host_id: u32,
     container_id: u32,
     length: u32,
+}
+
+impl Mapping {
+    fn into_cri(self) -> cri::IdMapping {
+        cri::IdMapping { host_id: self.host_id, container_id: self.container_id, length: self.length }
+    }
 }
 
 impl Record {
@@ -115,8 +148,69 @@ pub struct UserNamespaces(Arc<Inner>);
 
 struct Inner {
     ranges: Ranges,
-    /// Index of the range by the pod's uid.
-    taken: Mutex<HashMap<String, u32>>,
+    taken: Mutex<Taken>,
+}
+
+#[derive(Default)]
+struct Taken {
+    by_pod: HashMap<String, Ids>,
+    /// Why not all pods are in the map.
+    unlisted: Option<String>,
+}
+
+/// What a pod has.
+enum Ids {
+    /// The range with this index.
+    Range(u32),
+    /// Others, as when ranges had another length before the agent was restarted.
+    Foreign(Record),
+    /// Any, for this reason.
+    Unknown(String),
+}
+
+impl Taken {
+    /// What all pods but this one have.
+    fn others(&self, uid: &str, ranges: Ranges) -> Vec<Span> {
+        let others = self.by_pod.iter().filter(|(u, _)| *u != uid);
+        others.flat_map(|(_, ids)| ids.spans(ranges)).collect()
+    }
+
+    /// The index of a range for the pod: its own, or else one that nobody has, looked for from index `from` on; pure.
+    fn choose(&self, uid: &str, known: Option<u32>, ranges: Ranges, from: u32) -> Result<u32, Error> {
+        let others = self.others(uid, ranges);
+        let free = |i: &u32| !others.iter().any(|o| o.overlaps(ranges.span(*i)));
+        let own = match self.by_pod.get(uid) {
+            Some(Ids::Range(i)) => Some(*i),
+            _ => known.filter(free),
+        };
+        if let Some(own) = own {
+            return Ok(own);
+        }
+        if let Some(why) = self.unlisted.clone() {
+            return Err(Error::Unlisted { why });
+        }
+        for (other, ids) in &self.by_pod {
+            if let Ids::Unknown(why) = ids
+                && other != uid
+            {
+                return Err(Error::Unknown { uid: other.clone(), why: why.clone() });
+            }
+        }
+        (from..ranges.count).chain(0..from).find(free).ok_or(Error::Exhausted(others.len()))
+    }
+}
+
+impl Ids {
+    fn spans(&self, ranges: Ranges) -> Vec<Span> {
+        match self {
+            Ids::Range(i) => vec![ranges.span(*i)],
+            Ids::Foreign(r) => {
+                let all = r.uid_mappings.iter().chain(&r.gid_mappings);
+                all.map(|m| Span::of(m.host_id, m.length)).collect()
+            }
+            Ids::Unknown(_) => Vec::new(),
+        }
+    }
 }
 
 impl UserNamespaces {
@@ -126,49 +220,49 @@ impl UserNamespaces {
         let length = k.user_namespaces.ids_per_pod();
         let bad = |why: String| AgentError::SubordinateIds { user: USER, why };
         let ranges = Ranges::new(subordinate_ids().map_err(bad)?, length, k.max_pods).map_err(bad)?;
-        let mut taken = HashMap::new();
-        for e in std::fs::read_dir(config.root_dir.join("pods")).into_iter().flatten().flatten() {
-            match read(&e.path(), ranges) {
-                Ok(index) => taken.extend(e.file_name().into_string().ok().zip(index)),
-                // Not fatal: it is the pod's own trouble, which is told when its containers start.
-                Err(e) => {
-                    tracing::warn!(error = %orlop_base::telemetry::chain(&e), "a pod's ids are not known")
-                }
-            }
+        let mut taken = Taken::default();
+        let pods = config.root_dir.join("pods");
+        // Not fatal: pods that share the node's ids run without knowing.
+        if let Err(e) = list(&pods, ranges, &mut taken.by_pod) {
+            let why = format!("cannot list {}: {e}", pods.display());
+            tracing::warn!(%why, "no pod gets a user namespace");
+            taken.unlisted = Some(why);
         }
         Ok(UserNamespaces(Arc::new(Inner { ranges, taken: Mutex::new(taken) })))
     }
 
     /// What the pod has been given.
     pub fn of(&self, uid: &str) -> Option<cri::UserNamespace> {
-        let index = *self.0.taken.lock().get(uid)?;
         let ranges = self.0.ranges;
-        let map =
-            vec![cri::IdMapping { host_id: ranges.start(index), container_id: 0, length: ranges.length }];
-        Some(cri::UserNamespace { mode: NamespaceMode::Pod as i32, uids: map.clone(), gids: map })
+        let record = match self.0.taken.lock().by_pod.get(uid)? {
+            Ids::Range(index) => Record::of(ranges, *index),
+            // Its sandbox runs with these.
+            Ids::Foreign(record) => record.clone(),
+            Ids::Unknown(_) => return None,
+        };
+        let cri = |map: Vec<Mapping>| map.into_iter().map(Mapping::into_cri).collect();
+        let (uids, gids) = (cri(record.uid_mappings), cri(record.gid_mappings));
+        Some(cri::UserNamespace { mode: NamespaceMode::Pod as i32, uids, gids })
     }
 
     /// Gives the pod ids unless it has some; on disk when this returns. Blocking code.
     pub fn take(&self, uid: &str, pod_dir: &Path) -> Result<(), Error> {
         let ranges = self.0.ranges;
-        let known = read(pod_dir, ranges)?;
-        let index = {
+        let misfit = |why| Error::Record { path: pod_dir.join(FILE), why };
+        let known = read(pod_dir)?.map(|r| r.index(ranges)).transpose().map_err(misfit)?;
+        let (index, before) = {
             let mut taken = self.0.taken.lock();
-            let others: HashSet<u32> = taken.iter().filter(|(u, _)| *u != uid).map(|(_, i)| *i).collect();
-            let own = taken.get(uid).copied().or(known.filter(|k| !others.contains(k)));
             // Anywhere, so that files that a pod leaves behind seldom belong to the next one.
             let from = rand::random_range(0..ranges.count);
-            let free = own.or_else(|| (from..ranges.count).chain(0..from).find(|i| !others.contains(i)));
-            let index = free.ok_or(Error::Exhausted(others.len()))?;
-            taken.insert(uid.to_owned(), index);
-            index
+            let index = taken.choose(uid, known, ranges, from)?;
+            (index, taken.by_pod.insert(uid.to_owned(), Ids::Range(index)))
         };
         if known == Some(index) {
             return Ok(());
         }
         let written = write(pod_dir, &Record::of(ranges, index));
-        if written.is_err() {
-            self.0.taken.lock().remove(uid);
+        if written.is_err() && before.is_none() {
+            self.0.taken.lock().by_pod.remove(uid);
         }
         written
     }
@@ -180,20 +274,53 @@ impl UserNamespaces {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(%uid, error = %e, "the pod's ids stay its own");
             }
-            _ => drop(self.0.taken.lock().remove(uid)),
+            _ => drop(self.0.taken.lock().by_pod.remove(uid)),
         }
     }
 }
 
-fn read(pod_dir: &Path, ranges: Ranges) -> Result<Option<u32>, Error> {
+/// What the pods of the folder have, as far as their records say.
+fn list(pods: &Path, ranges: Ranges, by_pod: &mut HashMap<String, Ids>) -> io::Result<()> {
+    let listing = match std::fs::read_dir(pods) {
+        Ok(l) => l,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    for e in listing {
+        let e = e?;
+        let uid = e.file_name().to_string_lossy().into_owned();
+        let ids = match read(&e.path()) {
+            Ok(None) => continue,
+            Ok(Some(record)) => match record.index(ranges) {
+                Ok(index) => Ids::Range(index),
+                Err(why) => {
+                    tracing::warn!(%uid, %why, "the pod's ids do not fit; they stay its own until it is deleted");
+                    Ids::Foreign(record)
+                }
+            },
+            Err(e) => {
+                let why = orlop_base::telemetry::chain(&e).to_string();
+                tracing::warn!(%uid, %why, "the pod's ids are not known; no other pod gets a user namespace until it is deleted");
+                Ids::Unknown(why)
+            }
+        };
+        by_pod.insert(uid, ids);
+    }
+    Ok(())
+}
+
+fn read(pod_dir: &Path) -> Result<Option<Record>, Error> {
     let path = pod_dir.join(FILE);
     let bytes = match std::fs::read(&path) {
         Ok(b) => b,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        // Without a folder it is no pod.
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            return Ok(None);
+        }
         Err(source) => return Err(Error::Io { what: "read", path, source }),
     };
-    let record: Result<Record, String> = serde_json::from_slice(&bytes).map_err(|e| e.to_string());
-    record.and_then(|r| r.index(ranges)).map(Some).map_err(|why| Error::Record { path, why })
+    let record = serde_json::from_slice(&bytes);
+    record.map(Some).map_err(|e| Error::Record { path, why: e.to_string() })
 }
 
 fn write(pod_dir: &Path, record: &Record) -> Result<(), Error> {
@@ -279,6 +406,8 @@ pub fn unsupported(handlers: &[(String, bool, bool)], handler: &str) -> Option<S
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
     use serde_json::json;
 
@@ -338,6 +467,71 @@ mod tests {
         users.take("d", &dir("d")).unwrap();
         assert_eq!(users.of("d"), again.of("b"));
         assert_eq!(users.of("b"), None);
+    }
+
+    #[test]
+    fn ids_of_another_length_stay_the_pods_own() {
+        let t = tempfile::tempdir().unwrap();
+        let mut config = Config::new("n", None);
+        config.root_dir = t.path().to_owned();
+        config.kubelet.max_pods = 3;
+        let dir = |uid: &str| config.pod_dir(uid);
+        // Before: six short ranges, of which the third and the fourth are pods'.
+        let short = Ranges::new(Some((131_072, 6 * 65536)), UNIT, 3).unwrap();
+        for (uid, index) in [("a", 2), ("b", 3)] {
+            write(&dir(uid), &Record::of(short, index)).unwrap();
+        }
+        // No pod's.
+        std::fs::write(t.path().join("pods/file"), "").unwrap();
+        let long = Ranges::new(Some((131_072, 6 * 65536)), 2 * UNIT, 3).unwrap();
+        let mut by_pod = HashMap::new();
+        list(&t.path().join("pods"), long, &mut by_pod).unwrap();
+        let users = UserNamespaces(Arc::new(Inner {
+            ranges: long,
+            taken: Mutex::new(Taken { by_pod, unlisted: None }),
+        }));
+        let own = users.of("b").unwrap().uids[0];
+        assert_eq!((own.host_id, own.length), (327_680, UNIT));
+        let said = users.take("b", &dir("b")).unwrap_err().to_string();
+        assert!(said.contains("not of this node") && said.contains("delete the pod"), "{said}");
+        for uid in ["c", "d"] {
+            users.take(uid, &dir(uid)).unwrap();
+            assert_ne!(users.of(uid).unwrap().uids[0].host_id, 262_144, "of a or b");
+        }
+        // The first short range of the long one is b's still after a has gone.
+        assert!(matches!(users.take("e", &dir("e")), Err(Error::Exhausted(_))));
+        users.release("a", &dir("a"));
+        assert!(matches!(users.take("e", &dir("e")), Err(Error::Exhausted(_))));
+        users.release("b", &dir("b"));
+        users.take("e", &dir("e")).unwrap();
+        assert_eq!(users.of("e").unwrap().uids[0].host_id, 262_144);
+    }
+
+    #[test]
+    fn none_are_given_away_while_somebodys_are_not_known() {
+        let t = tempfile::tempdir().unwrap();
+        let mut config = Config::new("n", None);
+        config.root_dir = t.path().to_owned();
+        config.kubelet.max_pods = 3;
+        let dir = |uid: &str| config.pod_dir(uid);
+        UserNamespaces::open(&config).unwrap().take("old", &dir("old")).unwrap();
+        std::fs::create_dir_all(dir("broken")).unwrap();
+        std::fs::write(dir("broken").join(FILE), "{").unwrap();
+        let users = UserNamespaces::open(&config).unwrap();
+        users.take("old", &dir("old")).unwrap();
+        let said = users.take("new", &dir("new")).unwrap_err().to_string();
+        assert!(said.contains("those of pod broken") && said.contains("delete that pod"), "{said}");
+        assert!(!dir("new").join(FILE).exists());
+        users.release("broken", &dir("broken"));
+        users.take("new", &dir("new")).unwrap();
+
+        // A folder that cannot be listed.
+        let pods = t.path().join("pods");
+        std::fs::rename(&pods, t.path().join("aside")).unwrap();
+        std::fs::write(&pods, "").unwrap();
+        let users = UserNamespaces::open(&config).unwrap();
+        let said = users.take("new", &dir("new")).unwrap_err().to_string();
+        assert!(said.contains("cannot list") && said.contains("restart the agent"), "{said}");
     }
 
     #[test]
