@@ -12,6 +12,7 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Resource};
 use orlop_api::meta::Key;
 use orlop_base::supervise::TaskGroup;
+use orlop_client::Refusal;
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
@@ -104,7 +105,7 @@ where
         let api: Api<K> = Api::namespaced(self.shared.client.clone(), &key.namespace);
         let config = watcher::Config::default().fields(&format!("metadata.name={}", key.name));
         let mut stream = std::pin::pin!(watcher(api, config).default_backoff());
-        let mut listed = None;
+        let (mut listed, mut refusal) = (None, Refusal::default());
         while let Some(event) = stream.next().await {
             let new = match event {
                 Ok(watcher::Event::Init) => {
@@ -115,10 +116,19 @@ where
                     listed = Some(Arc::new(o));
                     continue;
                 }
-                Ok(watcher::Event::InitDone) => listed.take(),
+                Ok(watcher::Event::InitDone) => {
+                    refusal.answered();
+                    listed.take()
+                }
                 Ok(watcher::Event::Apply(o)) => Some(Arc::new(o)),
                 Ok(watcher::Event::Delete(_)) => None,
                 Err(e) => {
+                    if let Some(message) = refusal.begins(&e) {
+                        tracing::warn!(
+                            %key,
+                            "the API server refuses the agent's user: {message}; pods that use the object wait"
+                        );
+                    }
                     tracing::debug!(%key, error = %orlop_base::telemetry::chain(&e), "watch broke, trying again");
                     continue;
                 }

@@ -146,6 +146,7 @@ impl Collector {
         let kind = Arc::new(kind);
         let mut stream = std::pin::pin!(watcher(api, watcher::Config::default()).default_backoff());
         let mut listed: Option<HashSet<Uid>> = None;
+        let mut refusal = orlop_client::Refusal::default();
         loop {
             // Cancel-safe: the stream keeps its state, and the loop ends.
             let event = tokio::select! {
@@ -155,6 +156,12 @@ impl Collector {
             match event {
                 None => return,
                 Some(Err(e)) => {
+                    if let Some(message) = refusal.begins(&e) {
+                        tracing::warn!(
+                            kind = %kind.plural,
+                            "garbage collector: the API server refuses its user: {message}; dependents of this kind stay"
+                        );
+                    }
                     tracing::debug!(kind = %kind.plural, error = %e, "garbage collector: watch broke")
                 }
                 Some(Ok(watcher::Event::Init)) => listed = Some(HashSet::new()),
@@ -168,6 +175,7 @@ impl Collector {
                     self.gone(o.metadata.uid.as_deref().unwrap_or_default())
                 }
                 Some(Ok(watcher::Event::InitDone)) => {
+                    refusal.answered();
                     let Some(l) = listed.take() else { continue };
                     let missing: Vec<Uid> = {
                         let g = self.graph.lock();

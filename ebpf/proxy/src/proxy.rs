@@ -10,6 +10,7 @@ use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt, watcher as watch};
 use orlop_base::supervise::{Ready, TaskGroup};
 use orlop_base::telemetry::{Metrics, chain};
+use orlop_client::{Refusal, refusal};
 use orlop_ebpf_common::{TCP, UDP, Uplink, config_flags, counters};
 use orlop_ebpf_loader::{Datapath, MapFailure, Maps, RealMaps};
 use parking_lot::Mutex;
@@ -162,7 +163,7 @@ struct Proxy {
 struct Listing {
     seen: Option<HashSet<String>>,
     complete: bool,
-    refused: bool,
+    refusal: Refusal,
 }
 
 impl Listing {
@@ -172,15 +173,12 @@ impl Listing {
 
     /// Says what went wrong, and a missing right once, as only somebody else can give it.
     fn failed(&mut self, e: &watcher::Error) {
-        match refusal(e) {
-            Some(_) if self.refused => {}
-            Some(message) => {
-                tracing::error!(
-                    "the API server refuses the proxy's user: {message}; bind it to the ClusterRole system:node-proxier"
-                );
-                self.refused = true;
-            }
-            None => tracing::warn!(error = %chain(e), "watch broke, trying again"),
+        if let Some(message) = self.refusal.begins(e) {
+            tracing::error!(
+                "the API server refuses the proxy's user: {message}; bind it to the ClusterRole system:node-proxier"
+            );
+        } else if refusal::message(e).is_none() {
+            tracing::warn!(error = %chain(e), "watch broke, trying again");
         }
     }
 }
@@ -277,6 +275,10 @@ impl Proxy {
     fn node_event(&mut self, event: Watched<Node>, list: &mut Listing) -> bool {
         let node = match event {
             Some(Ok(Event::InitApply(n) | Event::Apply(n))) => n,
+            Some(Ok(Event::InitDone)) => {
+                list.refusal.answered();
+                return false;
+            }
             Some(Err(e)) => {
                 list.failed(&e);
                 return false;
@@ -509,24 +511,12 @@ fn take_event<K: kube::Resource>(
         Ok(Event::Delete(o)) => drop(apply(&o, false)),
         Ok(Event::InitDone) => {
             list.complete = true;
-            list.refused = false;
+            list.refusal.answered();
             return list.seen.take();
         }
         Err(e) => list.failed(&e),
     }
     None
-}
-
-/// What the API server says when the user lacks a right.
-fn refusal(e: &watcher::Error) -> Option<&str> {
-    let status = match e {
-        watcher::Error::InitialListFailed(kube::Error::Api(s))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(s))
-        | watcher::Error::WatchFailed(kube::Error::Api(s))
-        | watcher::Error::WatchError(s) => s,
-        _ => return None,
-    };
-    (status.code == 403).then_some(&status.message)
 }
 
 async fn sleep_until(at: Option<tokio::time::Instant>) {
