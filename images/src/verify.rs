@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
@@ -74,7 +75,7 @@ fn media_type(manifest: &[u8]) -> String {
     own.unwrap_or_else(|| format!("application/vnd.oci.image.{kind}.v1+json"))
 }
 
-/// Why the program does not admit the image; `None` when it does. Dropped, it ends the program.
+/// Why the program does not admit the image; `None` when it does. Dropped, it ends the program and what that has started.
 async fn judge(
     program: &Path,
     name: &str,
@@ -87,6 +88,7 @@ async fn judge(
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
+        .process_group(0)
         .kill_on_drop(true);
     let mut child = loop {
         match command.spawn() {
@@ -95,9 +97,24 @@ async fn judge(
             other => break other?,
         }
     };
+    // Goes before the child does, which until it is waited for keeps the group's id from being another's.
+    let mut group = Group(child.id().and_then(|id| Pid::from_raw(id.cast_signed())));
     let reason = talk(&mut child, descriptor).await?;
     let status = child.wait().await?;
+    group.0 = None;
     Ok((!status.success()).then(|| format!("{status}: {reason}")))
+}
+
+/// Kills a process group when dropped.
+struct Group(Option<Pid>);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(group) = self.0 {
+            // Nothing of it may be left.
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+    }
 }
 
 /// Writes what it is to know and reads what it says.
@@ -123,6 +140,8 @@ async fn talk(child: &mut Child, descriptor: String) -> std::io::Result<String> 
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
     use super::*;
 
     fn script(dir: &Path, name: &str, text: &str) {
@@ -134,6 +153,43 @@ mod tests {
     async fn verdict(dir: &Path) -> Result<()> {
         let manifest = br#"{"schemaVersion":2,"manifests":[]}"#;
         ask(&programs(Some(dir))?, "r.example/a:1", &Digest::of(manifest), manifest).await
+    }
+
+    #[tokio::test]
+    async fn what_a_program_started_goes_with_it() {
+        let t = tempfile::tempdir().unwrap();
+        let fifo = t.path().join("fifo");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &fifo,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from(0o600),
+            0,
+        )
+        .unwrap();
+        script(
+            t.path(),
+            "hangs",
+            &format!("(exec 3<>{0}; echo up >&3; exec sleep 1000) & wait", fifo.display()),
+        );
+        let ((up, is_up), (over, is_over)) =
+            (tokio::sync::oneshot::channel(), tokio::sync::oneshot::channel());
+        let reader = std::thread::spawn(move || {
+            let mut pipe = std::fs::File::open(fifo).unwrap();
+            pipe.read_exact(&mut [0; 3]).unwrap();
+            up.send(()).unwrap();
+            // The end comes when nobody has it open for writing any more.
+            assert_eq!(pipe.read(&mut [0]).unwrap(), 0);
+            over.send(()).unwrap();
+        });
+        let (digest, program) = (Digest::of(b""), t.path().join("hangs"));
+        tokio::select! {
+            r = judge(&program, "r.example/a:1", &digest, String::new()) => panic!("{r:?}"),
+            r = is_up => r.unwrap(),
+        }
+        let over = tokio::time::timeout(Duration::from_secs(30), is_over).await;
+        over.expect("what it started has ended").unwrap();
+        reader.join().unwrap();
     }
 
     #[tokio::test]
@@ -165,6 +221,10 @@ mod tests {
         std::fs::set_permissions(t.path().join("2-refuses"), std::fs::Permissions::from_mode(0o644)).unwrap();
         let e = verdict(t.path()).await.unwrap_err().to_string();
         assert!(e.contains("must be executable"), "{e}");
+        std::os::unix::fs::symlink("nowhere", t.path().join("0-link")).unwrap();
+        let e = verdict(t.path()).await.unwrap_err().to_string();
+        assert!(e.contains("0-link"), "{e}");
+        std::fs::remove_file(t.path().join("0-link")).unwrap();
         std::fs::write(t.path().join("2-refuses"), "\x7fELF").unwrap();
         std::fs::set_permissions(t.path().join("2-refuses"), std::fs::Permissions::from_mode(0o755)).unwrap();
         let e = verdict(t.path()).await.unwrap_err().to_string();
