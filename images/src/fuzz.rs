@@ -243,6 +243,7 @@ proptest! {
             &data[..],
             None,
             (crate::Algorithm::Sha256, crate::Algorithm::Sha512),
+            None,
             |mut r| {
                 let _ = std::io::copy(&mut (&mut r).take(1 << 20), &mut std::io::sink());
                 r.finish(&AtomicBool::new(false)).is_ok()

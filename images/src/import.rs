@@ -201,7 +201,7 @@ fn open(inner: &Inner, archive: &Path) -> Result<Source> {
         plain = Some(Box::new(flate2::read::MultiGzDecoder::new(file)));
     } else if head == [0x28, 0xb5, 0x2f, 0xfd] {
         let buffered = BufReader::with_capacity(CHUNK, file);
-        plain = Some(Box::new(Frames::new(buffered).map_err(Error::io("read", archive))?));
+        plain = Some(Box::new(Frames::new(buffered, None).map_err(Error::io("read", archive))?));
     }
     if let Some(mut plain) = plain {
         // Layers are read in any order, several at a time.

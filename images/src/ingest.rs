@@ -11,7 +11,7 @@ use orlop_base::durable::{self, Sync};
 use orlop_base::failpoint;
 
 use crate::layout::{Ingest, LayerRecord, Layout, VERSION};
-use crate::unpack::{self, Stream, Unpacked};
+use crate::unpack::{self, Slot, Stream, Unpacked};
 use crate::{Algorithm, Digest, Error, Result};
 
 /// A layer to fetch, with what it must turn out to be.
@@ -50,6 +50,7 @@ pub(crate) fn unpack_layer(
     origin: &Origin,
     keep_blob: bool,
     stream: Stream,
+    mut slot: Slot,
 ) -> Result<Unfinished> {
     let dir = layout.ingest();
     let fs_dir = dir.path.join("fs");
@@ -71,6 +72,7 @@ pub(crate) fn unpack_layer(
         stream,
         copy,
         (plan.digest.map_or(Algorithm::Sha256, |d| d.algorithm()), plan.diff.algorithm()),
+        Some(&mut slot),
         |tar| {
             let (unpacked, rest) = unpack::unpack(tar, root.as_fd())?;
             let (diff, _) = rest.finish(&AtomicBool::new(false)).map_err(unpack::Error::Read)?;

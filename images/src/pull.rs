@@ -8,6 +8,7 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, Shared, WeakShared, try_join_all};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::ingest::{LayerPlan, Origin, commit_layer, unpack_layer};
@@ -15,7 +16,7 @@ use crate::layout::{ImageRecord, LayerBlob, LayerRecord};
 use crate::manifest::{self, Manifest};
 use crate::registry::Session;
 use crate::store::{Inner, blocking, joined};
-use crate::unpack::Stream;
+use crate::unpack::{Slot, Stream};
 use crate::verify;
 use crate::{Auth, Digest, Error, Image, Reference, Result};
 
@@ -252,8 +253,8 @@ where
     Ok(fetched.into_iter().map(|f| f.map(|(_, digest)| digest)).collect())
 }
 
-/// One layer: `None` when it is here already. Lock, then permit, then transfer; the permit is given back before waiting
-/// for the layer below, so that whoever holds a permit makes progress.
+/// One layer: `None` when it is here already. Lock, then slot, then transfer; the slot is given back before waiting
+/// for the layer below, so that whoever has a slot makes progress.
 #[allow(clippy::too_many_arguments)] // One call, a few lines above.
 async fn layer<F>(
     inner: &Arc<Inner>,
@@ -282,11 +283,15 @@ where
         return Ok(None);
     }
     let unfinished = {
-        let _permit = inner.permits.acquire().await.map_err(|_| Error::Cancelled)?;
+        // With this future goes what its thread waits for.
+        let stop = CancellationToken::new();
+        let _stop = stop.clone().drop_guard();
+        let slot = Slot::take(&inner.slots, stop).await?;
         let (layout, plan2, origin2) = (inner.layout.clone(), plan.clone(), origin.clone());
         let keep = inner.options.keep_layer_blobs;
-        let unpack =
-            answering(&unpacking, move || unpack_layer(&layout, &plan2, &origin2, keep, Stream::new(chunks)));
+        let unpack = answering(&unpacking, move || {
+            unpack_layer(&layout, &plan2, &origin2, keep, Stream::new(chunks), slot)
+        });
         let ((), unpacked) = tokio::join!(send, unpack);
         unpacked?
     };

@@ -32,7 +32,7 @@ pub(crate) struct Inner {
     pub layer_locks: KeyedLocks<Digest>,
     pub rootfs_locks: KeyedLocks<String>,
     /// One permit per layer that is transferred and unpacked.
-    pub permits: tokio::sync::Semaphore,
+    pub slots: Arc<tokio::sync::Semaphore>,
     pub pulls: Pulls,
     pub tasks: TaskGroup,
     _lock: DirLock,
@@ -115,7 +115,7 @@ impl ImageStore {
             let layout = Arc::new(Layout::create(&root)?);
             let lock = DirLock::take(&layout.root)?;
             let state = state::load(&layout, &options.pinned)?;
-            let permits = tokio::sync::Semaphore::new(options.parallel_layers.max(1));
+            let slots = Arc::new(tokio::sync::Semaphore::new(options.parallel_layers.max(1)));
             let unsynced: Vec<LayerRecord> =
                 state.layers.values().filter(|l| l.unsynced_since.is_some()).cloned().collect();
             let inner = Arc::new(Inner {
@@ -125,7 +125,7 @@ impl ImageStore {
                 writer: Default::default(),
                 layer_locks: Default::default(),
                 rootfs_locks: Default::default(),
-                permits,
+                slots,
                 pulls: Pulls::default(),
                 tasks: TaskGroup::new(&CancellationToken::new()),
                 _lock: lock,

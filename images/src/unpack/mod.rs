@@ -5,6 +5,7 @@
 
 mod apply;
 mod reader;
+mod slot;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -16,6 +17,7 @@ pub(crate) use apply::{
     OPAQUE_XATTR, Unpacked, borrow_from_lower, copy_metadata, empty_folder, open_folder, unpack,
 };
 pub(crate) use reader::{Kind, TarReader};
+pub(crate) use slot::Slot;
 pub(crate) use source::{Stream, decompress_while};
 pub(crate) use zstd_frames::Frames;
 

@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use bytes::{Buf, Bytes};
 use tokio::sync::mpsc;
 
+use super::slot::Slot;
 use super::zstd_frames::Frames;
 use crate::reference::Hasher;
 use crate::{Algorithm, Digest};
@@ -173,11 +174,13 @@ impl BufRead for Buffers {
 /// Decompresses `input` on a second thread while `use_it` reads the result on this one. Returns what `use_it` returned,
 /// and digest and length of the whole input, also when decompressing or `use_it` failed, because a wrong digest explains
 /// such failures better; unless `give_up` says of the result that the rest is not worth reading. Detects gzip and zstd by
-/// their first bytes, as media types are often wrong. `algorithms` are for the input and for what is decompressed.
+/// their first bytes, as media types are often wrong. `algorithms` are for the input and for what is decompressed. `slot` is
+/// given back while the stream waits for another.
 pub(crate) fn decompress_while<R, T>(
     input: R,
     copy: Option<std::fs::File>,
     algorithms: (Algorithm, Algorithm),
+    slot: Option<&mut Slot>,
     use_it: impl FnOnce(Hashed<Buffers>) -> T,
     give_up: impl FnOnce(&T) -> bool,
 ) -> (T, io::Result<(Digest, u64)>)
@@ -195,7 +198,7 @@ where
     std::thread::scope(|scope| {
         let worker = scope.spawn(move || {
             let mut input = Hashed::new(input, algorithms.0, copy);
-            if let Err(e) = pump(&mut input, &full_tx, &empty_rx) {
+            if let Err(e) = pump(&mut input, slot, &full_tx, &empty_rx) {
                 // The reader may have given up before.
                 let _ = full_tx.send(Err(e));
             }
@@ -213,6 +216,7 @@ where
 /// True when everything was passed on, false when the reader went away.
 fn pump<R: BufRead>(
     input: &mut Hashed<R>,
+    slot: Option<&mut Slot>,
     full: &SyncSender<io::Result<Vec<u8>>>,
     empty: &Receiver<Vec<u8>>,
 ) -> io::Result<bool> {
@@ -221,7 +225,7 @@ fn pump<R: BufRead>(
     if head.starts_with(&[0x1f, 0x8b]) {
         copy_out(flate2::bufread::MultiGzDecoder::new(chained), full, empty)
     } else if is_zstd(&head) {
-        copy_out(Frames::new(chained)?, full, empty)
+        copy_out(Frames::new(chained, slot)?, full, empty)
     } else {
         copy_out(chained, full, empty)
     }
@@ -280,6 +284,7 @@ mod tests {
             input,
             None,
             BOTH,
+            None,
             |mut r| {
                 let mut data = Vec::new();
                 r.read_to_end(&mut data).unwrap();
@@ -321,7 +326,7 @@ mod tests {
     #[test]
     fn a_reader_that_stops_early_does_not_hang() {
         let big = vec![7u8; 5 << 20];
-        let ((), read) = decompress_while(&big[..], None, BOTH, drop, |_| true);
+        let ((), read) = decompress_while(&big[..], None, BOTH, None, drop, |_| true);
         // Whether the worker had read everything when it was told does not matter.
         drop(read);
     }
@@ -333,6 +338,7 @@ mod tests {
             input,
             None,
             BOTH,
+            None,
             |mut r| r.read_to_end(&mut Vec::new()).map(|_| ()),
             |_| false,
         );

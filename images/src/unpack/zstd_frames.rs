@@ -3,9 +3,11 @@
 
 use std::io::{self, BufRead, Read};
 
-use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::{Mutex, MutexGuard};
 use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
 use zstd::zstd_safe::DParameter;
+
+use super::Slot;
 
 /// Larger windows are refused: what `zstd --long` makes, and the most that zstd itself reads without being told to.
 const MAX_WINDOW_LOG: u32 = 27;
@@ -15,20 +17,23 @@ const COMMON_WINDOW: u64 = 8 << 20;
 const LONGEST_HEADER: usize = 18;
 
 /// Held while a frame with a larger window than the common one is read: one stream at a time has that much memory,
-/// however many layers are unpacked. Whoever waits here holds nothing that the one who reads waits for.
-static LARGE_WINDOW: Mutex<()> = Mutex::new(());
+/// however many layers are unpacked. Whoever waits here holds nothing that others wait for: a slow layer must not stop
+/// those that are compressed in another way.
+static LARGE_WINDOW: Mutex<()> = Mutex::const_new(());
 
 /// Decompresses frame after frame.
-pub(crate) struct Frames<R> {
+pub(crate) struct Frames<'s, R> {
     input: Ahead<R>,
     decoder: Decoder<'static>,
     in_frame: bool,
     large: Option<MutexGuard<'static, ()>>,
+    slot: Option<&'s mut Slot>,
 }
 
-impl<R: BufRead> Frames<R> {
-    pub fn new(input: R) -> io::Result<Frames<R>> {
-        Ok(Frames { input: Ahead::new(input), decoder: decoder()?, in_frame: false, large: None })
+impl<'s, R: BufRead> Frames<'s, R> {
+    /// `slot` is what the stream is unpacked with, if anything.
+    pub fn new(input: R, slot: Option<&'s mut Slot>) -> io::Result<Frames<'s, R>> {
+        Ok(Frames { input: Ahead::new(input), decoder: decoder()?, in_frame: false, large: None, slot })
     }
 
     /// Looks at the header of the next frame; `false` when there is none.
@@ -46,7 +51,10 @@ impl<R: BufRead> Frames<R> {
             )));
         }
         if window > COMMON_WINDOW && self.large.is_none() {
-            self.large = Some(LARGE_WINDOW.lock());
+            self.large = Some(match &mut self.slot {
+                Some(slot) => slot.wait_for(&LARGE_WINDOW)?,
+                None => LARGE_WINDOW.blocking_lock(),
+            });
         } else if window <= COMMON_WINDOW && self.large.is_some() {
             // The old one has kept its memory.
             self.decoder = decoder()?;
@@ -63,7 +71,7 @@ fn decoder() -> io::Result<Decoder<'static>> {
     Ok(decoder)
 }
 
-impl<R: BufRead> Read for Frames<R> {
+impl<R: BufRead> Read for Frames<'_, R> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         if out.is_empty() {
             return Ok(0);
@@ -153,7 +161,10 @@ impl<R: BufRead> Ahead<R> {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::sync::Arc;
 
+    use tokio::sync::Semaphore;
+    use tokio_util::sync::CancellationToken;
     use zstd::zstd_safe::CParameter;
 
     use super::*;
@@ -168,7 +179,7 @@ mod tests {
     fn read(bytes: &[u8]) -> io::Result<Vec<u8>> {
         let mut out = Vec::new();
         // A buffer that is smaller than a header.
-        Frames::new(io::BufReader::with_capacity(7, bytes))?.read_to_end(&mut out)?;
+        Frames::new(io::BufReader::with_capacity(7, bytes), None)?.read_to_end(&mut out)?;
         Ok(out)
     }
 
@@ -211,9 +222,9 @@ mod tests {
     fn one_large_window_at_a_time() {
         let data = vec![5; 300_000];
         let large = compress(&data, 27, 1);
-        let mut first = Frames::new(&large[..]).unwrap();
+        let mut first = Frames::new(&large[..], None).unwrap();
         first.read_exact(&mut [0; 10]).unwrap();
-        assert!(LARGE_WINDOW.is_locked());
+        assert!(LARGE_WINDOW.try_lock().is_err());
         // One with the common window does not wait.
         assert_eq!(read(&compress(&data, 20, 1)).unwrap(), data);
         std::thread::scope(|scope| {
@@ -221,5 +232,44 @@ mod tests {
             drop(first);
             assert_eq!(second.join().unwrap(), data);
         });
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn who_waits_for_a_large_window_has_no_slot() {
+        let data = vec![5; 300_000];
+        let large: Arc<[u8]> = compress(&data, 27, 1).into();
+        let with_slot = |mut slot: Slot| {
+            let large = large.clone();
+            tokio::task::spawn_blocking(move || {
+                let mut out = Vec::new();
+                Frames::new(&large[..], Some(&mut slot))?.read_to_end(&mut out)?;
+                Ok::<_, io::Error>((out, slot))
+            })
+        };
+        let slow = {
+            let large = large.clone();
+            let read = move || {
+                let mut slow = Frames::new(std::io::Cursor::new(large), None)?;
+                slow.read_exact(&mut [0; 10])?;
+                Ok::<_, io::Error>(slow)
+            };
+            tokio::task::spawn_blocking(read).await.unwrap().unwrap()
+        };
+        let slots = Arc::new(Semaphore::new(1));
+        let stop = CancellationToken::new();
+        let waiting = with_slot(Slot::take(&slots, CancellationToken::new()).await.unwrap());
+        // The only slot, which comes back by waiting alone.
+        let given_up = with_slot(Slot::take(&slots, stop.clone()).await.unwrap());
+        let other = Slot::take(&slots, CancellationToken::new()).await.unwrap();
+        stop.cancel();
+        assert!(given_up.await.unwrap().is_err());
+        drop(slow);
+        assert_eq!(slots.available_permits(), 0);
+        drop(other);
+        let (out, slot) = waiting.await.unwrap().unwrap();
+        assert!(out == data);
+        assert_eq!(slots.available_permits(), 0);
+        drop(slot);
+        assert_eq!(slots.available_permits(), 1);
     }
 }
