@@ -257,7 +257,7 @@ pub struct RuntimeArgs {
     #[arg(long, value_name = "DIR", default_value = "/etc/containerd/certs.d")]
     pub registry_config_dir: PathBuf,
 
-    /// Programs that decide which images may be pulled: all executable files of this folder, called as containerd calls its verifiers
+    /// Programs that decide which images may be pulled: every file of this folder, all executable, called as containerd calls its verifiers
     #[arg(long, value_name = "DIR", default_value = "/opt/containerd/image-verifier/bin")]
     pub image_verifier_dir: PathBuf,
 

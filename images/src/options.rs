@@ -11,7 +11,8 @@ pub struct Options {
     /// A docker `config.json` with credentials, used when a pull brings none. Read at each pull.
     pub docker_config: Option<PathBuf>,
     /// Programs that are asked before a pull whether the image may be used, as containerd's `bindir` image verifier asks them:
-    /// all executable files of this folder. They are looked for at each pull.
+    /// every file of this folder; one that is not executable, or a link to nothing, fails every pull, folders are passed over.
+    /// They are looked for at each pull.
     pub verifiers_dir: Option<PathBuf>,
     /// Names of images that garbage collection must keep (the CRI `pinned` flag), such as the sandbox image.
     pub pinned: Vec<String>,
