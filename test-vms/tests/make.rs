@@ -262,7 +262,9 @@ fn a_crash_is_gone_on_from(m: &Machine, hints: &Hints, pods: &BTreeSet<(String, 
 
 fn a_failed_start_spares_what_was_there(m: &Machine, hints: &Hints, pods: &BTreeSet<(String, String)>) {
     kill_daemon();
-    let taken = TcpListener::bind("0.0.0.0:6443").unwrap();
+    // A killed process is out of the list before its sockets are closed.
+    let taken =
+        wait_for("its port is free", Duration::from_secs(10), || TcpListener::bind("0.0.0.0:6443").ok());
     let line = m.refusal(&["scripts/up.sh"]);
     assert!(line.contains("6443"), "{line}");
     drop(taken);
