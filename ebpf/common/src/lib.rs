@@ -104,7 +104,7 @@ shared! {
     AffinityKey[24] { service: u32, kind: u32, client: Addr, }
     AffinityValue[16] { last_seen_ns: u64, backend: u32, reserved: u32, }
 
-    /// A peer as one socket sees it: key of SOCK_REVERSE (peer = backend) and SOCK_FLOWS (peer = frontend). The cookie
+    /// A peer as one socket sees it: key of SOCK_REVERSE and SOCK_SENT (peer = backend) and SOCK_FLOWS (peer = frontend). The cookie
     /// keeps apart sockets that reach one backend through different Services.
     SockKey[32] { cookie: u64, addr: Addr, port: u16, proto: u8, pad: u8, reserved: u32, }
     /// What the socket's owner asked for.

@@ -275,6 +275,7 @@ fn load(config: &Config) -> Result<Ebpf, Error> {
         .map_max_entries("MEMBERS", sizes.backends)
         .map_max_entries("CONNECTIONS", sizes.connections)
         .map_max_entries("SOCK_REVERSE", sizes.sockets)
+        .map_max_entries("SOCK_SENT", (sizes.sockets / 4).max(1))
         .map_max_entries("SOCK_FLOWS", (sizes.sockets / 2).max(1))
         .map_max_entries("AFFINITY", (sizes.sockets / 2).max(1))
         .map_max_entries("STATS", sizes.frontends)

@@ -126,7 +126,7 @@ fn has_shape(path: &Path, (_, key, value): &(&str, usize, usize)) -> bool {
 }
 
 /// Maps worth keeping over a change of layouts, with the sizes of key and value.
-const SHAPES: [(&str, usize, usize); 10] = [
+const SHAPES: [(&str, usize, usize); 11] = [
     ("FRONTENDS", size_of::<FrontendKey>(), size_of::<FrontendValue>()),
     ("SLOTS", size_of::<SlotKey>(), size_of::<u32>()),
     ("MEMBERS", size_of::<SlotKey>(), size_of::<u32>()),
@@ -136,6 +136,7 @@ const SHAPES: [(&str, usize, usize); 10] = [
     ("CONNECTIONS", size_of::<CtKey>(), size_of::<CtValue>()),
     ("AFFINITY", size_of::<AffinityKey>(), size_of::<AffinityValue>()),
     ("SOCK_REVERSE", size_of::<SockKey>(), size_of::<SockReverse>()),
+    ("SOCK_SENT", size_of::<SockKey>(), size_of::<SockReverse>()),
     ("SOCK_FLOWS", size_of::<SockKey>(), size_of::<SockFlow>()),
 ];
 

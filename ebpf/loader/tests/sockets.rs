@@ -274,6 +274,37 @@ fn closed_sockets_are_forgotten() {
     purge(&config).unwrap();
 }
 
+/// Sockets that send without connecting, as resolvers do, do not push connections out.
+#[test]
+fn datagrams_do_not_take_the_place_of_connections() {
+    let place = Place::new("ld");
+    let config = place.config();
+    let mut dp = Datapath::open(&config).unwrap();
+    let (vip, names) = ("127.201.14.1:80".parse().unwrap(), "127.201.14.1:53".parse().unwrap());
+    service(&mut dp, vip, TCP, 10, &[tcp_server("a")]);
+    let (deaf, server) = (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
+    service(&mut dp, names, UDP, 11, &[deaf.local_addr().unwrap()]);
+    let kept = TcpStream::connect(vip).unwrap();
+    // More than the table holds.
+    for _ in 0..3000 {
+        UdpSocket::bind("127.0.0.1:0").unwrap().send_to(b"?", names).unwrap();
+    }
+    assert_eq!(kept.peer_addr().unwrap(), vip);
+    // And an answer comes from the address that was asked.
+    let other = "127.201.14.2:53".parse().unwrap();
+    service(&mut dp, other, UDP, 12, &[server.local_addr().unwrap()]);
+    let asks = UdpSocket::bind("127.0.0.1:0").unwrap();
+    for socket in [&asks, &server] {
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    }
+    asks.send_to(b"ask", other).unwrap();
+    let mut buffer = [0; 8];
+    let (_, peer) = server.recv_from(&mut buffer).unwrap();
+    server.send_to(b"answer", peer).unwrap();
+    assert_eq!(asks.recv_from(&mut buffer).unwrap().1, other);
+    purge(&config).unwrap();
+}
+
 /// Ids of this load balancer's maps, and of programs that use one of them.
 fn in_kernel(maps: &[u32]) -> (usize, usize) {
     let programs = aya::programs::loaded_programs()

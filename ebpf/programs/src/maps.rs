@@ -23,6 +23,10 @@ pub static MAGLEV: HashMap<u32, MaglevTable> = HashMap::pinned(4096, BPF_F_NO_PR
 pub static AFFINITY: LruHashMap<AffinityKey, AffinityValue> = LruHashMap::pinned(32768, 0);
 #[map]
 pub static SOCK_REVERSE: LruHashMap<SockKey, SockReverse> = LruHashMap::pinned(65536, 0);
+/// As SOCK_REVERSE, of sockets that send without connecting. Nothing tells when one is done with a peer, so these must not take the
+/// place of connections that live.
+#[map]
+pub static SOCK_SENT: LruHashMap<SockKey, SockReverse> = LruHashMap::pinned(16384, 0);
 #[map]
 pub static SOCK_FLOWS: LruHashMap<SockKey, SockFlow> = LruHashMap::pinned(32768, 0);
 #[map]

@@ -123,11 +123,13 @@ fn outgoing(ctx: &SockAddrContext, v6: bool, connected: bool) -> i32 {
 
     let seen = SockKey { cookie, addr: b.addr, port: b.port, proto, pad: 0, reserved: 0 };
     let named = SockReverse { addr, port, pad: 0, service: v.service };
+    // Without an entry the peer's name is the backend's, which TCP does not mind.
+    if connected {
+        let _ = SOCK_REVERSE.insert(&seen, named, 0);
     // A datagram after the first finds its entry, most times.
     // SAFETY: elements are replaced as a whole.
-    if fresh || unsafe { SOCK_REVERSE.get(&seen) } != Some(&named) {
-        // Without the entry the peer's name is the backend's, which TCP does not mind.
-        let _ = SOCK_REVERSE.insert(&seen, named, 0);
+    } else if fresh || unsafe { SOCK_SENT.get(&seen) } != Some(&named) {
+        let _ = SOCK_SENT.insert(&seen, named, 0);
     }
     set_address(sa, v6, &b.addr, b.port);
     count(counters::SOCK_TRANSLATED);
@@ -139,7 +141,7 @@ fn outgoing(ctx: &SockAddrContext, v6: bool, connected: bool) -> i32 {
 
 /// Gives a peer the name under which the socket's owner knows it.
 #[inline(always)]
-fn incoming(ctx: &SockAddrContext, v6: bool) -> i32 {
+fn incoming(ctx: &SockAddrContext, v6: bool, datagram: bool) -> i32 {
     let sa = ctx.sock_addr;
     let proto = get!(sa, protocol) as u8;
     if proto != TCP && proto != UDP {
@@ -149,7 +151,12 @@ fn incoming(ctx: &SockAddrContext, v6: bool) -> i32 {
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     let key = SockKey { cookie, addr: address(sa, v6), port: port(sa), proto, pad: 0, reserved: 0 };
     // SAFETY: copied out; elements are replaced as a whole.
-    if let Some(r) = unsafe { SOCK_REVERSE.get(&key) }.copied() {
+    let mut named = unsafe { SOCK_REVERSE.get(&key) }.copied();
+    if datagram && named.is_none() {
+        // SAFETY: as above.
+        named = unsafe { SOCK_SENT.get(&key) }.copied();
+    }
+    if let Some(r) = named {
         set_address(sa, v6, &r.addr, r.port);
     }
     ALLOW
@@ -196,17 +203,17 @@ pub fn lb_sendmsg6(ctx: SockAddrContext) -> i32 {
 }
 #[cgroup_sock_addr(recvmsg4)]
 pub fn lb_recvmsg4(ctx: SockAddrContext) -> i32 {
-    incoming(&ctx, false)
+    incoming(&ctx, false, true)
 }
 #[cgroup_sock_addr(recvmsg6)]
 pub fn lb_recvmsg6(ctx: SockAddrContext) -> i32 {
-    incoming(&ctx, true)
+    incoming(&ctx, true, true)
 }
 #[cgroup_sock_addr(getpeername4)]
 pub fn lb_peername4(ctx: SockAddrContext) -> i32 {
-    incoming(&ctx, false)
+    incoming(&ctx, false, false)
 }
 #[cgroup_sock_addr(getpeername6)]
 pub fn lb_peername6(ctx: SockAddrContext) -> i32 {
-    incoming(&ctx, true)
+    incoming(&ctx, true, false)
 }

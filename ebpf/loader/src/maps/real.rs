@@ -42,6 +42,7 @@ pub struct RealMaps {
     stats: PerCpuHashMap<MapData, u32, Stats>,
     connections: Flows<CtKey, CtValue>,
     reverse: Flows<SockKey, SockReverse>,
+    sent: Flows<SockKey, SockReverse>,
     affinity: Flows<AffinityKey, AffinityValue>,
     counters: PerCpuArray<MapData, u64>,
     flows: Flows<SockKey, SockFlow>,
@@ -195,6 +196,7 @@ impl RealMaps {
             stats,
             connections: Flows::take(s, "CONNECTIONS")?,
             reverse: Flows::take(s, "SOCK_REVERSE")?,
+            sent: Flows::take(s, "SOCK_SENT")?,
             affinity: Flows::take(s, "AFFINITY")?,
             counters: take(s, "COUNTERS")?,
             flows: Flows::take(s, "SOCK_FLOWS")?,
@@ -277,14 +279,17 @@ impl RealMaps {
         self.connections.all()
     }
 
-    /// Sockets that were given a backend, also those that have been closed since.
+    /// Sockets that were given a backend: connected ones, and those that have sent without connecting, also closed ones of these.
     pub fn sockets(&self) -> Result<Vec<(SockKey, SockReverse)>, MapFailure> {
-        self.reverse.all()
+        let mut all = self.reverse.all()?;
+        all.extend(self.sent.all()?);
+        Ok(all)
     }
 
     /// Forgets a socket.
     pub fn del_socket(&mut self, key: &SockKey) -> Result<(), MapFailure> {
-        del("SOCK_REVERSE", &mut self.reverse.table, key)
+        del("SOCK_REVERSE", &mut self.reverse.table, key)?;
+        del("SOCK_SENT", &mut self.sent.table, key)
     }
 
     /// The highest numbers of backends and of service ports that flows remember.
