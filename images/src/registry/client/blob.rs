@@ -1,0 +1,139 @@
+//! Transfers blobs, in as many parts as it takes.
+
+use bytes::Bytes;
+use http::header::CONTENT_RANGE;
+use http::{Method, StatusCode};
+use http_body_util::BodyExt;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::{Endpoint, Failure, Session, chain, final_failure, range_start};
+use crate::{Digest, Result};
+
+/// A body that brings less within the patience stalls, even if some bytes trickle in.
+const PROGRESS: usize = 4096;
+/// Attempts without any progress before a transfer fails.
+const ATTEMPTS: u32 = 5;
+
+impl Session {
+    /// Sends a blob's bytes into `to`, then an empty chunk; or an error. Resumes where a connection broke off. Ends
+    /// early when the receiver is gone.
+    pub async fn blob(&self, digest: &Digest, size: u64, to: &mpsc::Sender<Result<Bytes>>) {
+        let path = format!("/{}/blobs/{digest}", self.reference.repository);
+        let mut sent = 0u64;
+        let mut attempt = 0;
+        let mut last = None;
+        let mut host = 0;
+        while let Some(endpoint) = self.endpoints.get(host) {
+            if !endpoint.host.pull {
+                host += 1;
+                continue;
+            }
+            let before = sent;
+            match self.blob_part(endpoint, &path, size, &mut sent, to).await {
+                Ok(()) => {
+                    // A receiver that is gone has reported its own failure.
+                    let _ = to.send(Ok(Bytes::new())).await;
+                    return;
+                }
+                Err(failure) => {
+                    if to.is_closed() {
+                        return;
+                    }
+                    attempt = if sent - before >= PROGRESS as u64 { 1 } else { attempt + 1 };
+                    tracing::debug!(%digest, sent, attempt, error = %failure.error, "blob transfer broke off");
+                    let delay = failure.delay(attempt, self.patience);
+                    last = Some(*failure.error);
+                    match delay {
+                        Some(delay) if attempt < ATTEMPTS => {
+                            tokio::select! {
+                                () = tokio::time::sleep(delay) => {}
+                                // Nobody wants it any more.
+                                () = to.closed() => return,
+                            }
+                        }
+                        _ => {
+                            attempt = 0;
+                            host += 1;
+                        }
+                    }
+                }
+            }
+        }
+        let error = last.unwrap_or_else(|| self.no_host());
+        let _ = to.send(Err(error)).await;
+    }
+
+    async fn blob_part(
+        &self,
+        endpoint: &Endpoint,
+        path: &str,
+        size: u64,
+        sent: &mut u64,
+        to: &mpsc::Sender<Result<Bytes>>,
+    ) -> Result<(), Failure> {
+        if *sent == size && size > 0 {
+            return Ok(());
+        }
+        let range = (*sent > 0).then(|| format!("bytes={sent}-"));
+        let response = self.request(endpoint, Method::GET, path, range.as_deref()).await?;
+        // A server that ignores the range starts over: skip what is known.
+        let mut skip = match response.status() {
+            StatusCode::PARTIAL_CONTENT => {
+                let start = response.headers().get(CONTENT_RANGE).and_then(|v| range_start(v.to_str().ok()?));
+                match start {
+                    Some(start) if start <= *sent => *sent - start,
+                    _ => {
+                        return Err(final_failure(
+                            self.registry_error(endpoint, "it sent another range than asked for".into()),
+                        ));
+                    }
+                }
+            }
+            _ => *sent,
+        };
+        let mut body = response.into_body();
+        let (mut deadline, mut progress) = (Instant::now() + self.patience, 0);
+        loop {
+            let frame = tokio::select! {
+                frame = tokio::time::timeout_at(deadline, body.frame()) => frame,
+                () = to.closed() => return Ok(()),
+            };
+            let frame = match frame {
+                Err(_) => {
+                    let text = format!("the transfer stalled for {:?}", self.patience);
+                    return Err(self.unreachable(endpoint, text));
+                }
+                Ok(None) if *sent == size => return Ok(()),
+                Ok(None) => {
+                    let text = format!("the transfer ended after {sent} of {size} bytes");
+                    return Err(self.unreachable(endpoint, text));
+                }
+                Ok(Some(Err(e))) => return Err(self.unreachable(endpoint, chain(&e))),
+                Ok(Some(Ok(frame))) => frame,
+            };
+            let Ok(mut data) = frame.into_data() else { continue };
+            progress += data.len();
+            if progress >= PROGRESS {
+                (deadline, progress) = (Instant::now() + self.patience, 0);
+            }
+            let known = skip.min(data.len() as u64);
+            skip -= known;
+            let _ = data.split_to(known as usize);
+            if data.is_empty() {
+                continue;
+            }
+            if data.len() as u64 > size - *sent {
+                let text = format!("a blob is larger than its descriptor's {size} bytes");
+                return Err(final_failure(self.registry_error(endpoint, text)));
+            }
+            *sent += data.len() as u64;
+            let ready = Instant::now();
+            if to.send(Ok(data)).await.is_err() {
+                return Ok(());
+            }
+            // A receiver that was busy is not the registry's fault.
+            deadline += ready.elapsed();
+        }
+    }
+}
