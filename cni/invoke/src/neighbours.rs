@@ -60,13 +60,18 @@ impl Neighbours {
         durable::write_atomic(&file, text.as_bytes(), 0o644, durable::Sync::PageCache)
     }
 
-    /// Takes back every [`Neighbours::join`] of `cache`. What cannot be removed is found stale later.
+    /// Takes back every [`Neighbours::join`] of `cache`, and of caches that were deleted without saying so. What cannot be removed
+    /// is found stale later.
     pub(crate) fn leave(&self, cache: &Path) {
         let Some(registry) = &self.registry else { return };
         for dir in files(registry).unwrap_or_default() {
             let network = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            if let Some(file) = self.own(&network, cache) {
-                let _ = fs::remove_file(file);
+            let own = self.own(&network, cache);
+            for file in files(&dir).unwrap_or_default() {
+                let gone = || fs::read_to_string(&file).is_ok_and(|theirs| !Path::new(&theirs).exists());
+                if Some(&file) == own.as_ref() || gone() {
+                    let _ = fs::remove_file(&file);
+                }
             }
             // Fails while another is in it.
             let _ = fs::remove_dir(&dir);

@@ -277,8 +277,11 @@ async fn collecting_spares_what_others_attached() {
     std::fs::remove_dir_all(f.path("theirs")).unwrap();
     ours.gc(&[of("a")]).await.unwrap();
     assert_eq!(valid(), ["a"]);
-    ours.leave();
+    // Nor one of another network that was deleted with its folder.
+    std::fs::create_dir(f.path("registry/other")).unwrap();
+    std::fs::write(f.path("registry/other/0"), f.path("deleted").to_str().unwrap()).unwrap();
     theirs.leave();
+    ours.leave();
     assert!(!f.path("registry").exists(), "the last one takes the folder with it");
 }
 
