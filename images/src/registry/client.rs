@@ -538,27 +538,18 @@ pub(crate) fn range_start(value: &str) -> Option<u64> {
 
 /// Whether what came back cannot be read as HTTP, such as a head of endless headers.
 fn is_no_http(e: &(dyn std::error::Error + 'static)) -> bool {
-    let mut e = Some(e);
-    while let Some(one) = e {
-        if one.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse) {
-            return true;
-        }
-        e = one.source();
-    }
-    false
+    hyper_error(e).is_some_and(hyper::Error::is_parse)
 }
 
 /// Whether the server ended the connection before the request was on its way. Its reason, such as the alert that it wants a
 /// client certificate, is lost then; with the next connection it may arrive after the request.
 fn is_unsent(e: &(dyn std::error::Error + 'static)) -> bool {
-    let mut e = Some(e);
-    while let Some(one) = e {
-        if one.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled) {
-            return true;
-        }
-        e = one.source();
-    }
-    false
+    hyper_error(e).is_some_and(hyper::Error::is_canceled)
+}
+
+/// The connection's own error among those that led to this one.
+fn hyper_error<'a>(e: &'a (dyn std::error::Error + 'static)) -> Option<&'a hyper::Error> {
+    std::iter::successors(Some(e), |e| e.source()).find_map(|e| e.downcast_ref())
 }
 
 fn chain(e: &(dyn std::error::Error + 'static)) -> String {

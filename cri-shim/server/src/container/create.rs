@@ -22,9 +22,7 @@ use crate::idmap;
 use crate::mounts::{self, Propagation};
 use crate::runtime::{Runtime, new_id, now_ns};
 use crate::store::names::container_name;
-use crate::store::{
-    Container, ContainerPhase, ContainerRecord, Encoded, RECORD_VERSION, Sandbox, SandboxPhase,
-};
+use crate::store::{Container, ContainerPhase, ContainerRecord, Encoded, RECORD_VERSION, Sandbox};
 
 /// What is known of the image's own config without the rest of it.
 fn image_user(image: &ImageConfiguration) -> String {
@@ -123,14 +121,7 @@ impl Runtime {
         record: ContainerRecord,
         image: &Image,
     ) -> Result<Arc<Container>> {
-        if sandbox.record().phase != SandboxPhase::Ready {
-            return Err(Error::WrongState {
-                what: "sandbox",
-                id: sandbox.id.clone(),
-                state: "not ready",
-                wanted: "create a container in it",
-            });
-        }
+        sandbox.ready("create a container in it")?;
         let state_dir = self.config.container_state_dir(&record.id);
         let file = state_dir.join("container.json");
         let container = Container::new(record, file.clone());

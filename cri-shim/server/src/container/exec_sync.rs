@@ -24,15 +24,7 @@ impl Runtime {
         if cmd.first().is_none_or(String::is_empty) {
             return Err(Error::Invalid("exec needs a command".into()));
         }
-        let phase = container.record().phase;
-        if phase != ContainerPhase::Running {
-            return Err(Error::WrongState {
-                what: "container",
-                id: container.id.clone(),
-                state: phase.name(),
-                wanted: "exec in it",
-            });
-        }
+        container.in_phase(&[ContainerPhase::Running], "exec in it")?;
         let path = self.config.bundle_dir(&container.sandbox_id, &container.id).join("config.json");
         let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
         let invalid =

@@ -54,15 +54,7 @@ impl Runtime {
         request: cri::ReopenContainerLogRequest,
     ) -> Result<cri::ReopenContainerLogResponse> {
         let container = self.store.container(&request.container_id)?;
-        let phase = container.record().phase;
-        if phase != ContainerPhase::Running {
-            return Err(Error::WrongState {
-                what: "container",
-                id: container.id.clone(),
-                state: phase.name(),
-                wanted: "reopen its log",
-            });
-        }
+        container.in_phase(&[ContainerPhase::Running], "reopen its log")?;
         self.store.sandbox(&container.sandbox_id)?.monitor.reopen_log(&container.id).await?;
         Ok(cri::ReopenContainerLogResponse {})
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use orlop_proto::cri;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::runtime::{Runtime, now_ns};
 use crate::store::ContainerPhase;
 
@@ -18,15 +18,7 @@ impl Runtime {
         let this = self.clone();
         self.detached(async move {
             let _held = container.op.lock().await;
-            let phase = container.record().phase;
-            if phase != ContainerPhase::Created {
-                return Err(Error::WrongState {
-                    what: "container",
-                    id: container.id.clone(),
-                    state: phase.name(),
-                    wanted: "start it",
-                });
-            }
+            container.in_phase(&[ContainerPhase::Created], "start it")?;
             if let Err(e) = sandbox.monitor.start_container(&container.id).await {
                 let text = orlop_base::telemetry::chain(&e);
                 container.update(|r| {

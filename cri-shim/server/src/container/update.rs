@@ -21,15 +21,8 @@ impl Runtime {
         let this = self.clone();
         self.detached(async move {
             let _held = container.op.lock().await;
-            let record = container.record();
-            if !matches!(record.phase, ContainerPhase::Created | ContainerPhase::Running) {
-                return Err(Error::WrongState {
-                    what: "container",
-                    id: container.id.clone(),
-                    state: record.phase.name(),
-                    wanted: "change its resources",
-                });
-            }
+            let alive = [ContainerPhase::Created, ContainerPhase::Running];
+            let record = container.in_phase(&alive, "change its resources")?;
             let merged = merge(&record.resources, &update);
             let oci = resources(&merged, &this.facts)?;
             let json = serde_json::to_vec(&oci)

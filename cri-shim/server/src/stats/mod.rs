@@ -7,7 +7,7 @@ mod network;
 use orlop_proto::cri;
 use parking_lot::Mutex;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::filter::labels_fit;
 use crate::runtime::{Runtime, now_ns};
 use crate::store::{Container, ContainerPhase, Sandbox, SandboxPhase};
@@ -157,14 +157,7 @@ impl Runtime {
 
     pub async fn pod_sandbox_stats(&self, id: &str) -> Result<cri::PodSandboxStatsResponse> {
         let sandbox = self.store.sandbox(id)?;
-        if sandbox.record().phase != SandboxPhase::Ready {
-            return Err(Error::WrongState {
-                what: "sandbox",
-                id: sandbox.id.clone(),
-                state: "not ready",
-                wanted: "read its stats",
-            });
-        }
+        sandbox.ready("read its stats")?;
         Ok(cri::PodSandboxStatsResponse { stats: Some(self.sandbox_stats_of(&sandbox).await) })
     }
 

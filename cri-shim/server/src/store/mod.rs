@@ -50,6 +50,16 @@ impl Sandbox {
         self.record.lock().clone()
     }
 
+    /// The record of a ready sandbox; an error that names what was `wanted` of another.
+    pub fn ready(&self, wanted: &'static str) -> Result<Arc<SandboxRecord>> {
+        let record = self.record();
+        if record.phase != SandboxPhase::Ready {
+            let id = self.id.clone();
+            return Err(Error::WrongState { what: "sandbox", id, state: "not ready", wanted });
+        }
+        Ok(record)
+    }
+
     /// Changes the record on disk, then in memory.
     pub fn update(&self, change: impl FnOnce(&mut SandboxRecord)) -> Result<Arc<SandboxRecord>> {
         let mut held = self.record.lock();
@@ -89,6 +99,16 @@ impl Container {
 
     pub fn record(&self) -> Arc<ContainerRecord> {
         self.record.lock().clone()
+    }
+
+    /// The record of a container in one of these phases; an error that names what was `wanted` of another.
+    pub fn in_phase(&self, phases: &[ContainerPhase], wanted: &'static str) -> Result<Arc<ContainerRecord>> {
+        let record = self.record();
+        if !phases.contains(&record.phase) {
+            let (id, state) = (self.id.clone(), record.phase.name());
+            return Err(Error::WrongState { what: "container", id, state, wanted });
+        }
+        Ok(record)
     }
 
     /// Changes the record on disk, then in memory, then tells those who wait.

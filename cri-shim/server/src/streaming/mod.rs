@@ -13,7 +13,7 @@ use tokio::net::TcpListener;
 
 use crate::error::{Error, Result};
 use crate::runtime::Runtime;
-use crate::store::{ContainerPhase, SandboxPhase};
+use crate::store::ContainerPhase;
 
 #[cfg(test)]
 mod fuzz;
@@ -107,15 +107,7 @@ impl Runtime {
     pub fn attach_url(&self, mut request: cri::AttachRequest) -> Result<cri::AttachResponse> {
         check_streams(request.tty, request.stdin, request.stdout, request.stderr)?;
         let container = self.store.container(&request.container_id)?;
-        let record = container.record();
-        if record.phase != ContainerPhase::Running {
-            return Err(Error::WrongState {
-                what: "container",
-                id: container.id.clone(),
-                state: record.phase.name(),
-                wanted: "attach to it",
-            });
-        }
+        let record = container.in_phase(&[ContainerPhase::Running], "attach to it")?;
         // Whether there is a terminal is the container's business, not the client's.
         request.tty = record.config.tty;
         request.stderr &= !request.tty;
@@ -126,14 +118,7 @@ impl Runtime {
 
     pub fn port_forward_url(&self, mut request: cri::PortForwardRequest) -> Result<cri::PortForwardResponse> {
         let sandbox = self.store.sandbox(&request.pod_sandbox_id)?;
-        if sandbox.record().phase != SandboxPhase::Ready {
-            return Err(Error::WrongState {
-                what: "sandbox",
-                id: sandbox.id.clone(),
-                state: "not ready",
-                wanted: "forward ports to it",
-            });
-        }
+        sandbox.ready("forward ports to it")?;
         request.pod_sandbox_id.clone_from(&sandbox.id);
         Ok(cri::PortForwardResponse { url: self.sessions.offer(Session::PortForward(request))? })
     }

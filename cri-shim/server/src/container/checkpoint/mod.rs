@@ -116,15 +116,7 @@ impl Runtime {
         location: &Path,
         deadline: Instant,
     ) -> Result<()> {
-        let record = container.record();
-        if record.phase != ContainerPhase::Running {
-            return Err(Error::WrongState {
-                what: "container",
-                id: container.id.clone(),
-                state: record.phase.name(),
-                wanted: "checkpoint it",
-            });
-        }
+        let record = container.in_phase(&[ContainerPhase::Running], "checkpoint it")?;
         let pod = sandbox.record();
         let handler = pod.runtime_handler.as_str();
         let tool = Tool::of(self, handler, &sandbox.id)?;
