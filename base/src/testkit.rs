@@ -45,9 +45,21 @@ pub fn free_port() -> u16 {
             let Ok(claim) = name.and_then(|n| UnixDatagram::bind_addr(&n)) else { return false };
             // Also a port that a program outside of these tests uses stays claimed, so that it is not tried again.
             std::mem::forget(claim);
-            TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()
+            nobody_listens(port)
         })
         .unwrap_or_else(|| panic!("every port of {PORTS:?} is taken"))
+}
+
+/// Binds and does not listen: a process that another thread is just starting holds copies of this one's sockets until its exec, and
+/// a copy of a listening one would keep the caller from the port for that long.
+fn nobody_listens(port: u16) -> bool {
+    use rustix::net::{AddressFamily, SocketAddrV4, SocketFlags, SocketType, sockopt};
+    rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+        .and_then(|socket| {
+            sockopt::set_socket_reuseaddr(&socket, true)?;
+            rustix::net::bind(&socket, &SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))
+        })
+        .is_ok()
 }
 
 /// An IPv4 network of 256 addresses, as `10.200.7.0/24`, of which this network namespace has no route and which no other caller,
@@ -145,6 +157,26 @@ mod tests {
         // Whether or not somebody listens there now.
         drop(listeners);
         assert!(!ports.contains(&free_port()));
+    }
+
+    #[test]
+    fn a_port_is_free_for_its_caller_while_other_threads_start_processes() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let done = AtomicBool::new(false);
+        std::thread::scope(|threads| {
+            for _ in 0..2 {
+                threads.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        Command::new("true").status().unwrap();
+                    }
+                });
+            }
+            let bound: Vec<_> =
+                (0..200).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, free_port()))).collect();
+            done.store(true, Ordering::Relaxed);
+            let refused: Vec<_> = bound.iter().filter_map(|b| b.as_ref().err()).collect();
+            assert!(refused.is_empty(), "{refused:?}");
+        });
     }
 
     #[test]
