@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -90,7 +91,31 @@ pub fn write_json<T: Serialize>(path: &Path, version: u32, data: &T, sync: Sync)
     write_atomic(path, &bytes, 0o600, sync)
 }
 
-/// Reads what [`write_json`] wrote. `None` when there is no such file.
+/// A file that [`append_json`] has made longer than this is written anew.
+const APPENDED_LIMIT: u64 = 64 << 10;
+
+/// Puts `data` into effect in the file that [`write_json`] made, by a line at its end: for records that change often and need
+/// only outlive a crash of the process. Replacing a file costs a new inode each time, and file systems (ext4 with
+/// `auto_da_alloc`) start writing the old one's successor to the disk at once.
+pub fn append_json<T: Serialize>(path: &Path, version: u32, data: &T) -> Result<(), Error> {
+    let mut f = match File::options().append(true).open(path) {
+        Ok(f) => f,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            return write_json(path, version, data, Sync::PageCache);
+        }
+        Err(e) => return Err(io_err("open", path)(e)),
+    };
+    if f.metadata().map_err(io_err("look at", path))?.len() > APPENDED_LIMIT {
+        return write_json(path, version, data, Sync::PageCache);
+    }
+    // The line break comes first: what a failed write has left is a line of its own.
+    let mut line = vec![b'\n'];
+    serde_json::to_writer(&mut line, &VersionedRef { version, data })
+        .map_err(|source| Error::Json { path: path.to_owned(), source })?;
+    f.write_all(&line).map_err(io_err("write", path))
+}
+
+/// Reads what [`write_json`] or [`append_json`] wrote last. `None` when there is no such file.
 pub fn read_json<T: DeserializeOwned>(path: &Path, version: u32) -> Result<Option<T>, Error> {
     let bytes = match fs::read(path) {
         Ok(b) => b,
@@ -98,12 +123,23 @@ pub fn read_json<T: DeserializeOwned>(path: &Path, version: u32) -> Result<Optio
         Err(e) => return Err(io_err("read", path)(e)),
     };
     let json = |source| Error::Json { path: path.to_owned(), source };
-    let head: VersionOnly = serde_json::from_slice(&bytes).map_err(json)?;
+    // JSON text of ours has no line breaks, so a line is whole or what a crash has left of it.
+    let mut lines = bytes.rsplit(|b| *b == b'\n');
+    let last = lines.next().unwrap_or_default();
+    let mut whole = last;
+    let head: VersionOnly = match serde_json::from_slice(last) {
+        Ok(head) => head,
+        Err(torn) => lines
+            .find_map(|line| {
+                whole = line;
+                serde_json::from_slice(line).ok()
+            })
+            .ok_or_else(|| json(torn))?,
+    };
     if head.version != version {
         return Err(Error::Version { path: path.to_owned(), found: head.version, wanted: version });
     }
-    let v: Versioned<T> =
-        serde_json::from_slice(&bytes).map_err(|source| Error::Json { path: path.to_owned(), source })?;
+    let v: Versioned<T> = serde_json::from_slice(whole).map_err(json)?;
     Ok(Some(v.data))
 }
 
@@ -113,9 +149,25 @@ pub struct DirLock {
     _file: File,
 }
 
+/// How long the last child of a killed process may hold its lock: a child has a copy of it from its fork to its exec.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
+
 impl DirLock {
+    /// Takes `dir`/lock as [`DirLock::try_take`], and waits a little for one whose holder was just killed.
+    pub async fn take(dir: &Path) -> Result<DirLock, Error> {
+        let start = tokio::time::Instant::now();
+        loop {
+            match DirLock::try_take(dir) {
+                Err(Error::Locked { .. }) if start.elapsed() < LOCK_PATIENCE => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                other => return other,
+            }
+        }
+    }
+
     /// Takes `dir`/lock; fails with [`Error::Locked`] when another process holds it.
-    pub fn take(dir: &Path) -> Result<DirLock, Error> {
+    pub fn try_take(dir: &Path) -> Result<DirLock, Error> {
         fs::create_dir_all(dir).map_err(io_err("create", dir))?;
         let path = dir.join("lock");
         let file = File::options()
@@ -149,6 +201,39 @@ mod tests {
     }
 
     #[test]
+    fn the_last_whole_line_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let p = dir.path().join("a.json");
+        let read = || read_json::<Vec<u32>>(&p, 1).unwrap();
+        append_json(&p, 1, &vec![0u32]).unwrap();
+        append_json(&p, 1, &vec![1u32]).unwrap();
+        assert_eq!(read(), Some(vec![1]));
+        let whole = fs::read(&p).unwrap();
+        append_json(&p, 1, &vec![2u32]).unwrap();
+        assert_eq!(read(), Some(vec![2]));
+        // Killed or out of space in the middle of the second append, at any byte.
+        let all = fs::read(&p).unwrap();
+        for end in whole.len()..all.len() {
+            fs::write(&p, &all[..end]).unwrap();
+            assert_eq!(read(), Some(vec![1]), "{end} bytes");
+            append_json(&p, 1, &vec![3u32]).unwrap();
+            assert_eq!(read(), Some(vec![3]), "after {end} bytes");
+        }
+        assert!(matches!(read_json::<Vec<u32>>(&p, 2), Err(Error::Version { found: 1, wanted: 2, .. })));
+    }
+
+    #[test]
+    fn a_file_with_many_lines_is_written_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let p = dir.path().join("a.json");
+        for n in 0..200 {
+            append_json(&p, 1, &vec![n; 200]).unwrap();
+        }
+        assert_eq!(read_json::<Vec<u32>>(&p, 1).unwrap(), Some(vec![199; 200]));
+        assert!(fs::metadata(&p).unwrap().len() < APPENDED_LIMIT + 4096);
+    }
+
+    #[test]
     fn a_bare_name_is_in_the_current_folder() {
         let name = crate::testkit::unique_name("durable-");
         write_atomic(Path::new(&name), b"x", 0o600, Sync::Disk).unwrap();
@@ -156,12 +241,18 @@ mod tests {
         fs::remove_file(&name).unwrap();
     }
 
-    #[test]
-    fn a_second_lock_is_refused() {
+    #[tokio::test]
+    async fn a_second_lock_is_refused_until_the_first_goes() {
         let dir = tempfile::tempdir().unwrap();
-        let first = DirLock::take(dir.path()).unwrap();
-        assert!(matches!(DirLock::take(dir.path()), Err(Error::Locked { .. })));
-        drop(first);
-        DirLock::take(dir.path()).unwrap();
+        let first = DirLock::try_take(dir.path()).unwrap();
+        assert!(matches!(DirLock::try_take(dir.path()), Err(Error::Locked { .. })));
+        let taken = DirLock::take(dir.path());
+        let release = async {
+            tokio::task::yield_now().await;
+            drop(first);
+        };
+        let (second, ()) = tokio::join!(taken, release);
+        let _second = second.unwrap();
+        assert!(matches!(DirLock::try_take(dir.path()), Err(Error::Locked { .. })));
     }
 }

@@ -54,7 +54,7 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
 }
 
 fn stop_daemon(args: &UpArgs) -> Result<(), Failure> {
-    let running = || DirLock::take(&crate::up::lock_dir(args)).is_err();
+    let running = || DirLock::try_take(&crate::up::lock_dir(args)).is_err();
     if !running() {
         return Ok(());
     }

@@ -42,7 +42,7 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
     crate::check::refuse_if_missing()?;
     let node = node(&args)?;
     node.check()?;
-    let _lock = match DirLock::take(&lock_dir(&args)) {
+    let _lock = match DirLock::take(&lock_dir(&args)).await {
         Err(durable::Error::Locked { .. }) => {
             let pid = std::fs::read_to_string(pid_file(&args)).unwrap_or_default();
             return Err(format!("runs already (process {}); `orlop down` stops it", pid.trim()).into());

@@ -6,6 +6,7 @@
 //! content/<hex digits>         manifests, configs, and layers as transferred where they are kept
 //! layers/<id>/fs, layer.json   one unpacked layer; the id is the first 24 digits of its chain id
 //! layers/empty/{a,b}           a second lower layer for read-only mounts of one layer
+//! layers/empty/points          what containers mount over, as the lowest layer
 //! rootfs/<key>/upper, work, rootfs.json
 //! mapped/                      mounts of the layers with translated owners, while an overlay is made
 //! ingest/                      what is being made
@@ -13,7 +14,7 @@
 //! ```
 
 use std::fs;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -49,6 +50,8 @@ pub(crate) struct RootfsRecord {
     pub target: PathBuf,
     /// Without a writable layer.
     pub readonly: bool,
+    #[serde(default)]
+    pub mount_points: bool,
     #[serde(default)]
     pub extra: Vec<(String, String)>,
     #[serde(default)]
@@ -98,17 +101,15 @@ impl Layout {
         // Mounts and records keep the path, so it must not depend on the working directory.
         fs::create_dir_all(root).map_err(Error::io("create", root))?;
         let root = fs::canonicalize(root).map_err(Error::io("find", root))?;
-        for name in
-            ["content", "layers", "layers/empty/a", "layers/empty/b", "rootfs", "ingest", "trash", "mapped"]
-        {
-            let path = root.join(name);
-            let mut builder = fs::DirBuilder::new();
-            // A container's files are nobody else's business, and some are set-uid.
-            let made = builder
-                .recursive(true)
-                .mode(if name.starts_with("layers/empty") { 0o755 } else { 0o700 })
-                .create(&path);
-            made.map_err(Error::io("create", &path))?;
+        // A container's files are nobody else's business, and some are set-uid.
+        for name in ["content", "layers", "rootfs", "ingest", "trash", "mapped"] {
+            create_folder(&root.join(name), 0o700)?;
+        }
+        for name in ["a", "b", "points/dev", "points/proc", "points/sys", "points/etc"] {
+            create_folder(&root.join("layers/empty").join(name), 0o755)?;
+        }
+        for name in ["hostname", "hosts", "resolv.conf"] {
+            create_empty(&root.join("layers/empty/points/etc").join(name))?;
         }
         Ok(Layout { root, next: AtomicU64::new(0) })
     }
@@ -198,6 +199,18 @@ impl Layout {
         }
         Ok(())
     }
+}
+
+/// With those above it. One that is there stays as it is.
+fn create_folder(path: &Path, mode: u32) -> Result<()> {
+    let made = fs::DirBuilder::new().recursive(true).mode(mode).create(path);
+    made.map_err(Error::io("create", path))
+}
+
+/// A file that everybody may read. One that is there stays.
+fn create_empty(path: &Path) -> Result<()> {
+    let made = fs::File::options().write(true).create(true).truncate(false).mode(0o644).open(path);
+    made.map(drop).map_err(Error::io("create", path))
 }
 
 /// Deletes what [`Layout::set_aside`] gave.

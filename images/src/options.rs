@@ -102,6 +102,9 @@ pub struct RootfsOptions {
     /// Mount only the image's layers, without a writable one. Mount points inside cannot be created then; a runtime
     /// that must create them wants a writable layer and a read-only remount of its own.
     pub readonly: bool,
+    /// Files and folders that containers mount over (`/proc`, `/etc/hosts`, …) are there, empty, where the image has none: the
+    /// runtime need not make them in the writable layer of each container.
+    pub mount_points: bool,
     /// More overlayfs options, such as `metacopy=off`.
     pub extra: Vec<(String, String)>,
     /// The container's user namespace: files belong to the ids outside that stand for the image's owners.

@@ -37,6 +37,7 @@ pub(crate) async fn prepare(
         chain: image.chain.clone(),
         target,
         readonly: options.readonly,
+        mount_points: options.mount_points,
         extra: options.extra.clone(),
         user_namespace: options.user_namespace.clone(),
         owners_changed: false,
@@ -137,7 +138,7 @@ fn mount(layout: &Layout, layers: &Path, key: &str, record: &RootfsRecord) -> Re
     }
     overlay::mount(&Overlay {
         layers,
-        lower: lower(&record.chain, !writable),
+        lower: lower(&record.chain, !writable, record.mount_points),
         upper: writable.then(|| (dir.join("upper"), dir.join("work"))),
         readonly: record.readonly,
         extra: &extra,
@@ -205,9 +206,9 @@ fn create_dirs(layout: &Layout, dir: &Path, record: &RootfsRecord) -> Result<()>
 }
 
 /// Topmost first, relative to the layers' folder. A mount without a writable layer needs two.
-fn lower(chain: &[Digest], readonly: bool) -> Vec<PathBuf> {
-    let mut lower: Vec<PathBuf> =
-        chain.iter().rev().map(|c| PathBuf::from(Layout::layer_name(c)).join("fs")).collect();
+fn lower(chain: &[Digest], readonly: bool, mount_points: bool) -> Vec<PathBuf> {
+    let layers = chain.iter().rev().map(|c| PathBuf::from(Layout::layer_name(c)).join("fs"));
+    let mut lower: Vec<PathBuf> = layers.chain(mount_points.then(|| "empty/points".into())).collect();
     let wanted = if readonly { 2 } else { 1 };
     for spare in ["empty/a", "empty/b"] {
         if lower.len() < wanted {
@@ -251,9 +252,11 @@ mod tests {
     #[test]
     fn a_read_only_mount_has_two_layers_at_least() {
         let one = [Digest::of(b"1")];
-        assert_eq!(lower(&one, false).len(), 1);
-        assert_eq!(lower(&one, true)[1], Path::new("empty/a"));
-        assert_eq!(lower(&[], true), [PathBuf::from("empty/a"), PathBuf::from("empty/b")]);
-        assert_eq!(lower(&[], false), [PathBuf::from("empty/a")]);
+        assert_eq!(lower(&one, false, false).len(), 1);
+        assert_eq!(lower(&one, true, false)[1], Path::new("empty/a"));
+        assert_eq!(lower(&one, true, true)[1], Path::new("empty/points"));
+        assert_eq!(lower(&[], true, false), [PathBuf::from("empty/a"), PathBuf::from("empty/b")]);
+        assert_eq!(lower(&[], true, true), [PathBuf::from("empty/points"), PathBuf::from("empty/a")]);
+        assert_eq!(lower(&[], false, false), [PathBuf::from("empty/a")]);
     }
 }

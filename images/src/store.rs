@@ -113,7 +113,7 @@ impl ImageStore {
         }
         blocking(move || {
             let layout = Arc::new(Layout::create(&root)?);
-            let lock = DirLock::take(&layout.root)?;
+            let lock = DirLock::try_take(&layout.root)?;
             let state = state::load(&layout, &options.pinned)?;
             let slots = Arc::new(tokio::sync::Semaphore::new(options.parallel_layers.max(1)));
             let unsynced: Vec<LayerRecord> =

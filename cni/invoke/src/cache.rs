@@ -47,12 +47,12 @@ impl Cache {
     pub(crate) fn put(&self, entry: &Entry) -> Result<(), Error> {
         let failed = |source| Error::Cache { container_id: entry.pod.container_id.clone(), source };
         let path = self.path(&entry.pod.container_id, &entry.pod.ifname);
-        match durable::write_json(&path, VERSION, entry, durable::Sync::PageCache) {
+        match durable::append_json(&path, VERSION, entry) {
             Err(durable::Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 fs::create_dir_all(&self.dir).map_err(|source| {
                     failed(durable::Error::Io { what: "create", path: self.dir.clone(), source })
                 })?;
-                durable::write_json(&path, VERSION, entry, durable::Sync::PageCache).map_err(failed)
+                durable::append_json(&path, VERSION, entry).map_err(failed)
             }
             other => other.map_err(failed),
         }

@@ -138,7 +138,7 @@ pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Resul
     // First of all the port: a second server must fail before it touches any data.
     let listener = transport::bind(config.listen).await?;
     let port = listener.local_addr().map(|a| a.port()).unwrap_or(config.listen.port());
-    let _lock = durable::DirLock::take(&config.data_dir.join("server"))?;
+    let _lock = durable::DirLock::take(&config.data_dir.join("server")).await?;
     let pki = Pki::open(&config.pki_dir(), &config.server_names())?;
     let url = url(config.advertise_address, port);
     write_kubeconfigs(&config, &pki, &url, port)?;

@@ -85,7 +85,7 @@ impl Embedded {
     /// # Errors
     /// [`Error::InUse`] and [`Error::Version`] say what to do; anything else is the disk's fault.
     pub async fn open(dir: &Path, options: Options, tasks: &TaskGroup) -> Result<Embedded, Error> {
-        let lock = DirLock::take(dir).map_err(|e| durable_error(dir, e))?;
+        let lock = DirLock::take(dir).await.map_err(|e| durable_error(dir, e))?;
         check_version(dir)?;
         let file = dir.join("store.redb");
         let path = file.clone();

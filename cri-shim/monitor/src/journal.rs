@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use orlop_base::durable::{self, Sync};
+use orlop_base::durable;
 use orlop_oci::{External, Runtime};
 use orlop_proto::monitor::{ContainerPhase, ContainerState};
 use serde::{Deserialize, Serialize};
@@ -104,7 +104,7 @@ fn container_path(dir: &Path, id: &str) -> PathBuf {
 }
 
 pub fn save_container(dir: &Path, r: &Record) -> Result<(), durable::Error> {
-    durable::write_json(&container_path(dir, &r.id), VERSION, r, Sync::PageCache)
+    durable::append_json(&container_path(dir, &r.id), VERSION, r)
 }
 
 pub fn forget_container(dir: &Path, id: &str) -> std::io::Result<()> {
@@ -112,7 +112,7 @@ pub fn forget_container(dir: &Path, id: &str) -> std::io::Result<()> {
 }
 
 pub fn save_sandbox(dir: &Path, r: &SandboxRecord) -> Result<(), durable::Error> {
-    durable::write_json(&sandbox_path(dir), VERSION, r, Sync::PageCache)
+    durable::append_json(&sandbox_path(dir), VERSION, r)
 }
 
 pub fn forget_sandbox(dir: &Path) -> std::io::Result<()> {

@@ -107,6 +107,45 @@ pub(crate) fn remove_tree(dir: &Path) -> Result<()> {
     }
 }
 
+/// The run folder's source as mountinfo has it, by which its mount is known again.
+const RUN_SOURCE: &str = "orlop-run";
+
+/// Mounts a tmpfs at the run folder when that lies on a disk, as where `/run` is not a file system of its own: what must not
+/// outlive a boot cannot, and pods do not wait for the disk. One in which pods of an earlier server live stays as it is.
+pub(crate) fn keep_in_memory(run_dir: &Path) -> Result<()> {
+    const TMPFS: rustix::fs::FsWord = 0x0102_1994;
+    const RAMFS: rustix::fs::FsWord = 0x8584_58f6;
+    let stat = rustix::fs::statfs(run_dir).map_err(|e| Error::io("look at", run_dir)(e.into()))?;
+    if [TMPFS, RAMFS].contains(&stat.f_type) || pods_in(run_dir) {
+        return Ok(());
+    }
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    if let Err(e) = rustix::mount::mount(RUN_SOURCE, run_dir, "tmpfs", flags, c"mode=0711") {
+        tracing::warn!(path = %run_dir.display(), error = %e, "no tmpfs for the run folder; it stays on the disk");
+    }
+    Ok(())
+}
+
+fn pods_in(run_dir: &Path) -> bool {
+    fs::read_dir(run_dir.join("s")).is_ok_and(|mut pods| pods.next().is_some())
+}
+
+/// Takes the mount of [`keep_in_memory`] off when no pod lives in it.
+pub(crate) fn let_go_if_unused(run_dir: &Path) {
+    let Ok(run_dir) = &fs::canonicalize(run_dir) else { return };
+    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let ours = text.lines().any(|line| {
+        line.split(' ').nth(4).map(unescape).as_ref() == Some(run_dir)
+            && line.split_once(" - ").is_some_and(|(_, fs)| fs.split(' ').nth(1) == Some(RUN_SOURCE))
+    });
+    if ours
+        && !pods_in(run_dir)
+        && let Err(e) = unmount(run_dir)
+    {
+        tracing::warn!(path = %run_dir.display(), error = %e, "the run folder stays mounted");
+    }
+}
+
 /// The pod's own /dev/shm, whose folder belongs to `root`, the pod's root as the host sees it.
 pub(crate) fn mount_shm(at: &Path, bytes: u64, root: u32) -> Result<()> {
     fs::create_dir_all(at).map_err(Error::io("create", at))?;

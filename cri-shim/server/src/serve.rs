@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use orlop_base::durable::{self, DirLock};
+use orlop_base::durable::DirLock;
 use orlop_base::supervise::{Ready, TaskGroup};
 use orlop_images::ImageStore;
 use orlop_proto::cri;
@@ -33,21 +33,6 @@ const MAX_MESSAGE: usize = 16 << 20;
 /// How long running requests may take to finish once told to stop.
 const DRAIN: Duration = Duration::from_secs(10);
 
-/// How long a killed server's last child may hold its lock: a child has it from its fork to its exec.
-const LOCK_PATIENCE: Duration = Duration::from_secs(3);
-
-async fn take_lock(dir: &Path) -> Result<DirLock> {
-    let start = tokio::time::Instant::now();
-    loop {
-        match DirLock::take(dir) {
-            Err(durable::Error::Locked { .. }) if start.elapsed() < LOCK_PATIENCE => {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-            other => return Ok(other?),
-        }
-    }
-}
-
 async fn open(
     config: Config,
     stop: &CancellationToken,
@@ -58,6 +43,7 @@ async fn open(
         fs::set_permissions(dir, fs::Permissions::from_mode(0o711))
             .map_err(Error::io("set the mode of", dir))?;
     }
+    crate::mounts::keep_in_memory(&config.run_dir)?;
     // Nobody else lists pods, whose names lead to root file systems (CVE-2021-41103, CVE-2024-25621).
     for dir in
         [config.run_dir.join("s"), config.state_dir.join("sandboxes"), config.state_dir.join("containers")]
@@ -107,14 +93,14 @@ async fn listen(path: &Path) -> Result<UnixListener> {
 /// # Errors
 /// When the folders are in use by another server, cannot be written, or a socket cannot be made. Containers run on in any case.
 pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Result<()> {
-    let _lock = take_lock(&config.state_dir).await?;
+    let _lock = DirLock::take(&config.state_dir).await?;
     let streaming = TcpListener::bind(config.streaming_listen)
         .await
         .map_err(|source| Error::Listen { at: config.streaming_listen.to_string(), source })?;
     let at = streaming
         .local_addr()
         .map_err(|source| Error::Listen { at: "the streaming address".into(), source })?;
-    let socket = config.listen.clone();
+    let (socket, run_dir) = (config.listen.clone(), config.run_dir.clone());
     let listener = listen(&socket).await?;
     let runtime = open(config, &stop, at).await?;
     runtime.facts.warn();
@@ -148,6 +134,7 @@ pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Resul
     tracing::info!(socket = %socket.display(), streaming = %at, "CRI server is ready");
     ready.set();
     let ended = tasks.run_until_stopped(DRAIN).await;
+    crate::mounts::let_go_if_unused(&run_dir);
     // Another server may have replaced the file only after we let go of the lock, which we still hold.
     let _ = fs::remove_file(&socket);
     Ok(ended?)
@@ -156,7 +143,7 @@ pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Resul
 /// Stops and removes every sandbox and everything of it: processes, mounts, namespaces, network attachments. For `make down`.
 /// Images stay.
 pub async fn purge(config: Config) -> Result<()> {
-    let _lock = take_lock(&config.state_dir).await?;
+    let _lock = DirLock::take(&config.state_dir).await?;
     let run_dir = config.run_dir.clone();
     let parent = config.default_cgroup_parent.clone();
     let v2 = crate::facts::cgroup_v2_only();

@@ -62,6 +62,15 @@ async fn pull_mount_write_and_remove() {
     let other = place.target("c2");
     store.prepare_rootfs("c2", image, &other, &RootfsOptions::default()).await.unwrap();
     assert_eq!(fs::read_to_string(other.join("etc/conf")).unwrap(), "high", "containers do not share writes");
+    assert!(!other.join("etc/hosts").exists());
+    store.remove_rootfs("c2").await.unwrap();
+    let with_points = RootfsOptions { mount_points: true, ..RootfsOptions::default() };
+    store.prepare_rootfs("c2", image, &other, &with_points).await.unwrap();
+    assert_eq!(fs::read_to_string(other.join("etc/conf")).unwrap(), "high");
+    for point in ["etc/hosts", "etc/hostname", "etc/resolv.conf"] {
+        assert_eq!(fs::metadata(other.join(point)).unwrap().len(), 0, "{point}");
+    }
+    assert!(["proc", "sys", "dev"].iter().all(|d| other.join(d).is_dir()));
     let volume = place.target("vol");
     store.mount_image("vol", image, &volume, None).await.unwrap();
     assert_eq!(fs::read_to_string(volume.join("top")).unwrap(), "t");

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};
@@ -9,9 +10,13 @@ use http_body_util::Full;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use orlop_base::testkit::{DockerRegistry, free_port};
-use orlop_images::{Digest, ImageStore, Options};
+use orlop_base::durable;
+use orlop_base::testkit::{DockerRegistry, free_port, wait_until};
+use orlop_images::{Digest, Error, ImageStore, Options};
 use serde_json::{Value, json};
+
+/// For what must come; a loaded machine takes its time.
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Debian's docker-registry with its own folder; ends with the test.
 pub struct Registry {
@@ -223,8 +228,15 @@ impl Place {
 
     pub async fn open_with(&self, options: Options) -> ImageStore {
         let options = Options { certs_dir: None, ..options };
-        // A store that was dropped just now may still be putting layers on disk, but it does not hold the lock.
-        ImageStore::open(&self.root(), options).await.unwrap()
+        // A store that was dropped just now may still be putting layers on disk, but it does not hold the lock; a process that
+        // another test is just starting may, until its exec.
+        wait_until("the store opens", PATIENCE, || async {
+            match ImageStore::open(&self.root(), options.clone()).await {
+                Err(Error::State(e)) if matches!(*e, durable::Error::Locked { .. }) => None,
+                other => Some(other.unwrap()),
+            }
+        })
+        .await
     }
 
     pub fn count(&self, folder: &str) -> usize {

@@ -153,8 +153,11 @@ impl Runtime {
         fs::create_dir_all(&rootfs).map_err(Error::io("create", &rootfs))?;
         failpoint::pass("create-container-before-rootfs")?;
         // Always with a writable layer: mount points must be made in it; the spec makes it read-only afterwards.
-        let options =
-            RootfsOptions { user_namespace: sandbox.record().user_namespace(), ..RootfsOptions::default() };
+        let options = RootfsOptions {
+            mount_points: true,
+            user_namespace: sandbox.record().user_namespace(),
+            ..RootfsOptions::default()
+        };
         self.images.prepare_rootfs(&container.id, image, &rootfs, &options).await?;
         let record = container.record();
         let mut volumes = self

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use orlop_base::durable::{self, Sync};
+use orlop_base::durable;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
@@ -65,7 +65,7 @@ impl Sandbox {
         let mut held = self.record.lock();
         let mut next = (**held).clone();
         change(&mut next);
-        durable::write_json(&self.file, RECORD_VERSION, &next, Sync::PageCache)?;
+        durable::append_json(&self.file, RECORD_VERSION, &next)?;
         *held = Arc::new(next);
         Ok(held.clone())
     }
@@ -116,7 +116,7 @@ impl Container {
         let mut held = self.record.lock();
         let mut next = (**held).clone();
         change(&mut next);
-        durable::write_json(&self.file, RECORD_VERSION, &next, Sync::PageCache)?;
+        durable::append_json(&self.file, RECORD_VERSION, &next)?;
         let phase = next.phase;
         *held = Arc::new(next);
         self.phase.send_if_modified(|p| std::mem::replace(p, phase) != phase);

@@ -386,11 +386,18 @@ impl Node {
         page
     }
 
-    /// No process, mount or cgroup that names this node.
-    pub fn nothing_runs(&self, when: &str) {
+    /// Lines of mountinfo for the run folder itself and for what lies below it.
+    pub fn mounts(&self) -> (Vec<String>, Vec<String>) {
         let run = self.dir.join("run").to_string_lossy().into_owned();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let left: Vec<&str> = mounts.lines().filter(|l| l.contains(&run)).collect();
+        let all = mounts.lines().filter(|l| l.contains(&run)).map(str::to_owned);
+        all.partition(|l| l.split(' ').nth(4) == Some(&run))
+    }
+
+    /// No process, and no mount but that of the run folder, that names this node.
+    pub fn nothing_runs(&self, when: &str) {
+        let run = self.dir.join("run").to_string_lossy().into_owned();
+        let (_, left) = self.mounts();
         assert!(left.is_empty(), "{when}: mounts left: {left:#?}\n{}", self.log());
         // A monitor answers its last request before it ends.
         let start = Instant::now();
@@ -402,6 +409,7 @@ impl Node {
 
     fn check_clean(&self) {
         self.nothing_runs("at the end");
+        assert!(self.mounts().0.is_empty(), "the run folder is still mounted: {}", self.log());
         for hierarchy in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
             let group = hierarchy.path().join(self.cgroup.trim_start_matches('/'));
             let left: Vec<_> = fs::read_dir(&group)
@@ -415,7 +423,11 @@ impl Node {
     }
 
     pub fn stop_and_check(mut self) {
-        self.kill();
+        if let Some(mut child) = self.child.take() {
+            let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+            child.wait().unwrap();
+        }
         self.check_clean();
     }
 

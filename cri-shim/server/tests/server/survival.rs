@@ -316,6 +316,55 @@ async fn a_full_disk_is_said_and_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn the_run_folder_is_in_memory_and_goes_with_the_last_pod() {
+    let mut node = Node::start("memory", &[]).await;
+    node.network(false);
+    let mounted = |node: &Node| node.mounts().0;
+    assert!(matches!(&mounted(&node)[..], [one] if one.contains(" - tmpfs ")), "{:?}", mounted(&node));
+    let pod = node.run_pod(&sandbox_config(&node, "p", false)).await.unwrap();
+    // It holds the pod's life, with and without a server.
+    node.terminate().await;
+    assert_eq!(mounted(&node).len(), 1);
+    node.restart(&[]).await;
+    assert_eq!(mounted(&node).len(), 1, "not mounted over");
+    assert_eq!(node.pods().await[0].state, READY);
+    node.client()
+        .await
+        .remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id: pod })
+        .await
+        .unwrap();
+    node.terminate().await;
+    assert!(mounted(&node).is_empty());
+
+    // An earlier server kept its pods on the disk.
+    let pod = node.dir.join("run/s/0123");
+    fs::create_dir_all(&pod).unwrap();
+    fs::write(pod.join("kept"), "").unwrap();
+    node.restart(&[]).await;
+    assert!(mounted(&node).is_empty());
+    node.stop_and_check();
+}
+
+#[tokio::test]
+async fn what_containers_mount_over_is_not_made_anew_for_each() {
+    let node = Node::start("points", &[]).await;
+    node.network(false);
+    let pod = sandbox_config(&node, "p", false);
+    let sandbox = node.run_pod(&pod).await.unwrap();
+    let id = node.run_container(&sandbox, container_config("c", &["sleep", "1000"]), &pod).await;
+    let upper = node.dir.join("images/rootfs").join(&id).join("upper");
+    let made: Vec<_> = fs::read_dir(&upper).unwrap().flatten().map(|e| e.file_name()).collect();
+    assert!(made.is_empty(), "{made:?}");
+    assert_eq!(crate::node::shell(&node, &id, "hostname").await, "p");
+    node.client()
+        .await
+        .remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id: sandbox })
+        .await
+        .unwrap();
+    node.stop_and_check();
+}
+
+#[tokio::test]
 async fn archives_move_while_the_server_runs() {
     let node = Node::start("archive", &[]).await;
     let mut client = node.images().await;

@@ -127,8 +127,8 @@ async fn an_unknown_protocol_is_refused_and_nothing_is_lost() {
     let pid = node.pid_of(&id).await;
     node.kill();
     let kept = Kept::aside(node.dir.join("run/s").join(&pod).join("monitor.sock"));
-    // By a short name: a socket address holds 108 bytes.
-    let short = PathBuf::from(format!("/tmp/cri-foreign-{}.sock", std::process::id()));
+    // By a short name: a socket address holds 108 bytes. On the same file system, which the run folder is.
+    let short = node.dir.join("run/foreign.sock");
     let _ = std::fs::remove_file(&short);
     let listener = UnixListener::bind(&short).unwrap();
     std::fs::rename(&short, &kept.socket).unwrap();
