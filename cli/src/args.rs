@@ -316,6 +316,10 @@ pub struct ProxyArgs {
     #[arg(long)]
     pub direct_return: bool,
 
+    /// Send established connections of clients outside of the node past the kernel's forwarding, packet filters and connection tracking
+    #[arg(long)]
+    pub host_routing: bool,
+
     /// How backends are chosen for clients outside of the node, where a Service does not say: maglev or random
     #[arg(long, value_name = "HOW", default_value = "maglev", value_parser = selection)]
     pub selection: orlop_proxy::Selection,

@@ -364,6 +364,7 @@ pub async fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
     config.uplinks = args.uplinks;
     config.datapath.xdp = args.xdp;
     config.direct_return = args.direct_return;
+    config.host_routing = args.host_routing;
     config.selection = args.selection;
     let stop = crate::shutdown::on_signal()?;
     Ok(orlop_proxy::run(config, Ready::default(), stop).await?)

@@ -209,6 +209,8 @@ pub mod config_flags {
     pub const LOOPBACK6: u32 = 2;
     /// Backends on other nodes answer TCP clients themselves, past this node (direct server return).
     pub const DIRECT: u32 = 4;
+    /// Established connections between clients outside and pods here pass by the stack's forwarding.
+    pub const HOST_ROUTING: u32 = 8;
 }
 
 pub mod uplink_flags {
@@ -216,6 +218,8 @@ pub mod uplink_flags {
     pub const POD: u32 = 1;
     /// Served by XDP too; only such interfaces are sent to by XDP.
     pub const XDP: u32 = 2;
+    /// With POD: the pair's other end is in another network namespace, and packets need nothing between the two.
+    pub const PEER: u32 = 4;
 }
 
 pub mod backend_flags {
@@ -259,6 +263,13 @@ pub mod ct_flags {
     pub const CLOSING: u32 = 8;
     /// The backend's node answers the client itself: it is told by the connection's first packet what for.
     pub const DIRECT: u32 = 16;
+    /// Of answers: one has come from the pod by the interface that is noted, under the name that the entry has.
+    pub const CAME: u32 = 32;
+    /// The stack has forwarded a first packet each way and had nothing against it or to change about it: others that come
+    /// by the interface that is noted may go the short way.
+    pub const SHORT: u32 = 64;
+    /// The bits from here on: the interface that packets of this direction come in by; 0: not noted.
+    pub const INTERFACE: u32 = 8;
 }
 
 /// Indexes of COUNTERS.
@@ -282,6 +293,8 @@ pub mod counters {
     pub const XDP: u32 = 11;
     /// TCP connections taken up in the middle: a full table had dropped their entry, or they are older than it.
     pub const RESUMED: u32 = 12;
+    /// Packets that went past the stack's forwarding.
+    pub const SHORT: u32 = 13;
     pub const COUNT: u32 = 16;
 }
 

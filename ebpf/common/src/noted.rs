@@ -9,6 +9,10 @@ pub const PLACES: u32 = 1 << 18;
 /// answers to it may have to be renamed. Kept by programs.
 pub const CLIENTS: u32 = 1 << 14;
 
+/// Elements of SERVERS: not 0 for each address and port of a pod that answers clients outside of the node, with host
+/// routing. Kept by programs.
+pub const SERVERS: u32 = 1 << 14;
+
 /// One word for an address. Of IPv4 only the last one differs, and the compiler does the rest.
 #[inline(always)]
 fn folded(addr: &Addr) -> u32 {
@@ -33,6 +37,12 @@ pub fn place(addr: &Addr, port: u16, proto: u8) -> u32 {
 #[inline(always)]
 pub fn client(addr: &Addr) -> u32 {
     mixed(folded(addr)) >> (32 - CLIENTS.trailing_zeros())
+}
+
+/// The element of SERVERS for a pod's address and port.
+#[inline(always)]
+pub fn server(addr: &Addr, port: u16) -> u32 {
+    mixed(folded(addr) ^ (port as u32).wrapping_mul(0x1656_67b1)) >> (32 - SERVERS.trailing_zeros())
 }
 
 #[cfg(test)]

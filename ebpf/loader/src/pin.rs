@@ -141,7 +141,7 @@ const SHAPES: [(&str, usize, usize); 11] = [
 ];
 
 /// Maps that an upgrade makes anew, and the counters.
-const OTHER_SHAPES: [(&str, usize, usize); 9] = [
+const OTHER_SHAPES: [(&str, usize, usize); 10] = [
     ("CLIENTS", size_of::<u32>(), size_of::<u32>()),
     ("CONFIG", size_of::<u32>(), size_of::<Config>()),
     ("COUNTERS", size_of::<u32>(), size_of::<u64>()),
@@ -151,6 +151,7 @@ const OTHER_SHAPES: [(&str, usize, usize); 9] = [
     ("MAGLEV", size_of::<u32>(), size_of::<MaglevTable>()),
     // A trie's key begins with the length of its prefix.
     ("RANGES", size_of::<u32>() + size_of::<RangeKey>(), size_of::<u32>()),
+    ("SERVERS", size_of::<u32>(), size_of::<u32>()),
     ("UPLINKS", size_of::<u32>(), size_of::<Uplink>()),
 ];
 

@@ -10,6 +10,7 @@ mod parse;
 mod plain;
 mod rewrite;
 mod select;
+mod short;
 mod sock;
 mod xdp;
 

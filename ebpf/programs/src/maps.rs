@@ -2,6 +2,7 @@
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::bindings::bpf_fib_lookup as FibLookup;
+use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap};
@@ -48,7 +49,17 @@ pub static FILTER: Array<u64> = Array::pinned(noted::PLACES / 64, 0);
 #[map]
 pub static CLIENTS: Array<u32> = Array::pinned(noted::CLIENTS, 0);
 #[map]
+pub static SERVERS: Array<u32> = Array::pinned(noted::SERVERS, 0);
+#[map]
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(counters::COUNT, 0);
+
+/// Nanoseconds of the machine's monotonic clock, as of its last tick: much cheaper than to the nanosecond. What an earlier
+/// version noted may be a tick later.
+#[inline(always)]
+pub fn now() -> u64 {
+    // SAFETY: no arguments.
+    unsafe { bpf_ktime_get_coarse_ns() }
+}
 
 #[inline(always)]
 pub fn count(index: u32) {
@@ -102,6 +113,21 @@ pub fn note_client(addr: &Addr) {
 #[inline(always)]
 pub fn is_client(addr: &Addr) -> bool {
     CLIENTS.get(noted::client(addr)).is_none_or(|c| *c != 0)
+}
+
+/// Notes that a pod answers clients outside of the node from this address and port.
+#[inline(always)]
+pub fn note_server(addr: &Addr, port: u16) {
+    if let Some(s) = SERVERS.get_ptr_mut(noted::server(addr, port)) {
+        // SAFETY: a valid element; all that is ever stored is the same.
+        unsafe { *s = 1 };
+    }
+}
+
+/// Whether a pod may answer clients outside of the node from this address and port.
+#[inline(always)]
+pub fn is_server(addr: &Addr, port: u16) -> bool {
+    SERVERS.get(noted::server(addr, port)).is_some_and(|s| *s != 0)
 }
 
 /// Whether a service port admits this source.

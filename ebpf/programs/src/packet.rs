@@ -10,7 +10,7 @@
 //! A Service without endpoints is refused by the node's own stack: the packet is sent to port 0 of the node, where nobody
 //! can listen, and the stack's reset or ICMP error is named back like any answer.
 
-use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns};
+use aya_ebpf::helpers::bpf_get_prandom_u32;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use orlop_ebpf_common::*;
@@ -22,6 +22,7 @@ use crate::parse::{Kind, parse};
 use crate::plain;
 use crate::rewrite::{self, DROP, NEXT, Route, dropped};
 use crate::select;
+use crate::short;
 
 const SECOND: u64 = 1_000_000_000;
 /// After this silence a translated source port may be taken over: nf_conntrack's figures.
@@ -44,20 +45,20 @@ fn opens(p: &Packet) -> bool {
 }
 
 #[inline(always)]
-fn ifindex(ctx: &TcContext) -> u32 {
+pub fn ifindex(ctx: &TcContext) -> u32 {
     // SAFETY: the context is valid while the program runs.
     unsafe { (*ctx.skb.skb).ifindex }
 }
 
 /// The interface's entry; a pointer, as the stack is small.
 #[inline(always)]
-fn uplink(index: u32) -> Option<&'static Uplink> {
+pub fn uplink(index: u32) -> Option<&'static Uplink> {
     // SAFETY: elements are replaced as a whole and stay until a grace period after this program ended.
     unsafe { UPLINKS.get(&index) }
 }
 
 #[inline(always)]
-fn scratch() -> Option<&'static mut Scratch> {
+pub fn scratch() -> Option<&'static mut Scratch> {
     // SAFETY: this CPU's element; nothing else uses it while this program runs.
     SCRATCH.get_ptr_mut(0).map(|s| unsafe { &mut *s })
 }
@@ -90,7 +91,7 @@ pub fn idle(v: &CtValue, proto: u8, now: u64) -> bool {
     } else {
         TCP_IDLE
     };
-    now.wrapping_sub(v.last_seen_ns) > limit
+    now.saturating_sub(v.last_seen_ns) > limit
 }
 
 #[classifier]
@@ -106,7 +107,10 @@ pub fn lb_egress(ctx: TcContext) -> i32 {
 /// For what comes from pods.
 #[classifier]
 pub fn lb_pod_ingress(ctx: TcContext) -> i32 {
-    if plain::passes_in(&ctx) { NEXT } else { ingress(&ctx) }
+    match plain::from_pod(&ctx) {
+        Some(verdict) => verdict,
+        None => ingress(&ctx),
+    }
 }
 
 /// For what goes to pods.
@@ -125,7 +129,7 @@ fn ingress(ctx: &TcContext) -> i32 {
         Kind::Error => icmp::find(ctx, s, true).ok_or(NEXT),
         Kind::Other => return NEXT,
     };
-    carry_out(ctx, s, kind, found)
+    carry_out(ctx, Some(link), s, kind, found)
 }
 
 #[inline(always)]
@@ -134,31 +138,43 @@ fn egress(ctx: &TcContext) -> i32 {
     let Some(s) = scratch() else { return NEXT };
     let kind = parse(ctx, link, s);
     let found = match kind {
-        Kind::Transport => outgoing(s),
+        Kind::Transport => outgoing(ctx, link, s),
         Kind::Error => icmp::find(ctx, s, false).ok_or(NEXT),
         Kind::Other => return NEXT,
     };
-    carry_out(ctx, s, kind, found)
+    carry_out(ctx, None, s, kind, found)
 }
 
-/// Rewrites the packet as its connection says. All ways lead here, so that the verifier walks this once.
+/// Rewrites the packet as its connection says. All ways lead here, so that the verifier walks this once. `came_by`: on
+/// ingress.
 #[inline(always)]
-fn carry_out(ctx: &TcContext, s: &mut Scratch, kind: Kind, found: Result<*const CtValue, i32>) -> i32 {
+fn carry_out(
+    ctx: &TcContext,
+    came_by: Option<&Uplink>,
+    s: &mut Scratch,
+    kind: Kind,
+    found: Result<*const CtValue, i32>,
+) -> i32 {
     let v = match found {
         // SAFETY: a valid element, or the scratch's, whose other fields are what changes below.
         Ok(v) => unsafe { &*v },
         Err(verdict) => return verdict,
     };
-    let mut out = 0;
-    if v.flags & ct_flags::REDIRECT != 0 {
-        let length = if kind as u8 == Kind::Error as u8 { 0 } else { rewrite::length(ctx, &s.packet) };
-        out = match rewrite::route(ctx, &v.dst, s.packet.v4, length, &mut s.fib) {
-            Route::By(out) => out,
-            Route::TooBig => return too_big(ctx, s, v),
-            Route::None => return dropped(),
-        };
+    let (mut out, mut pod) = (0, 0);
+    let redirects = v.flags & ct_flags::REDIRECT != 0;
+    let is_error = kind as u8 == Kind::Error as u8;
+    if redirects || (!is_error && came_by.is_some_and(|link| short::leads_in(ctx, link, v))) {
+        let length = if is_error { 0 } else { rewrite::length(ctx, &s.packet) };
+        match rewrite::route(ctx, &v.dst, s.packet.v4, length, &mut s.fib) {
+            Route::By(way) if redirects => out = way,
+            Route::By(way) if short::ends_in_pod(way, &s.fib) => pod = way,
+            Route::TooBig if redirects => return too_big(ctx, s, v),
+            Route::None if redirects => return dropped(),
+            // The stack knows what to do.
+            _ => {}
+        }
     }
-    let done = if kind as u8 == Kind::Error as u8 {
+    let done = if is_error {
         icmp::translate(ctx, &s.packet, &s.quote, v)
     } else {
         rewrite::apply(ctx, &s.packet, v)
@@ -167,7 +183,13 @@ fn carry_out(ctx: &TcContext, s: &mut Scratch, kind: Kind, found: Result<*const 
     if done.is_none() || (tells && direct::tell(ctx, s).is_none()) {
         return dropped();
     }
-    if out == 0 { NEXT } else { rewrite::send(ctx, s.packet.l3, s.packet.v4, out) }
+    if out != 0 {
+        rewrite::send(ctx, s.packet.l3, s.packet.v4, out)
+    } else if pod != 0 {
+        short::enter(ctx, s, pod)
+    } else {
+        NEXT
+    }
 }
 
 /// Lets the stack say that a packet is too big for the way to its new destination: the stack gets it with that
@@ -197,7 +219,7 @@ fn too_big(ctx: &TcContext, s: &mut Scratch, v: &CtValue) -> i32 {
 
 /// An answer of a backend that leaves by the interface that its client came in by.
 #[inline(always)]
-fn outgoing(s: &mut Scratch) -> Result<*const CtValue, i32> {
+fn outgoing(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const CtValue, i32> {
     set_key(&mut s.key, &s.packet, ct_dir::REPLY);
     let v = CONNECTIONS.get_ptr_mut(&s.key).ok_or(NEXT)?;
     // SAFETY: a valid element.
@@ -205,6 +227,7 @@ fn outgoing(s: &mut Scratch) -> Result<*const CtValue, i32> {
         return Err(NEXT);
     }
     touch(v, &s.packet, now());
+    short::confirm(ctx, link, s, v);
     Ok(v.cast_const())
 }
 
@@ -270,12 +293,6 @@ fn incoming(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const Ct
         forget(&mut s.key, p);
     }
     Err(NEXT)
-}
-
-#[inline(always)]
-fn now() -> u64 {
-    // SAFETY: no arguments.
-    unsafe { bpf_ktime_get_ns() }
 }
 
 /// Another node has handed a connection over: its answers get the name that is in the reply's entry.
@@ -411,6 +428,7 @@ fn connect(
         return Err(dropped());
     }
     set_key(&mut s.key, &s.packet, ct_dir::FORWARD);
+    short::prepare(ctx, config, link, &mut s.forward);
     if CONNECTIONS.insert(&s.key, &s.forward, 0).is_err() {
         return Err(dropped());
     }

@@ -1,6 +1,8 @@
 //! The common case on pods' interfaces: packets that sockets have translated already, or that are for no Service. They are
 //! told from the packet's own bytes and from notes ([`orlop_ebpf_common::noted`]), without a call into the kernel, so that
 //! they cost next to nothing. Whatever is not plain is looked at in full.
+//!
+//! With host routing answers to clients outside of the node are plain too: they are sent on from here.
 
 use aya_ebpf::programs::TcContext;
 use orlop_ebpf_common::*;
@@ -8,6 +10,8 @@ use orlop_ebpf_common::*;
 use crate::maps::*;
 use crate::packet::{TCP_ACK, TCP_SYN};
 use crate::parse::{ETH_P_IP, ETH_P_IPV6};
+use crate::rewrite::NEXT;
+use crate::short;
 
 /// veth pairs are Ethernet.
 const ETHERNET: usize = 14;
@@ -48,28 +52,25 @@ fn head4(ctx: &TcContext) -> Option<Head4> {
     if h.first == 0x45 && h.place & 0x3fff_u16.to_be() == 0 { Some(h) } else { None }
 }
 
-/// Whether a packet from a pod is surely for no Service, no answer to a translated packet, and no reason to forget a
-/// connection. Each family has code of its own: much of IPv4's is known when it is compiled.
+/// What becomes of a packet from a pod that is surely for no Service, no answer by way of another node, and no reason to
+/// forget a connection. Each family has code of its own: much of IPv4's is known when it is compiled.
 #[inline(always)]
-pub fn passes_in(ctx: &TcContext) -> bool {
-    let plain = match ctx.skb.protocol() {
+pub fn from_pod(ctx: &TcContext) -> Option<i32> {
+    match ctx.skb.protocol() {
         ETH_P_IP => {
-            head4(ctx).and_then(|h| from_pod(ctx, &addr4(h.src), &addr4(h.dst), h.proto, ETHERNET + 20))
+            let h = head4(ctx)?;
+            verdict(ctx, &addr4(h.src), &addr4(h.dst), h.proto, ETHERNET + 20)
         }
-        ETH_P_IPV6 => ipv6_from_pod(ctx),
+        ETH_P_IPV6 => {
+            let (src, dst): (Addr, Addr) = (at(ctx, ETHERNET + 8)?, at(ctx, ETHERNET + 24)?);
+            verdict(ctx, &src, &dst, at(ctx, ETHERNET + 6)?, ETHERNET + 40)
+        }
         _ => None,
-    };
-    plain == Some(true)
+    }
 }
 
 #[inline(always)]
-fn ipv6_from_pod(ctx: &TcContext) -> Option<bool> {
-    let (src, dst): (Addr, Addr) = (at(ctx, ETHERNET + 8)?, at(ctx, ETHERNET + 24)?);
-    from_pod(ctx, &src, &dst, at(ctx, ETHERNET + 6)?, ETHERNET + 40)
-}
-
-#[inline(always)]
-fn from_pod(ctx: &TcContext, src: &Addr, dst: &Addr, proto: u8, l4: usize) -> Option<bool> {
+fn verdict(ctx: &TcContext, src: &Addr, dst: &Addr, proto: u8, l4: usize) -> Option<i32> {
     let opens = match proto {
         TCP => {
             let flags: u8 = at(ctx, l4 + 13)?;
@@ -78,11 +79,18 @@ fn from_pod(ctx: &TcContext, src: &Addr, dst: &Addr, proto: u8, l4: usize) -> Op
         UDP => true,
         _ => return None,
     };
-    let port = u16::from_be(at(ctx, l4 + 2)?);
+    let (sport, dport): (u16, u16) = (u16::from_be(at(ctx, l4)?), u16::from_be(at(ctx, l4 + 2)?));
     let config = CONFIG.get(0)?;
-    let answers = port >= config.snat_first && port <= config.snat_last;
+    let answers = dport >= config.snat_first && dport <= config.snat_last;
     let forgets = opens && is_client(src);
-    Some(!answers && !forgets && !leads_somewhere(dst, port, proto))
+    if answers || forgets || leads_somewhere(dst, dport, proto) {
+        return None;
+    }
+    if config.flags & config_flags::HOST_ROUTING == 0 || !is_server(src, sport) {
+        return Some(NEXT);
+    }
+    let key = CtKey { src: *src, dst: *dst, sport, dport, proto, dir: ct_dir::REPLY, pad: 0 };
+    Some(short::leave(ctx, key, l4 as u32))
 }
 
 /// Whether a packet to a pod is surely no answer that has to be renamed, nor an error about a translated packet.

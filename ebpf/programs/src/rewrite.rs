@@ -30,6 +30,10 @@ pub fn dropped() -> i32 {
 /// The difference that putting `new` in place of `old` makes to a checksum.
 #[inline(always)]
 pub fn difference(old: &Addr, new: &Addr) -> u64 {
+    if is_v4(old) && is_v4(new) {
+        let sum = !old[3] as u64 + new[3] as u64;
+        return (sum & 0xffff_ffff) + (sum >> 32);
+    }
     // SAFETY: both are 16 bytes long and only read.
     unsafe { bpf_csum_diff(old.as_ptr().cast_mut(), 16, new.as_ptr().cast_mut(), 16, 0) as u64 }
 }
@@ -67,8 +71,10 @@ pub fn replace(ctx: &TcContext, p: &Packet, second: bool, new: &Addr, new_port: 
     if !p.headless {
         pseudo(ctx, check, diff, p.v4, mangled)?;
         let (from, to) = (old_port.to_be(), new_port.to_be());
-        ctx.l4_csum_replace(check as usize, from as u64, to as u64, mangled | 2).ok()?;
-        ctx.store(p.l4 as usize + if second { 2 } else { 0 }, &to, 0).ok()?;
+        if from != to {
+            ctx.l4_csum_replace(check as usize, from as u64, to as u64, mangled | 2).ok()?;
+            ctx.store(p.l4 as usize + if second { 2 } else { 0 }, &to, 0).ok()?;
+        }
     }
     store_address(ctx, p.l3, p.v4, second, new, diff)
 }
@@ -115,8 +121,9 @@ pub fn length(ctx: &TcContext, p: &Packet) -> u16 {
     if bytes > u16::MAX as u32 { u16::MAX } else { bytes as u16 }
 }
 
+/// `None` when it has come to its end, with nothing changed.
 #[inline(always)]
-fn lower_ttl(ctx: &TcContext, l3: u32, v4: bool) -> Option<()> {
+pub fn lower_ttl(ctx: &TcContext, l3: u32, v4: bool) -> Option<()> {
     let l3 = l3 as usize;
     if !v4 {
         let hops: u8 = ctx.load(l3 + 7).ok()?;

@@ -1,6 +1,6 @@
 //! From an address to a backend: shared by the socket and the packet programs.
 
-use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns};
+use aya_ebpf::helpers::bpf_get_prandom_u32;
 use orlop_ebpf_common::*;
 
 use crate::maps::*;
@@ -77,10 +77,8 @@ pub fn choose(
     if affinity {
         // SAFETY: copied out; elements are replaced as a whole.
         if let Some(a) = unsafe { AFFINITY.get(&akey) }.copied() {
-            // SAFETY: no arguments.
-            let now = unsafe { bpf_ktime_get_ns() };
             let limit = v.affinity_seconds as u64 * 1_000_000_000;
-            if now.wrapping_sub(a.last_seen_ns) <= limit
+            if now().saturating_sub(a.last_seen_ns) <= limit
                 && is_member(v.set, a.backend)
                 && let Some(b) = backend(a.backend)
             {
@@ -102,10 +100,8 @@ pub fn choose(
 
 #[inline(always)]
 fn remember(key: &AffinityKey, backend: u32) {
-    // SAFETY: no arguments.
-    let now = unsafe { bpf_ktime_get_ns() };
     // A full table evicts its oldest entry; failing leaves the client without affinity, not without service.
-    let _ = AFFINITY.insert(key, AffinityValue { last_seen_ns: now, backend, reserved: 0 }, 0);
+    let _ = AFFINITY.insert(key, AffinityValue { last_seen_ns: now(), backend, reserved: 0 }, 0);
 }
 
 #[inline(always)]

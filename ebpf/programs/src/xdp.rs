@@ -4,7 +4,7 @@
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::{xdp_action, xdp_md};
-use aya_ebpf::helpers::{bpf_csum_diff, bpf_fib_lookup, bpf_ktime_get_ns, bpf_redirect};
+use aya_ebpf::helpers::{bpf_csum_diff, bpf_fib_lookup, bpf_redirect};
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
 use orlop_ebpf_common::*;
@@ -140,8 +140,7 @@ fn plan(
     } else {
         return None;
     };
-    // SAFETY: no arguments.
-    let now = unsafe { bpf_ktime_get_ns() };
+    let now = now();
     let v = connection(s, now)?;
     // SAFETY: a valid element; copied, as it may change while we use it.
     s.forward = unsafe { *v };

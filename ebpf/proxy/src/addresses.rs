@@ -19,6 +19,8 @@ pub struct Interface {
     pub name: String,
     pub loopback: bool,
     pub veth: bool,
+    /// The other end of its pair is in another network namespace, and it belongs to no bridge or the like.
+    pub leads_away: bool,
     /// Virtual interfaces that no packet from outside comes through.
     pub internal: bool,
     pub ethernet: bool,
@@ -96,7 +98,10 @@ pub fn decide(
         node.uplinks.iter().map(|(.., u)| u).find(|u| of(u) != [0; 4]).map_or([0; 4], |u| of(&u))
     };
     let pod = Uplink { addr4: own(true), addr6: own(false), l3_offset: 14, flags: uplink_flags::POD };
-    node.uplinks.extend(pod_links.into_iter().map(|i| (i.index, i.name.clone(), pod)));
+    node.uplinks.extend(pod_links.into_iter().map(|i| {
+        let peer = if i.leads_away { uplink_flags::PEER } else { 0 };
+        (i.index, i.name.clone(), Uplink { flags: pod.flags | peer, ..pod })
+    }));
     node
 }
 
@@ -145,13 +150,17 @@ impl Watch {
                 name: String::new(),
                 loopback: l.header.flags.contains(LinkFlags::Loopback),
                 veth: false,
+                leads_away: false,
                 internal: false,
                 ethernet: l.header.link_layer_type == LinkLayerType::Ether,
                 addresses: Vec::new(),
             };
+            let mut enslaved = false;
             for a in l.attributes {
                 match a {
                     LinkAttribute::IfName(n) => i.name = n,
+                    LinkAttribute::LinkNetNsId(_) => i.leads_away = true,
+                    LinkAttribute::Controller(_) => enslaved = true,
                     LinkAttribute::LinkInfo(infos) => {
                         for info in infos {
                             match info {
@@ -166,6 +175,7 @@ impl Watch {
                     _ => {}
                 }
             }
+            i.leads_away &= i.veth && !enslaved;
             all.push(i);
         }
         let mut addresses = self.handle.address().get().execute();
@@ -198,6 +208,7 @@ mod tests {
             name: name.into(),
             loopback: name == "lo",
             veth: name.starts_with("veth"),
+            leads_away: name == "veth1",
             internal: name.starts_with("dummy"),
             ethernet: true,
             addresses: addresses.iter().map(|a| (a.parse().unwrap(), !a.starts_with("127"))).collect(),
@@ -229,11 +240,9 @@ mod tests {
         let n = decide(&all, &["192.0.2.6/32".parse().unwrap()], &[], true);
         assert_eq!(n.flags, 0, "nor on loopback");
         assert_eq!(names(&n), ["eth0", "veth333", "veth1", "veth22"], "pods' veths come last");
-        assert!(
-            n.uplinks[2..]
-                .iter()
-                .all(|(.., u)| u.flags == uplink_flags::POD && u.addr4 == n.uplinks[0].2.addr4)
-        );
+        let pods: Vec<u32> = n.uplinks[2..].iter().map(|(.., u)| u.flags).collect();
+        assert_eq!(pods, [uplink_flags::POD | uplink_flags::PEER, uplink_flags::POD]);
+        assert!(n.uplinks[2..].iter().all(|(.., u)| u.addr4 == n.uplinks[0].2.addr4));
         let serving: Vec<_> = n.locals.iter().filter(|(_, f)| **f != 0).map(|(a, _)| *a).collect();
         assert_eq!(serving, [addr_from("192.0.2.6".parse().unwrap())]);
     }

@@ -285,7 +285,7 @@ impl View {
     }
 }
 
-const COUNTERS: [(&str, u32); 13] = [
+const COUNTERS: [(&str, u32); 14] = [
     ("socket translations", counters::SOCK_TRANSLATED),
     ("socket refusals", counters::SOCK_REFUSED),
     ("packet connections", counters::PACKET_CONNECTIONS),
@@ -299,6 +299,7 @@ const COUNTERS: [(&str, u32); 13] = [
     ("packets too big for their way", counters::TOO_BIG),
     ("connections handed over to us", counters::DIRECT),
     ("packets sent on by XDP", counters::XDP),
+    ("packets past the stack", counters::SHORT),
 ];
 
 fn line(out: &mut String, what: &str, value: &str) {

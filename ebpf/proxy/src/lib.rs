@@ -57,6 +57,8 @@ pub struct Config {
     /// TCP clients outside of the node are answered by the backend's node itself. Every node must run this proxy with the
     /// same setting, and the network between them must let IP options pass.
     pub direct_return: bool,
+    /// Established connections between clients outside of the node and pods on it go past the stack's forwarding.
+    pub host_routing: bool,
 }
 
 impl Config {
@@ -73,6 +75,7 @@ impl Config {
             node_port_addresses: Vec::new(),
             selection: Selection::default(),
             direct_return: false,
+            host_routing: false,
         }
     }
 }

@@ -53,6 +53,7 @@ pub struct ProxyMetrics {
     pub packet_dropped: Gauge,
     pub fragments: Gauge,
     pub resumed: Gauge,
+    pub short: Gauge,
     pub snat_exhausted: Gauge,
 }
 
@@ -149,6 +150,11 @@ impl ProxyMetrics {
             resumed: metrics.add(
                 o("connections_resumed"),
                 "TCP connections taken up in the middle, as a full table had dropped their entry",
+                Gauge::default(),
+            ),
+            short: metrics.add(
+                o("packets_host_routed"),
+                "Packets that went past the stack's forwarding",
                 Gauge::default(),
             ),
             snat_exhausted: metrics.add(

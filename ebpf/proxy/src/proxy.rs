@@ -114,6 +114,7 @@ fn counter_refresh(datapath: Arc<Mutex<Datapath>>, m: ProxyMetrics) -> health::R
             (&m.packet_dropped, counters::PACKET_DROPPED),
             (&m.fragments, counters::FRAGMENTS),
             (&m.resumed, counters::RESUMED),
+            (&m.short, counters::SHORT),
             (&m.snat_exhausted, counters::SNAT_EXHAUSTED),
         ] {
             gauge.set(d.maps.counter(index) as i64);
@@ -461,8 +462,9 @@ impl Proxy {
         let node = addresses::decide(&interfaces, &c.node_port_addresses, &c.uplinks, c.pod_packets);
         self.model.set_node_ips(node.ips);
         let mut datapath = self.datapath.lock();
-        let direct = if self.config.direct_return { config_flags::DIRECT } else { 0 };
-        datapath.maps.set_flags(node.flags | direct).map_err(|source| Error::Adopt { source })?;
+        let wanted = [(c.direct_return, config_flags::DIRECT), (c.host_routing, config_flags::HOST_ROUTING)];
+        let flags = wanted.iter().filter(|(on, _)| *on).fold(node.flags, |all, (_, flag)| all | flag);
+        datapath.maps.set_flags(flags).map_err(|source| Error::Adopt { source })?;
         self.tables
             .sync_locals(&mut datapath.maps, &node.locals)
             .map_err(|source| Error::Adopt { source })?;

@@ -26,7 +26,7 @@ table ip6 kube-proxy {
 }
 ";
 
-fn output(net: &Net, command: &str) -> String {
+pub fn output(net: &Net, command: &str) -> String {
     let words: Vec<String> = command.split(' ').map(str::to_owned).collect();
     let run = move || {
         let out =
@@ -37,7 +37,7 @@ fn output(net: &Net, command: &str) -> String {
     net.run(run).join().unwrap()
 }
 
-fn rules(net: &Net, text: &'static str) {
+pub fn rules(net: &Net, text: &'static str) {
     net.run(move || {
         let file = std::env::temp_dir().join(orlop_base::testkit::unique_name("pxcells-rules"));
         std::fs::write(&file, text).unwrap();

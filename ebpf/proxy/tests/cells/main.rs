@@ -4,6 +4,7 @@
 
 mod beside;
 mod fuzz;
+mod short;
 mod ways;
 mod wire;
 mod world;
@@ -17,7 +18,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use orlop_base::testkit::unique_name;
-use orlop_ebpf_common::{TCP, UDP, Uplink, addr_from, config_flags, local_flags, uplink_flags};
+use orlop_ebpf_common::{TCP, UDP, Uplink, addr_from, config_flags, counters, local_flags, uplink_flags};
 use orlop_ebpf_loader::{Config, Datapath, Maps, Op, Sizes, probe, purge};
 use orlop_proxy::desired::{Selection, desired};
 use orlop_proxy::model::{Endpoint, Hints, Model, Port, Service, Slice, SlicePort};
@@ -438,13 +439,13 @@ fn program_with(w: &World, config: &Config, fill: impl FnOnce(&mut Model) + Send
     w.node
         .run(move || {
             let mut dp = Datapath::open(&config).unwrap();
-            dp.maps.set_flags(config_flags::LOOPBACK4 | config_flags::LOOPBACK6).unwrap();
+            dp.maps.set_flags(LOOPBACK).unwrap();
             let own = |both: Both| both.map(|a| addr_from(a.parse().unwrap()));
             for (name, both, flags) in [
                 ("up0", NODE, 0),
                 ("up1", NODE_TO_OTHER, 0),
-                ("pod0", NODE, uplink_flags::POD),
-                ("pod1", NODE, uplink_flags::POD),
+                ("pod0", NODE, uplink_flags::POD | uplink_flags::PEER),
+                ("pod1", NODE, uplink_flags::POD | uplink_flags::PEER),
             ] {
                 let [addr4, addr6] = own(both);
                 let index = nix::net::if_::if_nametoindex(name).unwrap();
@@ -466,13 +467,18 @@ fn program_with(w: &World, config: &Config, fill: impl FnOnce(&mut Model) + Send
         .unwrap()
 }
 
-fn check(force_clsact: bool) {
+const LOOPBACK: u32 = config_flags::LOOPBACK4 | config_flags::LOOPBACK6;
+
+fn check(force_clsact: bool, host_routing: bool) {
     let w = World::new();
     let home = Home::new(force_clsact);
     serve(&w.pod, "pod", POD);
     serve(&w.other, "remote", REMOTE_POD);
     serve(&w.node, "host", NODE);
-    let _datapath = program(&w, &home.config);
+    let mut datapath = program(&w, &home.config);
+    if host_routing {
+        datapath.maps.set_flags(LOOPBACK | config_flags::HOST_ROUTING).unwrap();
+    }
     let all = cells();
     let (inside, others): (Vec<_>, Vec<_>) =
         all.iter().cloned().enumerate().partition(|(_, c)| covered(c.place));
@@ -504,6 +510,7 @@ fn check(force_clsact: bool) {
         }
     }
     println!("{} cells", all.len());
+    assert_eq!(datapath.maps.counter(counters::SHORT) > 0, host_routing);
     assert!(
         wrong.is_empty(),
         "{} of {} cells:\n{}",
@@ -515,11 +522,21 @@ fn check(force_clsact: bool) {
 
 #[test]
 fn every_cell_by_the_hooks_of_this_kernel() {
-    check(false);
+    check(false, false);
+}
+
+#[test]
+fn every_cell_with_host_routing() {
+    check(false, true);
 }
 
 /// As on kernels before 6.6.
 #[test]
 fn every_cell_by_clsact() {
-    check(true);
+    check(true, false);
+}
+
+#[test]
+fn every_cell_by_clsact_with_host_routing() {
+    check(true, true);
 }

@@ -17,14 +17,14 @@ use crate::{Home, Kind, Ranges, Spec, State, program_with};
 
 /// Larger than [`NARROW`] lets pass and smaller than what leaves every client.
 const DATAGRAM: usize = 1440;
-const NARROW: u32 = 1300;
+pub const NARROW: u32 = 1300;
 
-fn spec(state: State) -> Spec {
+pub fn spec(state: State) -> Spec {
     Spec { number: 1, state, internal_local: false, external_local: false, ranges: Ranges::All }
 }
 
 /// Gives back what comes: a datagram as it is, a connection after its end.
-fn echo(net: &Net, addresses: Both) {
+pub fn echo(net: &Net, addresses: Both) {
     let (tell, ready) = std::sync::mpsc::channel();
     for addr in addresses {
         let at = SocketAddr::new(addr.parse().unwrap(), BACKEND_PORT);
@@ -56,7 +56,7 @@ fn echo(net: &Net, addresses: Both) {
 }
 
 /// Sends much and gets it back.
-fn bulk(to: SocketAddr) -> Result<(), String> {
+pub fn bulk(to: SocketAddr) -> Result<(), String> {
     let sent: Vec<u8> = (0..400_000u32).map(|i| (i % 251) as u8).collect();
     let go = || {
         let mut s = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
@@ -94,7 +94,7 @@ fn large_datagram(to: SocketAddr) -> Result<usize, String> {
     Err(last)
 }
 
-fn both_families(w: &World, udp: bool, ask: fn(SocketAddr) -> Result<(), String>) {
+pub fn both_families(w: &World, udp: bool, ask: fn(SocketAddr) -> Result<(), String>) {
     for v in [0, 1] {
         let to = SocketAddr::new(NODE[v].parse().unwrap(), spec(State::RemoteOnly).node_port(udp));
         w.outside.run(move || ask(to)).join().unwrap().unwrap_or_else(|e| panic!("{to} udp={udp}: {e}"));
@@ -122,7 +122,7 @@ fn narrow_way(routes: [&str; 2], force_clsact: bool) {
 }
 
 const TO_THE_OTHER: [&str; 2] = ["10.71.129.0/24 via 10.71.2.2", "fd71:129::/64 via fd71:2::2"];
-const TO_THE_CLIENT: [&str; 2] = ["10.71.1.2/32 dev up0", "fd71:1::2/128 dev up0"];
+pub const TO_THE_CLIENT: [&str; 2] = ["10.71.1.2/32 dev up0", "fd71:1::2/128 dev up0"];
 
 #[test]
 fn a_narrow_way_to_another_node_is_found_out() {
