@@ -105,7 +105,7 @@ pub struct RootfsOptions {
     /// Files and folders that containers mount over (`/proc`, `/etc/hosts`, …) are there, empty, where the image has none: the
     /// runtime need not make them in the writable layer of each container.
     pub mount_points: bool,
-    /// More overlayfs options, such as `metacopy=off`.
+    /// More overlayfs options, such as `metacopy=off` or `context=` with an SELinux label.
     pub extra: Vec<(String, String)>,
     /// The container's user namespace: files belong to the ids outside that stand for the image's owners.
     pub user_namespace: Option<UserNamespace>,

@@ -99,6 +99,15 @@ fn kernel_says(fs: &rustix::fd::OwnedFd) -> Option<String> {
     (!out.is_empty()).then(|| String::from_utf8_lossy(&out).into_owned())
 }
 
+/// An option as `mount(2)` takes it. SELinux labels may hold commas, and only they are read with quotes.
+fn word(key: &str, value: &str) -> String {
+    match (key, value) {
+        (key, "") => key.to_owned(),
+        ("context", label) => format!("context=\"{label}\""),
+        (key, value) => format!("{key}={value}"),
+    }
+}
+
 /// `mount(2)` takes at most a page of options, so the paths are relative to the layers' folder. The working directory
 /// belongs to the whole process, hence a thread with its own.
 fn mount_in_one_page(o: &Overlay<'_>) -> Result<(), String> {
@@ -108,7 +117,8 @@ fn mount_in_one_page(o: &Overlay<'_>) -> Result<(), String> {
         data.push_str(&format!(",upperdir={},workdir={},volatile", upper.display(), work.display()));
     }
     for (key, value) in o.extra {
-        data.push_str(&if value.is_empty() { format!(",{key}") } else { format!(",{key}={value}") });
+        data.push(',');
+        data.push_str(&word(key, value));
     }
     if data.len() >= 4096 {
         return Err(format!(
@@ -147,5 +157,17 @@ pub(crate) fn unmount_all(target: &Path) -> rustix::io::Result<()> {
             Err(Errno::INVAL | Errno::NOENT | Errno::NOTDIR) => return Ok(()),
             Err(e) => return Err(e),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_in_one_page() {
+        assert_eq!(word("metacopy", "off"), "metacopy=off");
+        assert_eq!(word("userxattr", ""), "userxattr");
+        assert_eq!(word("context", "u:r:t:s0:c1,c2"), "context=\"u:r:t:s0:c1,c2\"");
     }
 }

@@ -110,7 +110,7 @@ fn append<W: Write>(
         links.insert((meta.dev(), meta.ino()), relative.to_owned());
     }
     let attributes = xattrs(path)?;
-    let kept = attributes.iter().filter(|(k, _)| !k.starts_with("trusted.overlay."));
+    let kept = attributes.iter().filter(|(k, _)| !crate::unpack::is_of_the_node(k.as_bytes()));
     let mut records: Vec<(String, &[u8])> =
         kept.map(|(k, v)| (format!("SCHILY.xattr.{k}"), v.as_slice())).collect();
     let length = meta.len().to_string();

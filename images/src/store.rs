@@ -13,9 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::layout::{ImageRecord, LayerRecord, Layout, VERSION, measure};
 use crate::pull::Pulls;
 use crate::state::{self, Entry, State};
-use crate::{
-    Auth, Digest, Error, GcReport, Image, Options, Reference, Result, RootfsOptions, Usage, UserNamespace,
-};
+use crate::{Auth, Digest, Error, GcReport, Image, Options, Reference, Result, RootfsOptions, Usage};
 
 /// All images and root file systems below one folder. A cheap handle: clones share the store.
 #[derive(Clone)]
@@ -235,17 +233,16 @@ impl ImageStore {
         Ok(())
     }
 
-    /// Mounts the image's files read-only at `target`, for image volumes, with the owners as the container sees them. Taken away by
-    /// [`remove_rootfs`](Self::remove_rootfs).
+    /// Mounts the image's files read-only at `target`, for image volumes, with the owners as the container sees them, whatever
+    /// `options` says of writing. Taken away by [`remove_rootfs`](Self::remove_rootfs).
     pub async fn mount_image(
         &self,
         key: &str,
         image: &Image,
         target: &Path,
-        user_namespace: Option<&UserNamespace>,
+        options: &RootfsOptions,
     ) -> Result<()> {
-        let user_namespace = user_namespace.cloned();
-        let options = RootfsOptions { readonly: true, user_namespace, ..RootfsOptions::default() };
+        let options = RootfsOptions { readonly: true, mount_points: false, ..options.clone() };
         crate::snapshot::prepare(&self.inner, key, image, target, &options).await
     }
 

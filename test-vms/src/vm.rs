@@ -79,11 +79,32 @@ fn io<T>(what: &Path, result: std::io::Result<T>) -> Result<T, String> {
     result.map_err(|e| format!("{}: {e}", what.display()))
 }
 
+/// An image of busybox alone, `localhost/busybox:test`, built in `dir` by `orlop image build`.
+pub fn busybox_image(dir: &Path) -> Result<PathBuf, String> {
+    let rootfs = dir.join("rootfs");
+    for folder in ["bin", "tmp", "etc"] {
+        let path = rootfs.join(folder);
+        io(&path, fs::create_dir_all(&path))?;
+    }
+    io(Path::new(BUSYBOX), fs::copy(BUSYBOX, rootfs.join("bin/busybox")))?;
+    for applet in ["sh", "cat", "dd", "hostname", "sleep"] {
+        let link = rootfs.join("bin").join(applet);
+        io(&link, symlink("busybox", &link))?;
+    }
+    let archive = dir.join("busybox.tar");
+    let mut build = Command::new(crate::program("orlop"));
+    build.args(["image", "build"]).arg(&rootfs).arg("--output").arg(&archive);
+    run(build.args(["--tag", "localhost/busybox:test", "--env", "PATH=/bin", "--cmd", "sh"]))?;
+    Ok(archive)
+}
+
 /// The guest's root file system, put together in a temporary folder.
 pub struct Guest {
     dir: tempfile::TempDir,
     kernel: PathBuf,
     steps: Vec<String>,
+    /// More words for the kernel.
+    words: String,
 }
 
 impl Guest {
@@ -91,7 +112,7 @@ impl Guest {
     pub fn new() -> Result<Guest, String> {
         let (kernel, modules) = kernel()?;
         let dir = tempfile::Builder::new().prefix("orlop-vm").tempdir().map_err(|e| e.to_string())?;
-        let guest = Guest { dir, kernel, steps: Vec::new() };
+        let guest = Guest { dir, kernel, steps: Vec::new(), words: String::new() };
         for folder in
             ["bin", "proc", "sys", "dev", "tmp", "run", "etc", "root", "var/log", "vm/steps", "vm/modules"]
         {
@@ -196,6 +217,12 @@ impl Guest {
         self.text(&format!("/vm/steps/{:02}-{name}", self.steps.len()), script)
     }
 
+    /// Adds to the kernel's command line.
+    pub fn kernel_word(&mut self, word: &str) {
+        self.words.push(' ');
+        self.words.push_str(word);
+    }
+
     fn archive(&self) -> Result<PathBuf, String> {
         let archive = self.dir.path().join("initramfs");
         let script =
@@ -219,7 +246,7 @@ impl Guest {
                 .arg(&self.kernel)
                 .arg("-initrd")
                 .arg(archive)
-                .args(["-append", "console=ttyS0 panic=-1 mitigations=off nokaslr"])
+                .args(["-append", &format!("console=ttyS0 panic=-1 mitigations=off nokaslr{}", self.words)])
                 .args(["-serial", "stdio", "-serial"])
                 .arg(format!("file:{}", said.display()))
                 .stdin(Stdio::null())

@@ -1,33 +1,13 @@
 //! The node on Linux 6.1 with cgroup v2 only, which is what Debian 12 gives its users: one machine under QEMU, booted once; each
 //! test looks at what one of its steps said.
 
-use std::path::Path;
-use std::process::Command;
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use orlop_test_vms::vm::{Guest, Outcome, on_path};
-use orlop_test_vms::{program, root, run};
+use orlop_test_vms::vm::{Guest, Outcome, busybox_image, on_path};
+use orlop_test_vms::{program, root};
 
 const LIMIT: Duration = Duration::from_secs(240);
-
-/// An image of busybox alone, built by `orlop image build`.
-fn busybox_image(dir: &Path) -> std::path::PathBuf {
-    let rootfs = dir.join("rootfs");
-    for folder in ["bin", "tmp", "etc"] {
-        std::fs::create_dir_all(rootfs.join(folder)).unwrap();
-    }
-    std::fs::copy("/bin/busybox", rootfs.join("bin/busybox"))
-        .expect("/bin/busybox (package busybox-static); run `scripts/deps.sh test`");
-    for applet in ["sh", "cat", "dd", "hostname", "sleep"] {
-        std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(applet)).unwrap();
-    }
-    let archive = dir.join("busybox.tar");
-    let mut build = Command::new(program("orlop"));
-    build.args(["image", "build"]).arg(&rootfs).arg("--output").arg(&archive);
-    run(build.args(["--tag", "localhost/busybox:test", "--env", "PATH=/bin", "--cmd", "sh"]));
-    archive
-}
 
 fn guest() -> Result<Outcome, String> {
     let mut guest = Guest::new()?;
@@ -39,7 +19,7 @@ fn guest() -> Result<Outcome, String> {
         guest.program(&on_path(name)?)?;
     }
     let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
-    guest.file("/vm/busybox.tar", &busybox_image(dir.path()))?;
+    guest.file("/vm/busybox.tar", &busybox_image(dir.path())?)?;
     let demo = root().join("target/demo/demo-web.tar");
     if !demo.exists() {
         return Err(format!(

@@ -79,6 +79,38 @@ pub(crate) fn take(spec: &mut Spec, id: &str, tty: bool) -> Result<(Taken, Vec<A
     Ok((Taken { process, seccomp, start_hooks, uid_map, cgroup_path }, done))
 }
 
+/// Gives the SELinux label of the container's own mounts to each of them that takes one, so that whoever mounts need not know which:
+/// neither copies of the host's nor the kernel's own files, which are labelled by the policy alone. Without SELinux no mount has one.
+pub(crate) fn label_mounts(spec: &mut Spec, selinux: bool) {
+    let Some(mut linux) = spec.linux().clone() else { return };
+    let Some(label) = linux.mount_label().clone().filter(|l| !l.is_empty()) else { return };
+    if !selinux {
+        linux.set_mount_label(None);
+        spec.set_linux(Some(linux));
+        return;
+    }
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for m in &mut mounts {
+        let mut options = m.options().clone().unwrap_or_default();
+        let copy = options.iter().any(|o| matches!(o.as_str(), "bind" | "rbind"));
+        let kind = m.typ().as_deref().unwrap_or("bind");
+        let policys = matches!(kind, "bind" | "proc" | "sysfs" | "mqueue" | "cgroup" | "cgroup2");
+        if copy || policys || options.iter().any(|o| o.starts_with("context=")) {
+            continue;
+        }
+        options.push(format!("context={label}"));
+        m.set_options(Some(options));
+    }
+    spec.set_mounts(Some(mounts));
+}
+
+/// For libcontainer, which would give the label to mounts that refuse it. They have theirs by [`label_mounts`].
+pub(crate) fn forget_mount_label(spec: &mut Spec) {
+    if let Some(linux) = spec.linux_mut() {
+        linux.set_mount_label(None);
+    }
+}
+
 /// root with all rights; HOME is there so that nobody looks it up through the container's files.
 fn for_libcontainer(p: &Process) -> Result<Process, Error> {
     let mut out = ProcessBuilder::default()
@@ -89,7 +121,7 @@ fn for_libcontainer(p: &Process) -> Result<Process, Error> {
         .build()
         .map_err(|e| invalid(e.to_string()))?;
     out.set_capabilities(None).set_rlimits(None).set_no_new_privileges(None).set_oom_score_adj(None);
-    out.set_console_size(p.console_size()).set_apparmor_profile(p.apparmor_profile().clone());
+    out.set_console_size(p.console_size()).set_apparmor_profile(None).set_selinux_label(None);
     out.set_io_priority(*p.io_priority()).set_scheduler(p.scheduler().clone());
     Ok(out)
 }
@@ -153,6 +185,35 @@ mod tests {
         assert!(p.capabilities().is_none() && p.no_new_privileges().is_none() && p.rlimits().is_none());
         assert!(s.linux().as_ref().unwrap().seccomp().is_none() && s.hooks().is_none());
         assert!(has_own_pid_namespace(&s));
+    }
+
+    #[test]
+    fn labels_of_mounts() {
+        let labelled = |selinux: bool| {
+            let mut all =
+                serde_json::to_value(spec(json!({}), json!({"mountLabel": "u:r:t:s0:c1,c2"}))).unwrap();
+            all["mounts"] = json!([
+                {"destination": "/dev", "type": "tmpfs", "options": ["nosuid"]},
+                {"destination": "/dev/pts", "type": "devpts"},
+                {"destination": "/proc", "type": "proc"},
+                {"destination": "/dev/mqueue", "type": "mqueue"},
+                {"destination": "/v", "type": "none", "source": "/v", "options": ["rbind"]},
+                {"destination": "/w", "source": "/w"},
+                {"destination": "/t", "type": "tmpfs", "options": ["context=own"]},
+            ]);
+            let mut s: Spec = serde_json::from_value(all).unwrap();
+            label_mounts(&mut s, selinux);
+            let context = |m: &oci_spec::runtime::Mount| {
+                m.options().iter().flatten().find_map(|o| o.strip_prefix("context=").map(str::to_owned))
+            };
+            let got: Vec<_> = s.mounts().iter().flatten().map(context).collect();
+            forget_mount_label(&mut s);
+            assert_eq!(s.linux().as_ref().unwrap().mount_label(), &None);
+            got
+        };
+        let own = || Some("u:r:t:s0:c1,c2".to_owned());
+        assert_eq!(labelled(true), [own(), own(), None, None, None, None, Some("own".into())]);
+        assert_eq!(labelled(false), [None, None, None, None, None, None, Some("own".into())]);
     }
 
     #[test]

@@ -97,6 +97,7 @@ fn stage_in_text(text: &str) -> Option<&'static str> {
         ("executable", "exec"),
         ("execvp", "exec"),
         ("apparmor", "apparmor"),
+        ("selinux", "selinux"),
         ("seccomp", "seccomp"),
         ("sysctl", "sysctl"),
         ("rootfs", "rootfs"),

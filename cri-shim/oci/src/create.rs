@@ -1,6 +1,6 @@
 //! OCI "create". The helper process prepares what needs the host's rights and forks the container's first process, which sets
 //! itself up: namespaces, root file system, mounts, devices, masked paths, terminal. What pods ask for is done by [`crate::init`];
-//! specs with more than that (hooks, sysctls, labels, rare mount options) by libcontainer.
+//! specs with more than that (hooks, sysctls, rare mount options) by libcontainer.
 //!
 //! libcontainer's own builder is not used: it forks three times, keeps its state in files that it reads again at every step,
 //! and moves processes between cgroups in a way that waits (see [`cgroup::Entry`]).
@@ -33,6 +33,7 @@ use crate::console::{self, Console};
 use crate::executor::{Init, Program};
 use crate::identity::{Identity, become_root};
 use crate::init::{First, Opened, Plan, wait_ready};
+use crate::lsm::{self, Confinement};
 use crate::ops::{Outcome, Stdio, check_id, filter_path, set_oom_score_adj};
 use crate::rlimits::Rlimits;
 use crate::seccomp::{self, Filter};
@@ -106,6 +107,7 @@ fn in_helper(c: &CreateSpec<'_>, details: &dyn Fn() -> String) -> Result<(Create
     let mut spec = Spec::load(&path)
         .map_err(|e| Error::new(Kind::Invalid, "spec", format!("cannot read {}: {e}", path.display()), 0))?;
     let (taken, mut adapted) = adapt::take(&mut spec, c.id, c.tty)?;
+    adapt::label_mounts(&mut spec, lsm::selinux_is_on());
     Validator::validate_spec(&spec).map_err(|e| convert::libcontainer(&e.into(), ""))?;
     let filter = taken.seccomp.as_ref().map(seccomp::compile).transpose()?.flatten();
     let context = Context {
@@ -199,6 +201,7 @@ fn make(
     let init = Init {
         program: Program::new(&taken.process),
         identity: Identity::new(&taken.process, filter),
+        confinement: Confinement::of(&taken.process)?.map(Rc::new),
         channel: c.channel.as_raw_fd(),
         hooks: state.as_ref().map(|s| (taken.start_hooks.clone(), s.state.clone())),
     };
@@ -272,7 +275,7 @@ impl Parts<'_> {
     }
 
     fn by_libcontainer(
-        self,
+        mut self,
         state: Option<Container>,
         made: &mut Made,
         details: &dyn Fn() -> String,
@@ -281,6 +284,7 @@ impl Parts<'_> {
         let here = fs::File::open("/proc/self/ns/pid")
             .map_err(|e| Error::io("namespace", "/proc/self/ns/pid", &e))?;
         let notify_listener = open_gate(self.c)?;
+        adapt::forget_mount_label(&mut self.spec);
         let Some(pid) = self.fork(made)? else {
             let raw = |f: &Option<OwnedFd>| f.as_ref().map(AsRawFd::as_raw_fd);
             let limits = self.users.is_none().then_some(self.limits);

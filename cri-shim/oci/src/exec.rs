@@ -11,11 +11,11 @@ use nix::sched::{CloneFlags, setns};
 use oci_spec::runtime::Process;
 use rustix::process::PidfdFlags;
 
-use crate::apparmor::AppArmor;
 use crate::console::{self, Console};
 use crate::create::Context;
 use crate::executor::{Program, Report, send_report};
 use crate::identity::{Identity, become_root};
+use crate::lsm::Confinement;
 use crate::ops::{Outcome, Stdio, check_id, filter_path, set_oom_score_adj};
 use crate::rlimits::Rlimits;
 use crate::seccomp::Filter;
@@ -74,8 +74,7 @@ fn in_helper(e: &ExecSpec<'_>, init: BorrowedFd<'_>) -> Result<(i32, Option<Owne
         .map_err(|err| Error::io("cgroup", "cannot open the container's cgroup", &err))?;
     // A v2 cgroup that the container has divided takes no member itself: where its first process is, others may be.
     let beside_init = cgroup::Entry::open(&cgroup::of_process(e.init, std::process::id() as i32), false).ok();
-    let apparmor =
-        process.apparmor_profile().as_deref().filter(|p| !p.is_empty()).map(AppArmor::open).transpose()?;
+    let confinement = Confinement::of(&process)?;
     let tty = Console::new(e.tty)?;
     let limits = Rlimits::new(&process);
     let mut flags = CloneFlags::CLONE_NEWNS
@@ -101,7 +100,7 @@ fn in_helper(e: &ExecSpec<'_>, init: BorrowedFd<'_>) -> Result<(i32, Option<Owne
         stdio: &e.stdio,
         tty: tty.as_ref(),
         limits: (!userns).then_some(limits),
-        apparmor,
+        confinement,
         cwd: process.cwd(),
         program: Program::new(&process),
         identity: Identity::new(&process, filter),
@@ -145,7 +144,7 @@ struct Begun<'a> {
     stdio: &'a Stdio,
     tty: Option<&'a Console>,
     limits: Option<Rlimits>,
-    apparmor: Option<AppArmor>,
+    confinement: Option<Confinement>,
     cwd: &'a Path,
     program: Program,
     identity: Identity,
@@ -172,8 +171,8 @@ impl Begun<'_> {
         }
         nix::unistd::setsid().map_err(nix("cannot make a session"))?;
         self.connect().map_err(io("cannot connect the standard streams"))?;
-        if let Some(a) = &self.apparmor {
-            a.set_for_execve().map_err(io("cannot set the AppArmor profile"))?;
+        if let Some(c) = &self.confinement {
+            c.set_for_execve().map_err(|e| (e.errno, e.to_string()))?;
         }
         // Nothing that is open here may be reachable for the program or as its folder (CVE-2024-21626).
         sys::close_on_exec_from(3).map_err(io("cannot mark descriptors"))?;

@@ -8,6 +8,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use libcontainer::container::State;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
@@ -15,6 +16,7 @@ use nix::errno::Errno;
 use oci_spec::runtime::{Hook, Process, Spec};
 
 use crate::identity::{Identity, home_of};
+use crate::lsm::{self, Confinement};
 use crate::{Error, Kind, helper};
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -160,6 +162,7 @@ fn parse_report(bytes: &[u8]) -> Report {
 pub(crate) struct Init {
     pub program: Program,
     pub identity: Identity,
+    pub confinement: Option<Rc<Confinement>>,
     /// Close-on-exec; brings [`GO`], takes a report.
     pub channel: RawFd,
     /// startContainer hooks, which run here because libcontainer is told to start at once.
@@ -171,6 +174,7 @@ impl Executor for Init {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         let bad = |m: String| ExecutorValidationError::ArgValidationError(m);
         crate::propagation::set(spec).map_err(|(errno, m)| bad(format!("{m} (os error {errno})")))?;
+        self.confine().map_err(|e| bad(e.to_string()))?;
         self.identity.assume().map_err(|e| bad(format!("{e} (os error {})", e.errno)))
     }
 
@@ -186,6 +190,11 @@ impl Executor for Init {
 }
 
 impl Init {
+    /// Sets profile and label for the user's program.
+    pub(crate) fn confine(&self) -> Result<(), lsm::Failure> {
+        self.confinement.as_ref().map_or(Ok(()), |c| c.set_for_execve())
+    }
+
     /// Never returns: it executes the user's program after the word to start, or ends.
     pub(crate) fn wait_and_run(&self) -> ! {
         if !self.may_go() {

@@ -6,7 +6,6 @@
 //! to serve others meanwhile.
 
 mod adapt;
-mod apparmor;
 pub mod cgroup;
 mod console;
 mod convert;
@@ -19,6 +18,7 @@ pub mod helper;
 mod identity;
 mod init;
 mod limits;
+mod lsm;
 mod ops;
 mod propagation;
 mod rlimits;

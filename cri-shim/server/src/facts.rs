@@ -94,6 +94,11 @@ impl Facts {
                 "no CAP_SYS_RESOURCE: a container's oom_score_adj cannot be below this process's own"
             );
         }
+        if self.apparmor && !crate::apparmor::can_default() {
+            tracing::warn!(
+                "AppArmor is on, but apparmor_parser is missing: containers without a profile of their own have none"
+            );
+        }
     }
 
     pub fn read() -> Facts {
@@ -107,9 +112,8 @@ impl Facts {
         Facts {
             cgroup_v2: v2,
             v1_controllers: if v2 { Vec::new() } else { v1_controllers() },
-            apparmor: fs::read_to_string("/sys/module/apparmor/parameters/enabled")
-                .is_ok_and(|s| s.trim() == "Y"),
-            selinux: Path::new("/sys/fs/selinux/enforce").exists(),
+            apparmor: crate::apparmor::is_on(),
+            selinux: crate::selinux::is_on(),
             hugetlb: has_hugetlb(v2),
             swap_accounting: swap_accounting(v2),
             capabilities: capabilities_of(mask(&status, "CapBnd") & mask(&status, "CapEff")),

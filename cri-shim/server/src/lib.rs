@@ -2,6 +2,7 @@
 //!
 //! It knows neither the OCI runtime nor the monitor's code; it starts the monitor program and speaks `monitor.proto` with it.
 
+mod apparmor;
 mod config;
 mod container;
 mod deadline;
@@ -19,6 +20,7 @@ mod network;
 mod recover;
 mod runtime;
 mod sandbox;
+mod selinux;
 mod serve;
 mod service;
 mod stats;

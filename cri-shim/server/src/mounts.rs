@@ -146,11 +146,15 @@ pub(crate) fn let_go_if_unused(run_dir: &Path) {
     }
 }
 
-/// The pod's own /dev/shm, whose folder belongs to `root`, the pod's root as the host sees it.
-pub(crate) fn mount_shm(at: &Path, bytes: u64, root: u32) -> Result<()> {
+/// The pod's own /dev/shm, whose folder belongs to `root`, the pod's root as the host sees it. `label`: the SELinux label of all that
+/// lies in it, if there is one.
+pub(crate) fn mount_shm(at: &Path, bytes: u64, root: u32, label: &str) -> Result<()> {
     fs::create_dir_all(at).map_err(Error::io("create", at))?;
-    let options =
-        std::ffi::CString::new(format!("mode=1777,size={bytes},uid={root},gid={root}")).unwrap_or_default();
+    let mut options = format!("mode=1777,size={bytes},uid={root},gid={root}");
+    if !label.is_empty() {
+        options.push_str(&format!(",context=\"{label}\""));
+    }
+    let options = std::ffi::CString::new(options).unwrap_or_default();
     rustix::mount::mount(
         "shm",
         at,

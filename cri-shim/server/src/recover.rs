@@ -76,6 +76,7 @@ fn unknown_sandbox(id: &str) -> SandboxRecord {
         network_attached: false,
         init_pid: 0,
         stopped: false,
+        selinux: Default::default(),
     }
 }
 
@@ -128,6 +129,7 @@ impl Runtime {
                 sandboxes.push(sandbox);
             } else {
                 self.store.names.reserve(&name, &id)?;
+                self.keep_level(&sandbox.record().selinux, &id);
                 self.store.add_sandbox(sandbox);
             }
         }

@@ -24,6 +24,8 @@ pub(crate) struct Runtime {
     pub events: Events,
     pub sessions: Sessions,
     pub facts: Facts,
+    /// Held while the default AppArmor profile is loaded.
+    pub apparmor: tokio::sync::Mutex<()>,
     pub tasks: TaskGroup,
 }
 

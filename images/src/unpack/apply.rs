@@ -138,8 +138,7 @@ impl Unpacker<'_> {
         if entry.path.len() >= MAX_PATH {
             return Err(Error::io("create", &entry.path[..200])(Errno::NAMETOOLONG));
         }
-        // Overlayfs' own attributes would let a layer redirect names and see what it hid.
-        entry.xattrs.retain(|(n, _)| !n.starts_with(b"trusted.overlay.") && !n.starts_with(b"user.overlay."));
+        entry.xattrs.retain(|(n, _)| !is_of_the_node(n));
         let (dir, base) = split(&entry.path);
         if entry.path.is_empty() {
             if entry.kind == Kind::Dir {
@@ -551,6 +550,14 @@ pub(crate) fn empty_folder(dir: &OwnedFd) -> rustix::io::Result<()> {
     Ok(())
 }
 
+/// Attributes that are none of an image's: overlayfs' own would let a layer redirect names and see what it hid, and which SELinux
+/// label a file has is for the node's policy and its mount to say.
+pub(crate) fn is_of_the_node(attribute: &[u8]) -> bool {
+    attribute.starts_with(b"trusted.overlay.")
+        || attribute.starts_with(b"user.overlay.")
+        || attribute == b"security.selinux"
+}
+
 /// Gives `to` owner, mode, times and extended attributes of `from`, both folders or both files.
 pub(crate) fn copy_metadata(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> rustix::io::Result<()> {
     let stat = rustix::fs::fstat(from)?;
@@ -558,7 +565,7 @@ pub(crate) fn copy_metadata(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> rustix:
     let mut names = vec![0u8; rustix::fs::flistxattr_query(from)?];
     let n = rustix::fs::flistxattr(from, &mut names[..])?;
     for name in names[..n].split(|&b| b == 0).filter(|n| !n.is_empty()) {
-        if name.starts_with(b"trusted.overlay.") {
+        if is_of_the_node(name) {
             continue;
         }
         let mut value = vec![0u8; rustix::fs::fgetxattr_query(from, name)?];

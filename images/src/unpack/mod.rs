@@ -14,7 +14,8 @@ mod zstd_frames;
 use std::io;
 
 pub(crate) use apply::{
-    OPAQUE_XATTR, Unpacked, borrow_from_lower, copy_metadata, empty_folder, open_folder, unpack,
+    OPAQUE_XATTR, Unpacked, borrow_from_lower, copy_metadata, empty_folder, is_of_the_node, open_folder,
+    unpack,
 };
 pub(crate) use reader::{Kind, TarReader};
 pub(crate) use slot::Slot;

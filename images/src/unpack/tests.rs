@@ -150,6 +150,7 @@ fn every_kind_of_entry_arrives_with_its_metadata() {
         ("SCHILY.xattr.security.capability", capability),
         ("SCHILY.xattr.user.note", b"a\nb"),
         ("SCHILY.xattr.trusted.overlay.redirect", b"/etc"),
+        ("SCHILY.xattr.security.selinux", b"u:r:t:s0"),
     ]);
     l.add("d/f", EntryType::Regular, "", 0o4755, b"hello");
     l.hard("d/h", "d/f").symlink("d/s", "f").add("d/p", EntryType::Fifo, "", 0o622, b"");
@@ -182,6 +183,7 @@ fn every_kind_of_entry_arrives_with_its_metadata() {
     assert_eq!(get("security.capability").unwrap(), capability);
     assert_eq!(get("user.note").unwrap(), b"a\nb");
     assert!(get("trusted.overlay.redirect").is_err());
+    assert_ne!(get("security.selinux").ok().as_deref(), Some(&b"u:r:t:s0"[..]));
     assert_eq!(fs::read_link(root.join("d/s")).unwrap(), Path::new("f"));
     assert_eq!(fs::symlink_metadata(root.join("d/s")).unwrap().mtime(), 1_000_000_000);
     assert!(fs::metadata(root.join("d/p")).unwrap().file_type().is_fifo());

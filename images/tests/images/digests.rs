@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use orlop_images::{Algorithm, Digest, Error, Options};
+use orlop_images::{Algorithm, Digest, Error, Options, RootfsOptions};
 use serde_json::json;
 
 use crate::fake::*;
@@ -97,7 +97,7 @@ async fn everything_may_be_named_by_sha512() {
         let back = second.import(&archive, None).await.unwrap();
         assert_eq!(back[0].id == pulled.id, keep, "layers that are packed anew have other digests");
         let target = other.target("r");
-        second.mount_image("r", &back[0], &target, None).await.unwrap();
+        second.mount_image("r", &back[0], &target, &RootfsOptions::default()).await.unwrap();
         let text = |name: &str| fs::read_to_string(target.join(name)).unwrap();
         assert_eq!((text("one"), text("two")), ("1".to_owned(), "2".to_owned()));
         second.remove_rootfs("r").await.unwrap();

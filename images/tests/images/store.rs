@@ -72,7 +72,7 @@ async fn pull_mount_write_and_remove() {
     }
     assert!(["proc", "sys", "dev"].iter().all(|d| other.join(d).is_dir()));
     let volume = place.target("vol");
-    store.mount_image("vol", image, &volume, None).await.unwrap();
+    store.mount_image("vol", image, &volume, &RootfsOptions::default()).await.unwrap();
     assert_eq!(fs::read_to_string(volume.join("top")).unwrap(), "t");
     assert!(fs::write(volume.join("x"), "x").is_err(), "an image volume is read-only");
 
@@ -250,7 +250,7 @@ async fn build_import_and_export_round_trip() {
         let back = again.import(&exported, None).await.unwrap();
         assert_eq!(back[0].id, id, "keep_layer_blobs: {keep}");
         let target = second.target("r");
-        again.mount_image("r", &back[0], &target, None).await.unwrap();
+        again.mount_image("r", &back[0], &target, &RootfsOptions::default()).await.unwrap();
         let meta = fs::metadata(target.join("bin/run")).unwrap();
         assert_eq!((meta.nlink(), meta.mtime(), meta.uid()), (2, 1_700_000_000, 0));
         assert_eq!(fs::read_link(target.join("bin/sh")).unwrap().to_str(), Some("run"));
@@ -358,7 +358,7 @@ async fn files_belong_to_the_ids_of_a_user_namespace() {
         let (key, volume_key) = (format!("c{round}"), format!("v{round}"));
         let (target, volume) = (place.target(&key), place.target(&volume_key));
         store.prepare_rootfs(&key, &image, &target, &options).await.unwrap();
-        store.mount_image(&volume_key, &image, &volume, Some(&ns)).await.unwrap();
+        store.mount_image(&volume_key, &image, &volume, &options).await.unwrap();
         let upper = place.root().join("rootfs").join(&key).join("upper");
         assert_eq!(upper.join("user").exists(), !idmapped, "only then every file was copied");
         for at in [&target, &volume] {
@@ -390,7 +390,7 @@ async fn files_belong_to_the_ids_of_a_user_namespace() {
         let e = store.prepare_rootfs(&key, &image, &target, &RootfsOptions::default()).await.unwrap_err();
         assert!(matches!(e, Error::RootfsExists { .. }), "{e}");
         store.prepare_rootfs(&key, &image, &target, &options).await.unwrap();
-        store.mount_image(&volume_key, &image, &volume, Some(&ns)).await.unwrap();
+        store.mount_image(&volume_key, &image, &volume, &options).await.unwrap();
         assert_eq!(inside(&ns, &target, "stat -c %u root new dir/deep; cat root"), "0\n0\n7\nrmore");
         assert_eq!(inside(&ns, &volume, "stat -c %u user; cat root"), "1000\nr");
         for key in [&key, &volume_key] {

@@ -166,7 +166,7 @@ async fn thirty_kills_leave_nothing_that_the_next_start_does_not_repair() {
 
 async fn check_files(store: &ImageStore, image: &orlop_images::Image, place: &Place) {
     let target = place.target("check");
-    store.mount_image("check", image, &target, None).await.unwrap();
+    store.mount_image("check", image, &target, &RootfsOptions::default()).await.unwrap();
     for l in 0..10 {
         for f in 0..FILES {
             let data = fs::read(target.join(format!("l{l}/f{f}"))).unwrap();

@@ -13,7 +13,6 @@ use nix::sched::{setns, unshare};
 use nix::sys::stat::{Mode, umask};
 pub(crate) use plan::Plan;
 
-use crate::apparmor::AppArmor;
 use crate::console::Console;
 use crate::executor::Init;
 use crate::ops::Stdio;
@@ -40,7 +39,6 @@ pub(crate) struct Opened {
     namespaces: Vec<OwnedFd>,
     /// By the index of the mount; only with a user namespace.
     sources: Vec<Option<OwnedFd>>,
-    apparmor: Option<AppArmor>,
 }
 
 impl Opened {
@@ -59,7 +57,6 @@ impl Opened {
         };
         let mut out = Opened {
             namespaces: plan.join.iter().map(|(p, _)| open(p)).collect::<Result<_, _>>()?,
-            apparmor: plan.apparmor.as_deref().map(AppArmor::open).transpose()?,
             ..Opened::default()
         };
         if sources {
@@ -118,10 +115,12 @@ impl First<'_> {
         }
         unshare(plan.make).map_err(nix("namespace", "cannot make the namespaces"))?;
         self.file_system()?;
-        if let Some(a) = &self.opened.apparmor {
-            a.set_for_execve().map_err(io("apparmor", "cannot set the AppArmor profile"))?;
-        }
         self.close_off()?;
+        self.init.confine().map_err(|e| Failure {
+            stage: e.stage,
+            message: e.to_string(),
+            errno: e.errno,
+        })?;
         // Nothing that is open here may be reachable for the program or as its folder (CVE-2024-21626).
         sys::close_on_exec_from(3).map_err(io("runtime", "cannot mark descriptors"))?;
         let becomes = self.init.identity.assume_in(&plan.cwd);
@@ -150,7 +149,7 @@ impl First<'_> {
         let before = umask(Mode::empty());
         let mut sources = std::mem::take(&mut self.opened.sources).into_iter();
         for m in &plan.mounts {
-            mount::mount(&root, m, sources.next().flatten())?;
+            mount::mount(&root, m, plan.mount_label.as_deref(), sources.next().flatten())?;
         }
         if plan.own_dev {
             dev::fill(&root, &plan.nodes)?;
@@ -187,7 +186,7 @@ impl First<'_> {
             mount::make_readonly(path)
                 .map_err(|e| Failure::io("mount", format!("cannot make {} read-only", path.display()), &e))?;
         }
-        mount::mask(&plan.masked, null.as_fd())
+        mount::mask(&plan.masked, null.as_fd(), plan.mount_label.as_deref())
     }
 }
 

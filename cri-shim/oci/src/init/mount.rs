@@ -3,10 +3,10 @@
 //! (CVE-2025-31133, CVE-2025-52565, CVE-2025-52881).
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, StatxFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, StatxFlags, XattrFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
@@ -167,19 +167,31 @@ fn propagate(mount: &OwnedFd, p: Propagation) -> io::Result<()> {
     sys::set_mount(mount.as_fd(), 0, 0, u64::from(p.flags.bits()), p.recursive)
 }
 
-/// Mounts one entry. `opened`: its source, where that was opened before.
-pub(super) fn mount(root: &Root, m: &Mount, opened: Option<OwnedFd>) -> Result<(), Failure> {
+/// Mounts one entry. `label`: the SELinux label of the container's own file systems. `opened`: the source, where that was opened
+/// before.
+pub(super) fn mount(
+    root: &Root,
+    m: &Mount,
+    label: Option<&str>,
+    opened: Option<OwnedFd>,
+) -> Result<(), Failure> {
     let from = match &m.source {
         Source::Bind { path, .. } => format!(" from {}", path.display()),
         _ => String::new(),
     };
     let failed = |e: io::Error| Failure::io("mount", format!("cannot mount {}{from}", m.at.display()), &e);
-    mount_one(root, m, opened).map_err(failed)
+    mount_one(root, m, label, opened).map_err(failed)
 }
 
-fn mount_one(root: &Root, m: &Mount, opened: Option<OwnedFd>) -> io::Result<()> {
+fn mount_one(root: &Root, m: &Mount, label: Option<&str>, opened: Option<OwnedFd>) -> io::Result<()> {
     let tree = match &m.source {
-        Source::New { kind, source, options } => new_file_system(kind, source, options, m.attributes)?,
+        Source::New { kind, source, options } => {
+            let tree = new_file_system(kind, source, options, m.attributes)?;
+            if let (Some(label), "mqueue") = (label, kind.as_str()) {
+                label_root(&tree, label)?;
+            }
+            tree
+        }
         Source::Cgroup => match new_file_system("cgroup2", "cgroup", &[], m.attributes) {
             Ok(tree) => tree,
             // Not allowed in some user namespaces: the group's folder itself.
@@ -204,6 +216,16 @@ fn mount_one(root: &Root, m: &Mount, opened: Option<OwnedFd>) -> io::Result<()> 
     }
     let at = root.place(m, is_folder(&tree)?)?;
     Ok(attach(&tree, &at)?)
+}
+
+/// For file systems that take no label when they are mounted. Before [`enter`], as it goes by the host's /proc.
+fn label_root(tree: &OwnedFd, label: &str) -> io::Result<()> {
+    let path = format!("/proc/self/fd/{}", tree.as_raw_fd());
+    match rustix::fs::setxattr(path, "security.selinux", label.as_bytes(), XattrFlags::empty()) {
+        // The policy labels them by another rule.
+        Err(Errno::OPNOTSUPP) => Ok(()),
+        other => Ok(other?),
+    }
 }
 
 /// The folder of the caller's cgroup, version 2.
@@ -287,7 +309,8 @@ pub(super) fn make_readonly(path: &Path) -> io::Result<()> {
 }
 
 /// After [`enter`]: hides files behind the null device `null` and folders behind one empty folder.
-pub(super) fn mask(paths: &[PathBuf], null: BorrowedFd<'_>) -> Result<(), Failure> {
+pub(super) fn mask(paths: &[PathBuf], null: BorrowedFd<'_>, label: Option<&str>) -> Result<(), Failure> {
+    let options: Vec<_> = label.map(|l| ("context".to_owned(), Some(l.to_owned()))).into_iter().collect();
     let mut empty: Option<OwnedFd> = None;
     for path in paths {
         let failed = |e: io::Error| Failure::io("mount", format!("cannot mask {}", path.display()), &e);
@@ -300,7 +323,8 @@ pub(super) fn mask(paths: &[PathBuf], null: BorrowedFd<'_>) -> Result<(), Failur
             match &empty {
                 Some(first) => attach(copy_of(first, false)?, &at)?,
                 None => {
-                    let new = new_file_system("tmpfs", "tmpfs", &[], MountAttrFlags::MOUNT_ATTR_RDONLY)?;
+                    let readonly = MountAttrFlags::MOUNT_ATTR_RDONLY;
+                    let new = new_file_system("tmpfs", "tmpfs", &options, readonly)?;
                     attach(&new, &at)?;
                     return Ok(Some(new));
                 }

@@ -73,7 +73,8 @@ pub(crate) struct Plan {
     pub masked: Vec<PathBuf>,
     pub readonly: Vec<PathBuf>,
     pub cwd: PathBuf,
-    pub apparmor: Option<String>,
+    /// The SELinux label of file systems that are made for the container alone.
+    pub mount_label: Option<String>,
 }
 
 impl Plan {
@@ -88,8 +89,6 @@ impl Plan {
             || linux.intel_rdt().is_some()
             || linux.personality().is_some()
             || linux.memory_policy().is_some()
-            || linux.mount_label().as_ref().is_some_and(|l| !l.is_empty())
-            || process.selinux_label().as_ref().is_some_and(|l| !l.is_empty())
             || process.scheduler().is_some()
             || process.io_priority().is_some()
             || process.exec_cpu_affinity().is_some();
@@ -127,7 +126,7 @@ impl Plan {
             masked: paths(linux.masked_paths()),
             readonly: paths(linux.readonly_paths()),
             cwd: process.cwd().clone(),
-            apparmor: process.apparmor_profile().clone().filter(|p| !p.is_empty()),
+            mount_label: linux.mount_label().clone().filter(|l| !l.is_empty()),
         };
         for n in linux.namespaces().iter().flatten() {
             let flag = match n.typ() {
@@ -346,7 +345,6 @@ mod tests {
             json!({"hostname": "h"}),
             json!({"linux": {"sysctl": {"a": "b"}}}),
             json!({"linux": {"personality": {"domain": "LINUX"}}}),
-            json!({"linux": {"mountLabel": "l"}}),
             json!({"linux": {"rootfsPropagation": "odd"}}),
             json!({"hooks": {"prestart": []}}),
             json!({"mounts": [{"destination": "/a", "type": "tmpfs", "options": ["tmpcopyup"]}]}),
@@ -358,6 +356,15 @@ mod tests {
         ] {
             assert_eq!(Plan::of(&spec(rare.clone())), None, "{rare}");
         }
+    }
+
+    #[test]
+    fn labels_need_no_libcontainer() {
+        let p = Plan::of(&spec(
+            json!({"linux": {"mountLabel": "u:r:t:s0"}, "process": {"selinuxLabel": "u:r:p:s0"}}),
+        ));
+        assert_eq!(p.unwrap().mount_label.as_deref(), Some("u:r:t:s0"));
+        assert_eq!(Plan::of(&spec(json!({"linux": {"mountLabel": ""}}))).unwrap().mount_label, None);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use oci_spec::image::ImageConfiguration;
 use orlop_base::durable::{self, Sync};
 use orlop_base::failpoint;
-use orlop_images::{Image, RootfsOptions, UserNamespace};
+use orlop_images::{Image, RootfsOptions};
 use orlop_proto::{cri, monitor as proto};
 
 use super::spec::mounts::Resolved;
@@ -21,8 +21,12 @@ use crate::error::{Error, Result};
 use crate::idmap;
 use crate::mounts::{self, Propagation};
 use crate::runtime::{Runtime, new_id, now_ns};
+use crate::selinux;
 use crate::store::names::container_name;
 use crate::store::{Container, ContainerPhase, ContainerRecord, Encoded, RECORD_VERSION, Sandbox};
+
+/// The pod's own files, which each of its containers sees.
+const SANDBOX_FILES: [&str; 3] = ["resolv.conf", "hostname", "hosts"];
 
 /// What is known of the image's own config without the rest of it.
 fn image_user(image: &ImageConfiguration) -> String {
@@ -87,6 +91,7 @@ impl Runtime {
             user: Default::default(),
             stop_signal,
             image_volumes: Vec::new(),
+            selinux: self.container_labels(&config, &pod.selinux)?,
             pid: 0,
             created_at_ns: now_ns(),
             started_at_ns: 0,
@@ -153,19 +158,25 @@ impl Runtime {
         fs::create_dir_all(&rootfs).map_err(Error::io("create", &rootfs))?;
         failpoint::pass("create-container-before-rootfs")?;
         // Always with a writable layer: mount points must be made in it; the spec makes it read-only afterwards.
-        let options = RootfsOptions {
+        let mut options = RootfsOptions {
             mount_points: true,
             user_namespace: sandbox.record().user_namespace(),
             ..RootfsOptions::default()
         };
+        let label = &container.record().selinux.mount;
+        if !label.is_empty() {
+            options.extra.push(("context".to_owned(), label.clone()));
+        }
         self.images.prepare_rootfs(&container.id, image, &rootfs, &options).await?;
         let record = container.record();
         let mut volumes = self
-            .mount_image_volumes(container, &bundle, options.user_namespace.as_ref())
+            .mount_image_volumes(container, &bundle, &options)
             .await
             .map_err(|e| Error::ImageVolume(Box::new(e)))?;
+        self.relabel(sandbox, &record).await?;
         self.mount_translated(sandbox, &record, &bundle, &mut volumes)?;
-        let mut spec = self.spec(sandbox, &record, image, &rootfs, &volumes)?;
+        let apparmor = self.apparmor_profile(&record.config).await?;
+        let mut spec = self.spec(sandbox, &record, image, &rootfs, &volumes, apparmor)?;
         let runtime = self.oci_runtime(&sandbox.record().runtime_handler)?;
         if runtime.is_some() {
             // crun before 1.9 refuses all but 1.0; runtimes that know more do not look at the version.
@@ -223,7 +234,7 @@ impl Runtime {
         &self,
         container: &Container,
         bundle: &Path,
-        user_namespace: Option<&UserNamespace>,
+        options: &RootfsOptions,
     ) -> Result<Vec<Volume>> {
         let record = container.record();
         let mut out = Vec::with_capacity(record.config.mounts.len());
@@ -237,10 +248,28 @@ impl Runtime {
             let target = bundle.join(format!("volume{i}"));
             fs::create_dir_all(&target).map_err(Error::io("create", &target))?;
             container.update(|r| r.image_volumes.push(key.clone()))?;
-            self.images.mount_image(&key, &image, &target, user_namespace).await?;
+            self.images.mount_image(&key, &image, &target, options).await?;
             out.push(Volume::Image(inside(&target, &mount.image_sub_path)?));
         }
         Ok(out)
+    }
+
+    /// Gives the container's SELinux label to the pod's own files and to the volumes that are to have it.
+    async fn relabel(&self, sandbox: &Sandbox, record: &ContainerRecord) -> Result<()> {
+        if record.selinux.mount.is_empty() {
+            return Ok(());
+        }
+        let own = self.config.sandbox_state_dir(&sandbox.id);
+        let files: Vec<PathBuf> = SANDBOX_FILES.iter().map(|name| own.join(name)).collect();
+        let wanted = record.config.mounts.iter().filter(|m| m.selinux_relabel && !m.host_path.is_empty());
+        let volumes = wanted.map(host_source).collect::<Result<Vec<_>>>()?;
+        let label = record.selinux.mount.clone();
+        // A volume may be large.
+        let done = tokio::task::spawn_blocking(move || {
+            files.iter().try_for_each(|f| selinux::label_file(f, &label))?;
+            volumes.iter().try_for_each(|v| selinux::relabel(v, &label))
+        });
+        done.await.map_err(|e| Error::Internal(format!("setting labels ended: {e}")))?
     }
 
     /// Mounts the volumes whose owners are to be those of the pod's user namespace.
@@ -274,6 +303,7 @@ impl Runtime {
         image: &Image,
         rootfs: &Path,
         volumes: &[Volume],
+        apparmor: Option<String>,
     ) -> Result<(oci_spec::runtime::Spec, crate::store::records::User)> {
         let config = &*record.config;
         let pod = sandbox.record();
@@ -295,9 +325,9 @@ impl Runtime {
             rootfs,
             namespaces: self.namespaces(&pod, &security, &run_dir)?,
             files: SandboxFiles {
-                resolv_conf: state_dir.join("resolv.conf"),
-                hostname: state_dir.join("hostname"),
-                hosts: state_dir.join("hosts"),
+                resolv_conf: state_dir.join(SANDBOX_FILES[0]),
+                hostname: state_dir.join(SANDBOX_FILES[1]),
+                hosts: state_dir.join(SANDBOX_FILES[2]),
                 shm: if host_ipc { "/dev/shm".into() } else { run_dir.join("shm") },
             },
             hostname: &hostname,
@@ -306,6 +336,8 @@ impl Runtime {
             devices: &found,
             cgroups_path: &record.cgroups_path,
             localhost_seccomp: seccomp::read_localhost(&security, &self.config.seccomp_profile_root)?,
+            apparmor,
+            selinux: &record.selinux,
             facts: &self.facts,
         })?;
         cdi::inject(&mut spec, &cdi::requested(config)?, &self.config.cdi_spec_dirs)?;

@@ -56,6 +56,7 @@ mod tests {
             cgroups_path: String::new(),
             user: Default::default(),
             stop_signal: 15,
+            selinux: Default::default(),
             image_volumes: vec![],
             pid: 0,
             created_at_ns: 0,

@@ -82,6 +82,8 @@ impl Runtime {
                 "pid": record.pid,
                 "bundle": bundle,
                 "cgroupsPath": record.cgroups_path,
+                "processLabel": record.selinux.process,
+                "mountLabel": record.selinux.mount,
                 "runtimeSpec": spec,
             });
             info.insert("info".to_owned(), text.to_string());

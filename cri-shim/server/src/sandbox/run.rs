@@ -157,6 +157,7 @@ impl Runtime {
         let meta = check(&config, &request.runtime_handler, &self.config.runtimes)?;
         let id = new_id();
         self.store.names.reserve(&sandbox_name(&meta), &id)?;
+        let selinux = self.sandbox_labels(&config, &id).inspect_err(|_| self.store.names.release(&id))?;
         let record = SandboxRecord {
             id: id.clone(),
             phase: SandboxPhase::Creating,
@@ -167,6 +168,7 @@ impl Runtime {
             network_attached: false,
             init_pid: 0,
             stopped: false,
+            selinux,
         };
         let this = self.clone();
         self.detached(async move {
@@ -237,7 +239,7 @@ impl Runtime {
         let created = sandbox.monitor.create_sandbox(self.sandbox_request(&record, &hostname)).await?;
         if ns.ipc() != cri::NamespaceMode::Node {
             let root = record.user_namespace().map_or(0, |u| u.uids.first().map_or(0, |m| m.host));
-            mounts::mount_shm(&run_dir.join("shm"), SHM_BYTES, root)?;
+            mounts::mount_shm(&run_dir.join("shm"), SHM_BYTES, root, &record.selinux.mount)?;
         }
         let own_network = ns.network() != cri::NamespaceMode::Node;
         let mut ips = Vec::new();

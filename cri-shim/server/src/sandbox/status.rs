@@ -55,6 +55,8 @@ impl Runtime {
                 "phase": record.phase,
                 "networkAttached": record.network_attached,
                 "runtimeHandler": record.runtime_handler,
+                "processLabel": record.selinux.process,
+                "mountLabel": record.selinux.mount,
             });
             info.insert("info".to_owned(), text.to_string());
         }

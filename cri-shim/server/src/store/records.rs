@@ -4,6 +4,7 @@ use orlop_proto::cri;
 use serde::{Deserialize, Serialize};
 
 use super::Encoded;
+use crate::selinux::label::Labels;
 
 /// A sandbox's life:
 ///
@@ -35,6 +36,9 @@ pub(crate) struct SandboxRecord {
     pub init_pid: u32,
     /// Everything that StopPodSandbox does has been done.
     pub stopped: bool,
+    /// Records of earlier releases have none.
+    #[serde(default)]
+    pub selinux: Labels,
 }
 
 impl SandboxRecord {
@@ -117,6 +121,9 @@ pub(crate) struct ContainerRecord {
     pub stop_signal: i32,
     /// Keys in the image store: the root file system's is the container's id, these are the image volumes'.
     pub image_volumes: Vec<String>,
+    /// Records of earlier releases have none.
+    #[serde(default)]
+    pub selinux: Labels,
     pub pid: u32,
     pub created_at_ns: i64,
     pub started_at_ns: i64,

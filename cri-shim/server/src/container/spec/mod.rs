@@ -25,6 +25,7 @@ use orlop_proto::cri;
 use crate::config::CgroupDriver;
 use crate::error::{Error, Result};
 use crate::facts::Facts;
+use crate::selinux::label::Labels;
 use crate::store::records::User;
 
 /// Where the pod's namespaces are pinned. `None` is the host's.
@@ -74,6 +75,9 @@ pub(crate) struct Input<'a> {
     pub cgroups_path: &'a str,
     /// The contents of a localhost profile, when one is asked for.
     pub localhost_seccomp: Option<LinuxSeccomp>,
+    /// A profile that the kernel has.
+    pub apparmor: Option<String>,
+    pub selinux: &'a Labels,
     pub facts: &'a Facts,
 }
 
@@ -214,6 +218,7 @@ fn linux(input: &Input, security: &cri::LinuxContainerSecurityContext) -> Result
         .set_masked_paths(Some(masked))
         .set_readonly_paths(Some(readonly))
         .set_rootfs_propagation(mounts::rootfs_propagation(input.mounts))
+        .set_mount_label(label(&input.selinux.mount))
         .set_sysctl(None)
         .set_seccomp(seccomp::choose(input, security)?);
     if let Some(userns) = crate::store::records::namespaces(input.sandbox).userns_options
@@ -224,6 +229,10 @@ fn linux(input: &Input, security: &cri::LinuxContainerSecurityContext) -> Result
             .set_gid_mappings(Some(id_mappings(&userns.gids)?));
     }
     Ok(linux)
+}
+
+fn label(text: &str) -> Option<String> {
+    (!text.is_empty()).then(|| text.to_owned())
 }
 
 /// Shorthand for what a client asked for and cannot have.

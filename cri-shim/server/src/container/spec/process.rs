@@ -113,25 +113,7 @@ pub(super) fn process(input: &Input, security: &cri::LinuxContainerSecurityConte
         .set_rlimits(None)
         .set_no_new_privileges(Some(security.no_new_privs))
         .set_oom_score_adj(Some(oom.max(input.facts.least_oom_score_adj)))
-        .set_apparmor_profile(apparmor(security, input.facts.apparmor)?);
+        .set_apparmor_profile(input.apparmor.clone())
+        .set_selinux_label(super::label(&input.selinux.process));
     Ok(process)
-}
-
-/// Only a profile that was asked for by name is an error where the kernel has no AppArmor.
-fn apparmor(security: &cri::LinuxContainerSecurityContext, enabled: bool) -> Result<Option<String>> {
-    use cri::security_profile::ProfileType;
-    let Some(profile) = &security.apparmor else { return Ok(None) };
-    match profile.profile_type() {
-        ProfileType::Localhost if !enabled => Err(invalid(format!(
-            "AppArmor profile {:?} is asked for, but this kernel has no AppArmor",
-            profile.localhost_ref
-        ))),
-        ProfileType::Localhost if profile.localhost_ref.is_empty() => {
-            Err(invalid("a localhost AppArmor profile needs a name"))
-        }
-        ProfileType::Localhost => Ok(Some(profile.localhost_ref.clone())),
-        ProfileType::Unconfined if enabled => Ok(Some("unconfined".to_owned())),
-        // No profile of ours is loaded into the kernel; the pod then runs as without the request.
-        ProfileType::RuntimeDefault | ProfileType::Unconfined => Ok(None),
-    }
 }

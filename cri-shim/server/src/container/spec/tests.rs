@@ -18,6 +18,8 @@ struct Case {
     user: User,
     facts: Facts,
     mounts: Vec<Resolved>,
+    apparmor: Option<String>,
+    selinux: crate::selinux::label::Labels,
 }
 
 fn strings(list: &[&str]) -> Vec<String> {
@@ -66,6 +68,8 @@ impl Default for Case {
                 ..Default::default()
             },
             mounts: Vec::new(),
+            apparmor: None,
+            selinux: Default::default(),
         }
     }
 }
@@ -99,6 +103,8 @@ impl Case {
             devices: &[],
             cgroups_path: "/kubepods/podx/cid",
             localhost_seccomp: None,
+            apparmor: self.apparmor.clone(),
+            selinux: &self.selinux,
             facts: &self.facts,
         })
     }
@@ -355,12 +361,19 @@ fn paths_are_hidden_unless_a_user_namespace_allows_otherwise() {
 }
 
 #[test]
-fn localhost_apparmor_needs_apparmor() {
+fn profile_and_labels() {
     let mut case = Case::default();
-    case.security().apparmor = Some(cri::SecurityProfile { profile_type: 2, localhost_ref: "p".into() });
-    assert!(case.try_spec().is_err());
-    case.facts.apparmor = true;
-    assert_eq!(case.spec().process().as_ref().unwrap().apparmor_profile().as_deref(), Some("p"));
+    let of = |case: &Case| {
+        let spec = case.spec();
+        let process = spec.process().as_ref().unwrap();
+        let mount = spec.linux().as_ref().unwrap().mount_label().clone();
+        (process.apparmor_profile().clone(), process.selinux_label().clone(), mount)
+    };
+    assert_eq!(of(&case), (None, None, None));
+    case.apparmor = Some("p".into());
+    case.selinux.process = "u:r:t:s0".into();
+    case.selinux.mount = "u:r:f:s0".into();
+    assert_eq!(of(&case), (Some("p".into()), Some("u:r:t:s0".into()), Some("u:r:f:s0".into())));
 }
 
 #[test]
