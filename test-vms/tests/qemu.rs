@@ -15,7 +15,7 @@ fn guest() -> Result<Outcome, String> {
         guest.program(&program(name))?;
     }
     // criu has tar and gzip pack what lies in a container's tmpfs.
-    for name in ["crictl", "criu", "tar", "gzip", "crun"] {
+    for name in ["crictl", "criu", "tar", "gzip", "crun", "apparmor_parser"] {
         guest.program(&on_path(name)?)?;
     }
     let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
@@ -35,6 +35,7 @@ fn guest() -> Result<Outcome, String> {
     guest.step("oom", include_str!("../guest/oom.sh"))?;
     guest.step("checkpoint", include_str!("../guest/checkpoint.sh"))?;
     guest.step("crun", include_str!("../guest/crun.sh"))?;
+    guest.step("apparmor", include_str!("../guest/apparmor.sh"))?;
     guest.step("up", include_str!("../guest/up.sh"))?;
     guest.run(LIMIT)
 }
@@ -119,6 +120,29 @@ fn a_pod_of_crun_lives_like_any_other() {
     // Debian's is built without criu.
     let refused = fact("checkpoint");
     assert!(refused.starts_with("Unimplemented") && refused.contains("runtime crun"), "{refused}");
+}
+
+#[test]
+fn apparmor_confines_containers() {
+    let m = machine();
+    println!("{}", m.succeeded("apparmor"));
+    let fact = |key| m.fact("apparmor", key).trim();
+    // The program that loads profiles came later.
+    assert_eq!(fact("without"), "unconfined");
+    assert!(fact("without_asked").contains("apparmor_parser is missing"), "{}", fact("without_asked"));
+    let default = "orlop-default (enforce)";
+    assert_eq!((fact("default"), fact("exec"), fact("default_writes")), (default, default, "x"));
+    assert!(fact("default_mounts").contains("Permission denied"), "{}", fact("default_mounts"));
+    assert_eq!((fact("unconfined"), fact("unconfined_mounts")), ("unconfined", "mounted"));
+    assert_eq!(fact("privileged"), "unconfined");
+    let missing = fact("missing");
+    assert!(
+        missing.contains(r#"InvalidArgument desc = the AppArmor profile \"vm-no-tmp\" is not loaded"#),
+        "{missing}"
+    );
+    assert_eq!((fact("local"), fact("local_writes")), ("vm-no-tmp (enforce)", "x"));
+    assert!(fact("local_denied").contains("Permission denied"), "{}", fact("local_denied"));
+    assert_eq!((fact("exit_code_default"), fact("exit_code_local")), ("7", "7"));
 }
 
 #[test]
