@@ -36,6 +36,9 @@ pub fn check(ctx: &Context, pod: &Pod) -> Option<(String, String)> {
             "Failed to admit pod as the OS field doesn't match node OS".into(),
         ));
     }
+    if let Some(message) = crate::spec::apparmor::refusal(pod, crate::spec::apparmor::is_enabled()) {
+        return Some(("AppArmor".into(), message));
+    }
     let others: Vec<_> = ctx
         .pods
         .list()

@@ -85,7 +85,7 @@ async fn volume(
             image_sub_path: sub,
             ..Default::default()
         }),
-        Mounted::Host { path, read_only: always } => {
+        Mounted::Host { path, read_only: always, own } => {
             let host_path =
                 if sub.is_empty() { path.clone() } else { pin(job, c, index, vm, path.clone(), sub).await? };
             let recursive = read_only && vm.recursive_read_only.as_deref().is_some_and(|r| r != "Disabled");
@@ -94,6 +94,8 @@ async fn volume(
                 host_path: host_path.to_string_lossy().into_owned(),
                 readonly: read_only || *always,
                 propagation: propagation(vm),
+                // Where the kernel has SELinux; the node's own files keep their labels.
+                selinux_relabel: *own,
                 recursive_read_only: recursive && vm.recursive_read_only.as_deref() == Some("Enabled"),
                 ..Default::default()
             })
@@ -151,6 +153,7 @@ fn hosts_file(job: &Job, facts: &NodeFacts) -> Result<Mount, String> {
     Ok(Mount {
         container_path: "/etc/hosts".into(),
         host_path: path.to_string_lossy().into_owned(),
+        selinux_relabel: true,
         ..Default::default()
     })
 }
@@ -165,5 +168,6 @@ fn termination_file(job: &Job, c: &Container, attempt: u32, container_path: Stri
     std::fs::write(&path, b"").map_err(fail)?;
     // The container's user is not known here.
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).map_err(fail)?;
-    Ok(Mount { container_path, host_path: path.to_string_lossy().into_owned(), ..Default::default() })
+    let host_path = path.to_string_lossy().into_owned();
+    Ok(Mount { container_path, host_path, selinux_relabel: true, ..Default::default() })
 }

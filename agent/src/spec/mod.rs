@@ -1,5 +1,6 @@
 //! From a pod's spec to CRI's messages: pure mappings.
 
+pub mod apparmor;
 pub mod container;
 pub mod env;
 pub mod field;

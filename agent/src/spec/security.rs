@@ -221,7 +221,7 @@ pub fn container(
         masked_paths: paths(&MASKED),
         readonly_paths: paths(&READONLY),
         seccomp: Some(seccomp_profile),
-        apparmor: s.app_armor_profile.as_ref().or(p.app_armor_profile.as_ref()).map(apparmor),
+        apparmor: super::apparmor::profile(pod, c).as_ref().map(apparmor),
         ..Default::default()
     })
 }

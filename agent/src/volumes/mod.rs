@@ -61,8 +61,8 @@ impl Error {
 /// One volume, ready to be mounted into containers.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Mounted {
-    /// A file or folder on the host; `read_only` whatever the container asks for.
-    Host { path: PathBuf, read_only: bool },
+    /// A file or folder on the host; `read_only` whatever the container asks for. `own`: made for the pod, not the node's.
+    Host { path: PathBuf, read_only: bool, own: bool },
     /// An image that the runtime mounts itself.
     Image { reference: String, pull_policy: Option<String> },
 }
@@ -197,18 +197,18 @@ pub(crate) async fn blocking<T: Send + 'static>(
 }
 
 async fn set_up_one(job: &Job<'_>, v: &Volume) -> Result<(Mounted, Option<Timestamp>), Error> {
-    let host = |path: PathBuf| Mounted::Host { path, read_only: false };
+    let host = |path: PathBuf, own: bool| Mounted::Host { path, read_only: false, own };
     if let Some(e) = &v.empty_dir {
         let path = job.path("empty-dir", &v.name);
         let (e, group, made) = (e.clone(), job.fs_group(), path.clone());
         blocking(move || emptydir::set_up(&made, &e, group)).await?;
-        return Ok((host(path), None));
+        return Ok((host(path, true), None));
     }
     if let Some(h) = &v.host_path {
         let h = h.clone();
         let path = PathBuf::from(&h.path);
         blocking(move || hostpath::check(&h)).await?;
-        return Ok((host(path), None));
+        return Ok((host(path, false), None));
     }
     if let Some(i) = &v.image {
         let reference = i.reference.clone().unwrap_or_default();
@@ -237,7 +237,7 @@ async fn set_up_one(job: &Job<'_>, v: &Volume) -> Result<(Mounted, Option<Timest
         Ok(())
     })
     .await?;
-    Ok((Mounted::Host { path, read_only: true }, refresh))
+    Ok((Mounted::Host { path, read_only: true, own: true }, refresh))
 }
 
 /// The volume's kind as its field is called.
