@@ -4,6 +4,7 @@
 //! that maps pinned by another version are never read by mistake.
 #![cfg_attr(not(any(test, feature = "user")), no_std)]
 
+pub mod lifetime;
 pub mod maglev;
 pub mod noted;
 
@@ -259,7 +260,7 @@ pub mod ct_flags {
     /// Leave by the route of the new destination instead of passing up: the new source is one of ours, which the
     /// stack would take for a spoofed packet.
     pub const REDIRECT: u32 = 4;
-    /// A FIN or RST was seen: the entry may be taken over.
+    /// A FIN or RST was seen in this direction.
     pub const CLOSING: u32 = 8;
     /// The backend's node answers the client itself: it is told by the connection's first packet what for.
     pub const DIRECT: u32 = 16;
@@ -268,8 +269,27 @@ pub mod ct_flags {
     /// The stack has forwarded a first packet each way and had nothing against it or to change about it: others that come
     /// by the interface that is noted may go the short way.
     pub const SHORT: u32 = 64;
-    /// The bits from here on: the interface that packets of this direction come in by; 0: not noted.
+    /// The bits from here on: the interface that packets of this direction come in by (see [`interface`]).
     pub const INTERFACE: u32 = 8;
+    /// Interfaces with a number as large as this are not noted.
+    pub const INTERFACES: u32 = 1 << 20;
+    /// The uppermost bits say how far a connection has come; none of them is set while it is established.
+    ///
+    /// No packet was seen in this direction since the connection began. Of the client's direction: none that the
+    /// answers' entry was told of.
+    pub const NEW: u32 = 1 << 28;
+    /// Of answers: the same of the client's direction.
+    pub const FAR_NEW: u32 = 1 << 29;
+    /// Of answers: the client has sent a FIN.
+    pub const FAR_CLOSING: u32 = 1 << 30;
+    /// Of answers: a RST was seen in either direction.
+    pub const RESET: u32 = 1 << 31;
+
+    /// The interface that packets of this direction come in by; 0: not noted.
+    #[inline(always)]
+    pub const fn interface(flags: u32) -> u32 {
+        (flags >> INTERFACE) % INTERFACES
+    }
 }
 
 /// Indexes of COUNTERS.

@@ -13,6 +13,7 @@
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
+use orlop_ebpf_common::lifetime::{due, ended, over, quiet, spare};
 use orlop_ebpf_common::*;
 
 use crate::direct;
@@ -24,12 +25,10 @@ use crate::rewrite::{self, DROP, NEXT, Route, dropped};
 use crate::select;
 use crate::short;
 
-const SECOND: u64 = 1_000_000_000;
-/// After this silence a translated source port may be taken over: nf_conntrack's figures.
-const UDP_IDLE: u64 = 180 * SECOND;
-const TCP_IDLE: u64 = 5 * 86_400 * SECOND;
-const TCP_CLOSED: u64 = 10 * SECOND;
-const SNAT_TRIES: u32 = 12;
+/// Source ports that are looked at before one in use is taken or the connection is given up.
+const SNAT_TRIES: u32 = 32;
+/// Flag of an insertion (BPF_NOEXIST).
+const NO_EXIST: u64 = 1;
 
 /// Clients of [`AffinityKey`] that are addresses.
 const KIND_ADDRESS: u32 = 0;
@@ -70,28 +69,89 @@ fn set_key(k: &mut CtKey, p: &Packet, dir: u8) {
     (k.proto, k.dir, k.pad) = (p.proto, dir, 0);
 }
 
-/// Notes a packet of a known connection.
+#[inline(always)]
+fn ends(p: &Packet) -> bool {
+    p.tcp & (TCP_FIN | TCP_RST) != 0
+}
+
+/// Notes an answer of a known connection.
 #[inline(always)]
 fn touch(e: *mut CtValue, p: &Packet, now: u64) {
-    // SAFETY: a valid element; racing writers store the same flag and nearly the same time.
-    unsafe {
-        (*e).last_seen_ns = now;
-        if p.proto == TCP && p.tcp & (TCP_FIN | TCP_RST) != 0 {
-            (*e).flags |= ct_flags::CLOSING;
-        }
+    // SAFETY: a valid element; racing writers store nearly the same time, and flags change a few times in a life.
+    let e = unsafe { &mut *e };
+    e.last_seen_ns = now;
+    let mut flags = e.flags & !ct_flags::NEW;
+    if ends(p) {
+        flags |= ct_flags::CLOSING | reset(p);
+    }
+    if flags != e.flags {
+        e.flags = flags;
     }
 }
 
 #[inline(always)]
-pub fn idle(v: &CtValue, proto: u8, now: u64) -> bool {
-    let limit = if proto == UDP {
-        UDP_IDLE
-    } else if v.flags & ct_flags::CLOSING != 0 {
-        TCP_CLOSED
-    } else {
-        TCP_IDLE
-    };
-    now.saturating_sub(v.last_seen_ns) > limit
+fn reset(p: &Packet) -> u32 {
+    if p.tcp & TCP_RST != 0 { ct_flags::RESET } else { 0 }
+}
+
+/// Notes a client's packet of a known connection. Says whether the connection still has its source port.
+#[inline(always)]
+fn follow(e: *mut CtValue, s: &mut Scratch, now: u64) -> bool {
+    // SAFETY: as above.
+    let e = unsafe { &mut *e };
+    let (opening, ending) = (opens(&s.packet), ends(&s.packet));
+    let tells = ending || due(e.last_seen_ns, now) || (!opening && e.flags & ct_flags::NEW != 0);
+    e.last_seen_ns = now;
+    if !tells {
+        return true;
+    }
+    if ending {
+        e.flags |= ct_flags::CLOSING;
+    }
+    if !opening {
+        e.flags &= !ct_flags::NEW;
+    }
+    tell(e, s, now)
+}
+
+/// Tells the entry of a known connection's answers about a packet of the client's, or makes it anew: it may have been
+/// evicted or forgotten. The packet's connection is `v`.
+#[inline(never)]
+fn tell(v: &CtValue, s: &mut Scratch, now: u64) -> bool {
+    let p = &s.packet;
+    let has_port = v.flags & ct_flags::SRC != 0;
+    let direct = v.flags & ct_flags::DIRECT != 0;
+    (s.rkey.src, s.rkey.sport) = (v.dst, v.dport);
+    (s.rkey.dst, s.rkey.dport) = if has_port { (v.src, v.sport) } else { (p.src, p.sport) };
+    (s.rkey.proto, s.rkey.pad) = (p.proto, 0);
+    s.rkey.dir = if direct { ct_dir::ERROR } else { ct_dir::REPLY };
+    let mut clear = 0;
+    if !opens(p) {
+        // The client that acknowledges has seen the answer, wherever it came by.
+        clear = ct_flags::FAR_NEW | if direct { ct_flags::NEW } else { 0 };
+    }
+    let set = reset(p) | if ends(p) { ct_flags::FAR_CLOSING } else { 0 };
+    if let Some(r) = CONNECTIONS.get_ptr_mut(&s.rkey) {
+        // SAFETY: as above.
+        let r = unsafe { &mut *r };
+        let named = same(&r.src, &p.dst) && r.sport == p.dport;
+        if !named || (has_port && !(same(&r.dst, &p.src) && r.dport == p.sport)) {
+            // Without a port of its own it is the newer connection's, as it was when that began.
+            return !has_port;
+        }
+        r.last_seen_ns = now;
+        r.flags = (r.flags & !clear) | set;
+        return true;
+    }
+    (s.reply.src, s.reply.sport) = (p.dst, p.dport);
+    (s.reply.dst, s.reply.dport) = (p.src, p.sport);
+    s.reply.flags = (ct_flags::SRC | ct_flags::NEW | ct_flags::FAR_NEW) & !clear | set;
+    if has_port {
+        s.reply.flags |= ct_flags::DST | ct_flags::REDIRECT;
+    }
+    (s.reply.backend, s.reply.service) = (v.backend, v.service);
+    (s.reply.last_seen_ns, s.reply.created_ns) = (now, v.created_ns);
+    CONNECTIONS.insert(&s.rkey, &s.reply, NO_EXIST).is_ok() || !has_port
 }
 
 #[classifier]
@@ -254,31 +314,33 @@ fn incoming(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const Ct
             note_client(&p.src);
         }
         set_key(&mut s.key, p, ct_dir::FORWARD);
-        let known = CONNECTIONS.get_ptr_mut(&s.key);
+        let mut known = CONNECTIONS.get_ptr_mut(&s.key);
         if let Some(v) = known
             && p.proto == TCP
             && !opening
         {
             // Wherever it has led so far.
-            touch(v, p, now());
-            return Ok(v.cast_const());
+            if follow(v, s, now()) {
+                return Ok(v.cast_const());
+            }
+            known = None;
         }
+        let p = &s.packet;
         let scope = if from_pod { SCOPE_INTERNAL } else { SCOPE_EXTERNAL };
         if let Some(front) = select::frontend(&p.dst, p.dport, p.proto, scope, || false, config) {
             let now = now();
             if let Some(v) = known {
                 // SAFETY: a valid element.
                 let known = unsafe { &*v };
-                let gone = select::backend(known.backend).is_none();
+                let gone = select::backend(known.backend).is_none()
+                    || (front.flags & frontend_flags::MEMBERS != 0
+                        && !select::is_member(front.set, known.backend));
                 let renew = if p.proto == UDP {
-                    gone || idle(known, UDP, now)
-                        || (front.flags & frontend_flags::MEMBERS != 0
-                            && !select::is_member(front.set, known.backend))
+                    gone || quiet(known, now)
                 } else {
                     gone || known.flags & ct_flags::CLOSING != 0
                 };
-                if !renew {
-                    touch(v, p, now);
+                if !renew && follow(v, s, now) {
                     return Ok(v.cast_const());
                 }
             }
@@ -291,6 +353,8 @@ fn incoming(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const Ct
     let p = &s.packet;
     if p.proto == UDP || opening {
         forget(&mut s.key, p);
+    } else if ends(p) && config.flags & config_flags::DIRECT != 0 {
+        client_ends(&mut s.key, p);
     }
     Err(NEXT)
 }
@@ -311,7 +375,7 @@ fn take_charge(s: &mut Scratch, now: u64) -> i32 {
     (s.rkey.src, s.rkey.dst) = (s.packet.dst, s.packet.src);
     (s.rkey.sport, s.rkey.dport) = (s.packet.dport, s.packet.sport);
     (s.reply.dst, s.reply.dport) = (s.packet.src, s.packet.sport);
-    s.reply.flags = ct_flags::SRC;
+    s.reply.flags = ct_flags::SRC | ct_flags::NEW;
     (s.reply.backend, s.reply.service) = (0, 0);
     (s.reply.last_seen_ns, s.reply.created_ns) = (now, now);
     // The same client's connection by another name is still alive; its answers would get the wrong one.
@@ -322,19 +386,43 @@ fn take_charge(s: &mut Scratch, now: u64) -> i32 {
     NEXT
 }
 
-/// The client talks to the backend itself, by the port that it once used by way of a Service: the answers must not get
-/// the Service's name any more.
+/// Of the answers to a packet that goes to the backend itself.
 #[inline(always)]
-fn forget(key: &mut CtKey, p: &Packet) {
+fn set_answers_key(key: &mut CtKey, p: &Packet) {
     (key.src, key.dst) = (p.dst, p.src);
     (key.sport, key.dport) = (p.dport, p.sport);
     (key.proto, key.dir, key.pad) = (p.proto, ct_dir::REPLY, 0);
-    if let Some(v) = CONNECTIONS.get_ptr(&*key) {
+}
+
+/// The client talks to the backend itself, by the port that it once used by way of a Service: the answers must not get
+/// the Service's name any more, until it asks the Service again.
+#[inline(always)]
+fn forget(key: &mut CtKey, p: &Packet) {
+    set_answers_key(key, p);
+    let Some(v) = CONNECTIONS.get_ptr_mut(&*key) else { return };
+    // SAFETY: a valid element.
+    let (flags, addr, port) = unsafe { ((*v).flags, (*v).src, (*v).sport) };
+    if flags & ct_flags::REDIRECT != 0 {
+        return;
+    }
+    // Gone already is as good.
+    let _ = CONNECTIONS.remove(&*key);
+    (key.src, key.dst) = (p.src, addr);
+    (key.sport, key.dport) = (p.sport, port);
+    key.dir = ct_dir::FORWARD;
+    if let Some(v) = CONNECTIONS.get_ptr_mut(&*key) {
         // SAFETY: a valid element.
-        if unsafe { (*v).flags } & ct_flags::REDIRECT == 0 {
-            // Gone already is as good.
-            let _ = CONNECTIONS.remove(&*key);
-        }
+        unsafe { (*v).flags |= ct_flags::NEW };
+    }
+}
+
+/// A client that is answered from here ends a connection which another node has handed over.
+#[inline(always)]
+fn client_ends(key: &mut CtKey, p: &Packet) {
+    set_answers_key(key, p);
+    if let Some(v) = CONNECTIONS.get_ptr_mut(&*key) {
+        // SAFETY: a valid element.
+        unsafe { (*v).flags |= ct_flags::FAR_CLOSING | reset(p) };
     }
 }
 
@@ -346,8 +434,8 @@ fn clashes(s: &Scratch, now: u64) -> bool {
     match unsafe { CONNECTIONS.get(&s.rkey) } {
         Some(old) => {
             !(same(&old.src, &s.reply.src) && old.sport == s.reply.sport)
-                && old.flags & ct_flags::CLOSING == 0
-                && !idle(old, s.rkey.proto, now)
+                && !(s.rkey.proto == TCP && ended(old))
+                && !over(old, s.rkey.proto, now)
         }
         None => false,
     }
@@ -394,8 +482,9 @@ fn connect(
     (s.forward.src, s.forward.sport) = ([0; 4], 0);
     (s.reply.src, s.reply.sport) = (p.dst, p.dport);
     (s.reply.dst, s.reply.dport) = (p.src, p.sport);
-    s.forward.flags = ct_flags::DST;
-    s.reply.flags = ct_flags::SRC;
+    let new = if opens(p) { ct_flags::NEW } else { 0 };
+    s.forward.flags = ct_flags::DST | new;
+    s.reply.flags = ct_flags::SRC | ct_flags::NEW | if new != 0 { ct_flags::FAR_NEW } else { 0 };
     (s.forward.backend, s.forward.service) = (id, front.service);
     (s.reply.backend, s.reply.service) = (id, front.service);
     (s.forward.last_seen_ns, s.forward.created_ns) = (now, now);
@@ -519,26 +608,38 @@ fn hash(p: &Packet) -> u32 {
     h
 }
 
-/// Reserves a source port towards the backend by inserting the reply's entry.
+/// Reserves a source port towards the backend by inserting the reply's entry. Where all that were looked at are in use, the
+/// one that can be spared best goes.
 #[inline(always)]
 fn source_port(s: &mut Scratch, config: &Config, now: u64) -> Option<u16> {
-    const NO_EXIST: u64 = 1;
+    let (first, proto) = (config.snat_first as u32, s.rkey.proto);
     // Never 0: a division by zero would need a panic, which no BPF program can have.
-    let range = (config.snat_last as u32).saturating_sub(config.snat_first as u32).max(1);
+    let range = (config.snat_last as u32).saturating_sub(first) + 1;
     // SAFETY: no arguments.
     let start = unsafe { bpf_get_prandom_u32() };
+    let (mut best, mut worth) = (0, 0);
     for i in 0..SNAT_TRIES {
-        let port = (config.snat_first as u32 + start.wrapping_add(i * 7) % range) as u16;
+        let port = (first + start.wrapping_add(i * 7) % range) as u16;
         s.rkey.dport = port;
         // SAFETY: elements are replaced as a whole.
         let flags = match unsafe { CONNECTIONS.get(&s.rkey) } {
-            Some(old) if idle(old, s.rkey.proto, now) => 0,
-            Some(_) => continue,
+            Some(old) if over(old, proto, now) => 0,
+            Some(old) => {
+                let this = spare(old, proto, now);
+                if this > worth {
+                    (best, worth) = (port, this);
+                }
+                continue;
+            }
             None => NO_EXIST,
         };
         if CONNECTIONS.insert(&s.rkey, &s.reply, flags).is_ok() {
             return Some(port);
         }
     }
-    None
+    if worth == 0 {
+        return None;
+    }
+    s.rkey.dport = best;
+    if CONNECTIONS.insert(&s.rkey, &s.reply, 0).is_ok() { Some(best) } else { None }
 }

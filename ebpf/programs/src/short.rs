@@ -21,8 +21,6 @@ use crate::rewrite::{self, NEXT, Route, dropped};
 /// Uplinks that can do it, and pods' interfaces, are Ethernet.
 const ETHERNET: u32 = 14;
 const FOR_THIS_HOST: u32 = 0;
-/// Interfaces with a number as large as this are not noted.
-const INTERFACES: u32 = 1 << (32 - ct_flags::INTERFACE);
 
 #[inline(always)]
 fn allowed() -> bool {
@@ -36,7 +34,7 @@ pub fn prepare(ctx: &TcContext, config: &Config, link: &Uplink, forward: &mut Ct
     if config.flags & config_flags::HOST_ROUTING == 0
         || link.flags & uplink_flags::POD != 0
         || forward.flags & ct_flags::REDIRECT != 0
-        || index >= INTERFACES
+        || index >= ct_flags::INTERFACES
     {
         return;
     }
@@ -50,7 +48,7 @@ pub fn leads_in(ctx: &TcContext, link: &Uplink, v: &CtValue) -> bool {
     // SAFETY: the context is valid while the program runs.
     let (kind, vlan) = unsafe { ((*ctx.skb.skb).pkt_type, (*ctx.skb.skb).vlan_present) };
     v.flags & (ct_flags::SHORT | ct_flags::SRC | ct_flags::REDIRECT) == ct_flags::SHORT
-        && v.flags >> ct_flags::INTERFACE == ifindex(ctx)
+        && ct_flags::interface(v.flags) == ifindex(ctx)
         && link.flags & uplink_flags::POD == 0
         && link.l3_offset == ETHERNET
         && kind == FOR_THIS_HOST
@@ -94,13 +92,13 @@ pub fn leave(ctx: &TcContext, key: CtKey, l4: u32) -> i32 {
         return NEXT;
     }
     if flags & ct_flags::SHORT == 0 {
-        if flags >> ct_flags::INTERFACE == 0 && index < INTERFACES {
+        if ct_flags::interface(flags) == 0 && index < ct_flags::INTERFACES {
             // SAFETY: a valid element; a flag that another CPU sets at the same time and is lost comes with a later packet.
             unsafe { (*v).flags = flags | ct_flags::CAME | (index << ct_flags::INTERFACE) };
         }
         return NEXT;
     }
-    if flags >> ct_flags::INTERFACE != index {
+    if ct_flags::interface(flags) != index {
         return NEXT;
     }
     let v4 = is_v4(&s.key.dst);
@@ -125,7 +123,7 @@ pub fn confirm(ctx: &TcContext, link: &Uplink, s: &mut Scratch, v: *mut CtValue)
     // SAFETY: the context is valid while the program runs.
     let came_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
     if reply.flags & (ct_flags::CAME | ct_flags::SHORT) != ct_flags::CAME
-        || reply.flags >> ct_flags::INTERFACE != came_by
+        || ct_flags::interface(reply.flags) != came_by
         || link.flags & uplink_flags::POD != 0
     {
         return;

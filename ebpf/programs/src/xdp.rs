@@ -7,10 +7,11 @@ use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::{bpf_csum_diff, bpf_fib_lookup, bpf_redirect};
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
+use orlop_ebpf_common::lifetime::{due, quiet};
 use orlop_ebpf_common::*;
 
 use crate::maps::*;
-use crate::packet::{TCP_FIN, TCP_RST, TCP_SYN, idle};
+use crate::packet::{TCP_FIN, TCP_RST, TCP_SYN};
 use crate::rewrite::{AF_INET, AF_INET6};
 use crate::select;
 
@@ -145,7 +146,8 @@ fn plan(
     // SAFETY: a valid element; copied, as it may change while we use it.
     s.forward = unsafe { *v };
     let f = &mut s.forward;
-    if f.flags & ct_flags::REDIRECT == 0 {
+    // What the other direction is to be told goes up.
+    if f.flags & ct_flags::REDIRECT == 0 || f.flags & ct_flags::NEW != 0 || due(f.last_seen_ns, now) {
         return None;
     }
     if f.flags & ct_flags::SRC == 0 {
@@ -221,7 +223,7 @@ fn connection(s: &mut Scratch, now: u64) -> Option<*mut CtValue> {
         let known = unsafe { &*v };
         let moved =
             front.flags & frontend_flags::MEMBERS != 0 && !select::is_member(front.set, known.backend);
-        if moved || idle(known, UDP, now) || select::backend(known.backend).is_none() {
+        if moved || quiet(known, now) || select::backend(known.backend).is_none() {
             return None;
         }
     }

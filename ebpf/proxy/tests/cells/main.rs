@@ -4,6 +4,7 @@
 
 mod beside;
 mod fuzz;
+mod ports;
 mod short;
 mod ways;
 mod wire;

@@ -1,0 +1,312 @@
+//! Which source a backend sees and for how long a connection keeps it: ports of the node's towards other nodes, and the
+//! names of answers where one client reaches one backend by several ways.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
+
+use aya::maps::{HashMap, Map, MapData};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, connect, listen, setsockopt, socket,
+    sockopt,
+};
+use orlop_ebpf_common::{CtKey, CtValue, LAYOUT, UDP, addr_from, counters, ct_dir};
+use orlop_ebpf_loader::Datapath;
+
+use crate::world::*;
+use crate::{Home, Kind, Ranges, Spec, State, program_with};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+/// More than there are source ports on a node whose sockets may have most of them.
+const MANY: usize = 1_300;
+
+fn spec(state: State) -> Spec {
+    Spec { number: 1, state, internal_local: false, external_local: false, ranges: Ranges::All }
+}
+
+fn programs(w: &World, home: &Home, state: State) -> Datapath {
+    program_with(w, &home.config, move |model| {
+        let s = spec(state);
+        model.set_service(&s.name(), Some(s.service()));
+        for v4 in [true, false] {
+            model.set_slice(&format!("{}-{v4}", s.name()), Some(s.slice(v4)));
+        }
+    })
+}
+
+/// The node has about a thousand ports for translated sources.
+fn few_ports(w: &World) {
+    w.node.sysctl("net/ipv4/ip_local_port_range", "33000 64500");
+}
+
+fn node_port(udp: bool) -> SocketAddr {
+    SocketAddr::new(NODE[0].parse().unwrap(), spec(State::Both).node_port(udp))
+}
+
+/// Says which peer it sees and holds the connection until its end; of datagrams it says the same.
+fn hold(net: &Net, address: &'static str) {
+    let at = SocketAddr::new(address.parse().unwrap(), BACKEND_PORT);
+    let (tell, ready) = std::sync::mpsc::channel();
+    let told = tell.clone();
+    net.run(move || {
+        let family = if at.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        setsockopt(&fd, sockopt::ReuseAddr, &true).unwrap();
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(at)).unwrap();
+        // Many come at once.
+        listen(&fd, Backlog::new(4096).unwrap()).unwrap();
+        let l = TcpListener::from(fd);
+        told.send(()).unwrap();
+        for mut s in l.incoming().flatten() {
+            let Ok(peer) = s.peer_addr() else { continue };
+            std::thread::spawn(move || {
+                let _ = writeln!(s, "{peer}");
+                let mut buf = [0; 256];
+                while let Ok(n @ 1..) = s.read(&mut buf) {
+                    if s.write_all(&buf[..n]).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    net.run(move || {
+        let s = UdpSocket::bind(at).unwrap();
+        tell.send(()).unwrap();
+        let mut buf = [0; 256];
+        while let Ok((_, from)) = s.recv_from(&mut buf) {
+            let _ = s.send_to(from.to_string().as_bytes(), from);
+        }
+    });
+    ready.recv().unwrap();
+    ready.recv().unwrap();
+}
+
+/// A connection from a port that others of this client may have too.
+fn from_port(port: u16, to: SocketAddr) -> std::io::Result<TcpStream> {
+    let (family, any): (_, IpAddr) = match to {
+        SocketAddr::V4(_) => (AddressFamily::Inet, [0; 4].into()),
+        SocketAddr::V6(_) => (AddressFamily::Inet6, [0; 16].into()),
+    };
+    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(any, port)))?;
+    connect(fd.as_raw_fd(), &SockaddrStorage::from(to))?;
+    let s = TcpStream::from(fd);
+    s.set_read_timeout(Some(PATIENCE))?;
+    Ok(s)
+}
+
+/// The source that the backend sees.
+fn seen(s: &mut TcpStream) -> SocketAddr {
+    let (mut text, mut byte) = (String::new(), [0]);
+    while byte != *b"\n" {
+        s.read_exact(&mut byte).unwrap();
+        text.push(byte[0] as char);
+    }
+    text.trim().parse().unwrap()
+}
+
+fn echoes(s: &mut TcpStream, text: &[u8]) {
+    let mut back = vec![0; text.len()];
+    s.write_all(text).unwrap();
+    s.read_exact(&mut back).unwrap();
+    assert_eq!(back, text);
+}
+
+/// Ends a connection as load balancers' checks do.
+fn reset(s: TcpStream) {
+    let now = libc::linger { l_onoff: 1, l_linger: 0 };
+    setsockopt(&s.as_fd(), sockopt::Linger, &now).unwrap();
+}
+
+/// The connections' table, as the programs have it.
+fn connections(home: &Home) -> HashMap<MapData, CtKey, CtValue> {
+    let pin = home.config.pins.join(format!("v{LAYOUT}/CONNECTIONS"));
+    HashMap::try_from(Map::LruHashMap(MapData::from_pin(pin).unwrap())).unwrap()
+}
+
+/// Changes entries: what takes hours otherwise.
+fn change(home: &Home, mut by: impl FnMut(&CtKey, &mut CtValue)) -> Vec<(CtKey, CtValue)> {
+    let mut table = connections(home);
+    let mut all: Vec<(CtKey, CtValue)> = table.iter().map(Result::unwrap).collect();
+    for (k, v) in &mut all {
+        by(k, v);
+        table.insert(*k, *v, 0).unwrap();
+    }
+    all
+}
+
+#[test]
+fn reset_connections_give_their_source_ports_back() {
+    let w = World::new();
+    let home = Home::new(false);
+    few_ports(&w);
+    hold(&w.other, REMOTE_POD[0]);
+    let dp = programs(&w, &home, State::RemoteOnly);
+    w.outside
+        .run(|| {
+            for i in 0..MANY {
+                let s = TcpStream::connect_timeout(&node_port(false), PATIENCE);
+                reset(s.unwrap_or_else(|e| panic!("connection {i}: {e}")));
+            }
+        })
+        .join()
+        .unwrap();
+    assert_eq!(dp.maps.counter(counters::SNAT_EXHAUSTED), 0);
+}
+
+#[test]
+fn connections_that_never_began_do_not_keep_source_ports() {
+    let w = World::new();
+    let home = Home::new(false);
+    few_ports(&w);
+    hold(&w.other, REMOTE_POD[0]);
+    let dp = programs(&w, &home, State::RemoteOnly);
+    // Established before, and silent since: not what goes.
+    let mut kept =
+        w.outside.run(|| TcpStream::connect_timeout(&node_port(false), PATIENCE).unwrap()).join().unwrap();
+    let source = seen(&mut kept);
+    w.other.ip(&format!("route add blackhole {}/32", NODE_TO_OTHER[0]));
+    w.outside
+        .run(|| {
+            for _ in 0..MANY {
+                TcpStream::connect_timeout(&node_port(false), Duration::from_millis(1)).unwrap_err();
+            }
+        })
+        .join()
+        .unwrap();
+    w.other.ip(&format!("route del blackhole {}/32", NODE_TO_OTHER[0]));
+    let mut after =
+        w.outside.run(|| TcpStream::connect_timeout(&node_port(false), PATIENCE).unwrap()).join().unwrap();
+    after.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_ne!(seen(&mut after), source);
+    assert_eq!(dp.maps.counter(counters::SNAT_EXHAUSTED), 0);
+    kept.set_read_timeout(Some(PATIENCE)).unwrap();
+    echoes(&mut kept, b"still here");
+}
+
+/// The known trap: two names of one backend, asked from one port of one client. The backend cannot tell the two by the
+/// client's address, so one gets another source; both have their answers by the name that was asked.
+#[test]
+fn two_names_of_one_backend_do_not_meet() {
+    let w = World::new();
+    let home = Home::new(false);
+    POD.iter().for_each(|a| hold(&w.pod, a));
+    let _dp = programs(&w, &home, State::LocalOnly);
+    for v in [0, 1] {
+        let s = spec(State::LocalOnly);
+        let names = [Kind::LoadBalancer, Kind::ExternalIp, Kind::ClusterIp]
+            .map(|kind| SocketAddr::new(s.ip(kind, v == 0), 80));
+        let client = SocketAddr::new(OUTSIDE[v].parse().unwrap(), 20_001);
+        w.outside
+            .run(move || {
+                let mut all = names.map(|to| from_port(client.port(), to).unwrap());
+                let sources: Vec<SocketAddr> = all.iter_mut().map(seen).collect();
+                assert_eq!(sources[0], client);
+                let node: IpAddr = NODE[v].parse().unwrap();
+                assert!(sources[1].ip() == node && sources[2].ip() == node, "{sources:?}");
+                assert_ne!(sources[1], sources[2]);
+                for round in 0..20 {
+                    for (i, s) in all.iter_mut().enumerate() {
+                        echoes(s, format!("{i} in round {round}").as_bytes());
+                    }
+                }
+                // What is reset by its client makes room for the next one at once.
+                let [first, ..] = all;
+                reset(first);
+                let mut next = from_port(client.port(), SocketAddr::new(node, s.node_port(false))).unwrap();
+                assert_eq!(seen(&mut next), client);
+                echoes(&mut next, b"from the same port");
+            })
+            .join()
+            .unwrap();
+    }
+}
+
+/// Datagrams that are never answered (logs, measurements): the flow keeps its source port as long as it goes on, and
+/// notices when it has lost it.
+#[test]
+fn flows_without_answers_keep_their_source_port() {
+    let w = World::new();
+    let home = Home::new(false);
+    let heard = {
+        let (tell, heard) = std::sync::mpsc::channel();
+        let (said, ready) = std::sync::mpsc::channel();
+        w.other.run(move || {
+            let s = UdpSocket::bind((REMOTE_POD[0], BACKEND_PORT)).unwrap();
+            said.send(()).unwrap();
+            while let Ok((_, from)) = s.recv_from(&mut [0; 64]) {
+                if tell.send(from).is_err() {
+                    return;
+                }
+            }
+        });
+        ready.recv().unwrap();
+        heard
+    };
+    let _dp = programs(&w, &home, State::RemoteOnly);
+    let sender = w
+        .outside
+        .run(|| {
+            let s = UdpSocket::bind("0.0.0.0:0").unwrap();
+            s.connect(node_port(true)).unwrap();
+            s
+        })
+        .join()
+        .unwrap();
+    let source = || {
+        sender.send(b"note").unwrap();
+        heard.recv_timeout(PATIENCE).unwrap()
+    };
+    let first = source();
+    const SECOND: u64 = 1_000_000_000;
+    // 200 seconds without an answer, in which the client has sent: the last time 10 seconds ago.
+    let before = change(&home, |k, v| {
+        let ago = if k.dir == ct_dir::FORWARD { 10 } else { 200 };
+        v.last_seen_ns = v.last_seen_ns.saturating_sub(ago * SECOND);
+    });
+    assert_eq!(source(), first);
+    let (key, _) = before.iter().find(|(k, _)| k.dir == ct_dir::REPLY && k.proto == UDP).unwrap();
+    let now = connections(&home).get(key, 0).unwrap();
+    let (_, forward) = before.iter().find(|(k, _)| k.dir == ct_dir::FORWARD).unwrap();
+    assert!(now.last_seen_ns > forward.last_seen_ns, "the port is in use, whoever looks for one");
+
+    // A long silence, and another client has it now.
+    change(&home, |k, v| {
+        if k.dir == ct_dir::FORWARD {
+            v.last_seen_ns = v.last_seen_ns.saturating_sub(10 * SECOND);
+        } else {
+            (v.dst, v.dport) = (addr_from("10.71.1.77".parse().unwrap()), 7);
+        }
+    });
+    let second = source();
+    assert_ne!(second, first, "its datagrams would pass for the other's");
+    assert_eq!(source(), second);
+}
+
+/// A client of a pod without the socket hooks asks a backend by a Service's name and by its own, from one port.
+#[test]
+fn answers_have_the_name_that_was_asked_last() {
+    let w = World::new();
+    let home = Home::new(false);
+    hold(&w.pod, POD[0]);
+    let _dp = programs(&w, &home, State::LocalOnly);
+    let name = SocketAddr::new(spec(State::LocalOnly).ip(Kind::ClusterIp, true), 80);
+    let own = SocketAddr::new(POD[0].parse().unwrap(), BACKEND_PORT);
+    w.client_pod
+        .run(move || {
+            let s = UdpSocket::bind("0.0.0.0:0").unwrap();
+            s.set_read_timeout(Some(PATIENCE)).unwrap();
+            for round in 0..3 {
+                for to in [name, own, own, name] {
+                    s.send_to(b"?", to).unwrap();
+                    let (_, from) = s.recv_from(&mut [0; 64]).unwrap();
+                    assert_eq!(from, to, "round {round}");
+                }
+            }
+        })
+        .join()
+        .unwrap();
+}
