@@ -20,6 +20,12 @@ pub fn name(meta: &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta) -
     format!("{}/{}", meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
 }
 
+/// Whether a node is being removed: it is deleted, or the cluster's autoscaler is about to take its machine away.
+pub fn node_goes(node: &objects::Node) -> bool {
+    let taints = node.spec.iter().filter_map(|s| s.taints.as_ref()).flatten();
+    node.metadata.deletion_timestamp.is_some() || taints.into_iter().any(|t| t.key == keys::TO_BE_DELETED)
+}
+
 fn proto(name: Option<&str>) -> Option<u8> {
     match name.unwrap_or("TCP") {
         "TCP" => Some(TCP),

@@ -1,11 +1,12 @@
 //! /healthz and /livez as kube-proxy answers them (load balancers ask for it), /metrics, and the health check node
 //! ports of Services with externalTrafficPolicy Local.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::time::Duration;
 
 use http_body_util::Full;
 use hyper::body::Bytes;
@@ -29,6 +30,8 @@ pub struct Health {
     last_sync: AtomicI64,
     /// Since when changes wait to be written; 0 when none do.
     behind_since: AtomicI64,
+    /// The node is being removed: no new connections should come to it (KEP-3836).
+    going: AtomicBool,
 }
 
 /// A proxy that has not caught up for this long is unhealthy: upstream's two sync periods.
@@ -51,9 +54,33 @@ impl Health {
         let _ = self.behind_since.compare_exchange(0, now(), Ordering::Relaxed, Ordering::Relaxed);
     }
 
+    /// Tells whether the node is being removed.
+    pub fn node_goes(&self, going: bool) {
+        self.going.store(going, Ordering::Relaxed);
+    }
+
     pub fn is_healthy(&self) -> bool {
         let behind = self.behind_since.load(Ordering::Relaxed);
         self.synced.load(Ordering::Relaxed) && (behind == 0 || now() - behind < BEHIND_SECONDS)
+    }
+}
+
+impl Health {
+    /// Whether the proxy is well, and (`for_load_balancers`) whether this node should get new connections: one that goes
+    /// should not, while its proxy is well and must not be restarted.
+    fn answer(&self, for_load_balancers: bool) -> (StatusCode, String) {
+        let healthy = self.is_healthy();
+        let eligible = !self.going.load(Ordering::Relaxed);
+        let ok = healthy && (eligible || !for_load_balancers);
+        // Upstream: of an answer that all is well the time of the answer.
+        let updated = if ok { now() } else { self.last_sync.load(Ordering::Relaxed) };
+        let mut body = serde_json::json!({
+            "lastUpdated": timestamp(updated), "currentTime": timestamp(now()), "healthy": healthy,
+        });
+        if for_load_balancers {
+            body["nodeEligible"] = eligible.into();
+        }
+        (if ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, body.to_string())
     }
 }
 
@@ -73,15 +100,10 @@ impl Pages {
     fn answer(&self, path: &str) -> Response<Full<Bytes>> {
         let (status, kind, body) = match path {
             "/healthz" | "/livez" => {
-                let healthy = self.health.is_healthy();
-                let at = self.health.last_sync.load(Ordering::Relaxed);
-                let body = serde_json::json!({
-                    "lastUpdated": timestamp(at), "currentTime": timestamp(now()), "nodeEligible": true,
-                });
-                let status = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+                let (status, body) = self.health.answer(path == "/healthz");
                 let counter = if path == "/livez" { &self.proxy.livez } else { &self.proxy.healthz };
                 counter.get_or_create(&Code { code: status.as_u16() }).inc();
-                (status, "application/json", body.to_string())
+                (status, "application/json", body)
             }
             "/metrics" => {
                 if let Some(refresh) = self.refresh.lock().clone() {
@@ -167,61 +189,135 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, crate::Error> {
     TcpListener::bind(address).await.map_err(|source| crate::Error::Listen { address, source })
 }
 
+/// Pauses before a port that could not be bound is tried again.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LAST_PAUSE: Duration = Duration::from_secs(30);
+/// A listener of ours that was stopped a moment ago has let go of its port before so many tries.
+const WORTH_SAYING: u32 = 3;
+
 /// The health check node ports of Services with externalTrafficPolicy Local: load balancers ask there whether this node
-/// has an endpoint.
+/// has an endpoint. A listener belongs to its port: when one Service's port becomes another's, it answers for that one
+/// from then on.
 pub struct NodePortChecks {
     tasks: TaskGroup,
     health: Arc<Health>,
-    ports: HashMap<Name, Check>,
+    ports: HashMap<Name, u16>,
+    /// Who wants a port, with the number of ready endpoints on this node; the first one has it.
+    wanted: HashMap<u16, BTreeMap<Name, usize>>,
+    served: HashMap<u16, Check>,
+    /// Ports to look at.
+    changed: HashSet<u16>,
+    /// Ports that could not be bound, and how often.
+    failing: HashMap<u16, u32>,
+    pause: Duration,
+    retry: Option<tokio::time::Instant>,
 }
 
 struct Check {
-    port: u16,
-    local: Arc<AtomicUsize>,
+    /// Whom it answers for.
+    told: Arc<Mutex<(Name, usize)>>,
     stop: CancellationToken,
 }
 
 impl NodePortChecks {
     pub fn new(tasks: TaskGroup, health: Arc<Health>) -> NodePortChecks {
-        NodePortChecks { tasks, health, ports: HashMap::new() }
+        NodePortChecks {
+            tasks,
+            health,
+            ports: HashMap::new(),
+            wanted: HashMap::new(),
+            served: HashMap::new(),
+            changed: HashSet::new(),
+            failing: HashMap::new(),
+            pause: FIRST_PAUSE,
+            retry: None,
+        }
     }
 
-    /// Tells a Service's health check port (0 for none) and how many ready endpoints it has on this node.
+    /// Tells a Service's health check port (0 for none) and how many ready endpoints it has on this node. Takes effect
+    /// with [`NodePortChecks::settle`].
     pub fn set(&mut self, name: &Name, port: u16, local: usize) {
-        if let Some(check) = self.ports.get(name) {
-            if check.port == port {
-                check.local.store(local, Ordering::Relaxed);
-                return;
-            }
-            check.stop.cancel();
+        if let Some(old) = self.ports.get(name).copied().filter(|old| *old != port) {
             self.ports.remove(name);
+            self.changed.insert(old);
+            if let Some(others) = self.wanted.get_mut(&old) {
+                others.remove(name);
+                if others.is_empty() {
+                    self.wanted.remove(&old);
+                }
+            }
         }
         if port == 0 {
             return;
         }
-        match self.start(name, port, local) {
-            Ok(check) => drop(self.ports.insert(name.clone(), check)),
-            Err(e) => {
-                tracing::warn!(service = %name, port, error = %e, "its health check port cannot be served")
-            }
+        self.ports.insert(name.clone(), port);
+        if self.wanted.entry(port).or_default().insert(name.clone(), local) != Some(local) {
+            self.changed.insert(port);
         }
     }
 
-    fn start(&self, name: &Name, port: u16, local: usize) -> std::io::Result<Check> {
+    /// When to call [`NodePortChecks::settle`] again by itself.
+    pub fn retry(&self) -> Option<tokio::time::Instant> {
+        self.retry
+    }
+
+    /// Serves what is wanted since the last time, and no more.
+    pub fn settle(&mut self) {
+        if self.retry.is_some_and(|at| at <= tokio::time::Instant::now()) {
+            self.retry = None;
+            self.changed.extend(self.failing.keys());
+            self.pause = (self.pause * 2).min(LAST_PAUSE);
+        }
+        for port in std::mem::take(&mut self.changed) {
+            let Some((name, local)) = self.wanted.get(&port).and_then(|w| w.first_key_value()) else {
+                self.failing.remove(&port);
+                if let Some(check) = self.served.remove(&port) {
+                    check.stop.cancel();
+                }
+                continue;
+            };
+            let told = (name.clone(), *local);
+            if let Some(check) = self.served.get(&port) {
+                *check.told.lock() = told;
+                continue;
+            }
+            match self.start(port, told) {
+                Ok(check) => {
+                    self.served.insert(port, check);
+                    if self.failing.remove(&port).is_some_and(|tries| tries >= WORTH_SAYING) {
+                        tracing::info!(port, "a health check port is served after all");
+                    }
+                }
+                Err(e) => {
+                    let tries = self.failing.entry(port).or_default();
+                    *tries += 1;
+                    if *tries == WORTH_SAYING {
+                        tracing::warn!(service = %name, port, error = %e, "a health check port cannot be served, trying again");
+                    }
+                }
+            }
+        }
+        if self.failing.is_empty() {
+            (self.pause, self.retry) = (FIRST_PAUSE, None);
+        } else if self.retry.is_none() {
+            self.retry = Some(tokio::time::Instant::now() + self.pause);
+        }
+    }
+
+    fn start(&self, port: u16, told: (Name, usize)) -> std::io::Result<Check> {
         let any = SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, port));
         // Both families; a kernel without IPv6 has only the other.
         let listener =
             std::net::TcpListener::bind(any).or_else(|_| std::net::TcpListener::bind(("0.0.0.0", port)))?;
         listener.set_nonblocking(true)?;
         let listener = TcpListener::from_std(listener)?;
-        let check = Check {
-            port,
-            local: Arc::new(AtomicUsize::new(local)),
-            stop: self.tasks.stop_token().child_token(),
-        };
-        let (name, count, health) = (name.clone(), check.local.clone(), self.health.clone());
-        let answer: Answer =
-            Arc::new(move |_| node_port_answer(&name, count.load(Ordering::Relaxed), health.is_healthy()));
+        let told = Arc::new(Mutex::new(told));
+        let check = Check { told: told.clone(), stop: self.tasks.stop_token().child_token() };
+        let health = self.health.clone();
+        let answer: Answer = Arc::new(move |_| {
+            let (name, local) = told.lock().clone();
+            node_port_answer(&name, local, health.is_healthy())
+        });
         let (tasks, stop) = (self.tasks.clone(), check.stop.clone());
         self.tasks.spawn(async move {
             if let Err(e) = accept(listener, answer, tasks, stop).await {

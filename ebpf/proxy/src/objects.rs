@@ -16,6 +16,8 @@ pub mod keys {
     pub const ZONE: &str = "topology.kubernetes.io/zone";
     /// How a Service's backends are chosen: maglev or random.
     pub const SELECTION: &str = "orlop.dev/selection";
+    /// Taint of a node whose machine the cluster's autoscaler takes away.
+    pub const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
     pub const ALL: [&str; 6] = [PROXY_NAME, HEADLESS, SERVICE_NAME, TRIGGER_TIME, ZONE, SELECTION];
 }
 
@@ -71,8 +73,10 @@ kinds! {
         endpoints: Option<Vec<Endpoint>>,
     }
 
-    /// A core/v1 Node; its labels are all that counts.
-    Node, "", "v1", "nodes", ClusterResourceScope {}
+    /// A core/v1 Node.
+    Node, "", "v1", "nodes", ClusterResourceScope {
+        spec: Option<NodeSpec>,
+    }
 }
 
 macro_rules! parts {
@@ -85,6 +89,12 @@ macro_rules! parts {
 
 // A list may be null in JSON, so each is an Option.
 parts! {
+    NodeSpec {
+        taints: Option<Vec<Taint>>,
+    }
+    Taint {
+        key: String,
+    }
     ServiceSpec {
         #[serde(rename = "type")]
         type_: Option<String>,
@@ -158,6 +168,7 @@ struct Meta {
     name: Option<String>,
     namespace: Option<String>,
     resource_version: Option<String>,
+    deletion_timestamp: Option<k8s_openapi::apimachinery::pkg::apis::meta::v1::Time>,
     labels: Known,
     annotations: Known,
 }
@@ -170,6 +181,7 @@ fn meta<'de, D: Deserializer<'de>>(d: D) -> Result<ObjectMeta, D::Error> {
         resource_version: m.resource_version,
         labels: m.labels.0,
         annotations: m.annotations.0,
+        deletion_timestamp: m.deletion_timestamp,
         ..ObjectMeta::default()
     })
 }

@@ -206,7 +206,7 @@ impl Proxy {
         let mut zone_known = false;
         let patience = tokio::time::Instant::now() + NODE_PATIENCE;
         loop {
-            let (retry, closing) = (self.retry, self.closing);
+            let (retry, closing, checks) = (self.retry, self.closing, self.checks.retry());
             // All arms are cancel-safe: pinned streams keep their state, and the node's change is looked up anew.
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -225,6 +225,7 @@ impl Proxy {
                     self.follow_or_retry(&netlink).await;
                 }
                 () = sleep_until(closing) => self.close_sockets().await,
+                () = sleep_until(checks) => self.checks.settle(),
             }
             // Until both lists are in, the maps of an earlier run know better than a half-filled model.
             if !(service_list.complete && slice_list.complete) {
@@ -276,6 +277,10 @@ impl Proxy {
     fn node_event(&mut self, event: Watched<Node>, list: &mut Listing) -> bool {
         let node = match event {
             Some(Ok(Event::InitApply(n) | Event::Apply(n))) => n,
+            Some(Ok(Event::Delete(n))) if n.metadata.name.as_deref() == Some(&self.config.node_name) => {
+                self.health.node_goes(true);
+                return false;
+            }
             Some(Ok(Event::InitDone)) => {
                 list.refusal.answered();
                 return false;
@@ -289,6 +294,7 @@ impl Proxy {
         if node.metadata.name.as_deref() != Some(&self.config.node_name) {
             return false;
         }
+        self.health.node_goes(convert::node_goes(&node));
         let zone = node.metadata.labels.unwrap_or_default().remove(keys::ZONE).unwrap_or_default();
         let changed = zone != self.zone;
         self.zone = zone;
@@ -446,6 +452,7 @@ impl Proxy {
                 }
             }
         }
+        self.checks.settle();
         failed
     }
 

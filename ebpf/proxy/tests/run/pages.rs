@@ -1,0 +1,133 @@
+//! What the proxy says about itself and the node: health pages, health check ports, metrics.
+
+use std::net::{Ipv6Addr, SocketAddr};
+
+use orlop_base::testkit::{free_port, wait_until};
+use orlop_proxy::purge;
+use serde_json::{Value, json};
+
+use crate::api::FakeApi;
+use crate::{ALONE, PATIENCE, Place, ask, ask_health, health, server, service, slice, start};
+
+fn node(extra: Value) -> Value {
+    let mut node = json!({"metadata": {"name": "me", "uid": "1"}, "spec": {}});
+    node["spec"] = extra;
+    node
+}
+
+/// Status, the header that weighs this node, and what is said.
+fn check(port: u16) -> Option<(u16, Option<String>, Value)> {
+    let page = ask_health(SocketAddr::from(([127, 0, 0, 1], port)), "/").ok()?;
+    let (head, body) = page.split_once("\r\n\r\n")?;
+    let status = head.split(' ').nth(1)?.parse().ok()?;
+    let weight = head.lines().find_map(|l| {
+        let (name, value) = l.split_once(": ")?;
+        name.eq_ignore_ascii_case("X-Load-Balancing-Endpoint-Weight").then(|| value.to_owned())
+    });
+    Some((status, weight, serde_json::from_str(body).ok()?))
+}
+
+fn local(name: &str, ip: &str, port: u16) -> Value {
+    let extra =
+        json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": port});
+    service(name, ip, extra)
+}
+
+async fn answers_for(port: u16, name: &str, endpoints: usize) {
+    let expected = json!({
+        "service": {"namespace": "n", "name": name}, "localEndpoints": endpoints, "serviceProxyHealthy": true,
+    });
+    let status = if endpoints > 0 { 200 } else { 503 };
+    let last = std::cell::RefCell::new(None);
+    let right = tokio::time::timeout(
+        PATIENCE,
+        wait_until("the check answers", PATIENCE * 2, || async {
+            *last.borrow_mut() = tokio::task::block_in_place(|| check(port));
+            let all = (status, Some(endpoints.to_string()), expected.clone());
+            (last.borrow().as_ref() == Some(&all)).then_some(())
+        }),
+    );
+    assert!(right.await.is_ok(), "port {port} for {name} with {endpoints}: {:?}", last.borrow());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn health_check_ports_follow_their_services() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let place = Place::new(api.address);
+    let at = server("a", SocketAddr::from(([127, 0, 0, 1], 0)));
+    let (stop, task) = start(&place.config).await;
+    let (one, two) = (free_port(), free_port());
+
+    // A port that somebody else has is served when it is free.
+    let taken = std::net::TcpListener::bind((Ipv6Addr::UNSPECIFIED, one)).unwrap();
+    api.put("services", local("a", "127.96.20.1", one));
+    api.put("endpointslices", slice("a", at.port()));
+    wait_until("the Service answers", PATIENCE, || async { ask("127.96.20.1:80").ok() }).await;
+    drop(taken);
+    answers_for(one, "a", 1).await;
+
+    // Another Service takes its place, and two change ports.
+    for round in 0..5 {
+        let (old, new) = [("a", "b"), ("b", "a")][round % 2];
+        let endpoints = usize::from(new == "a");
+        api.delete("services", old);
+        api.put("services", local(new, "127.96.20.1", one));
+        answers_for(one, new, endpoints).await;
+        api.put("services", local("c", "127.96.20.3", two));
+        answers_for(two, "c", 0).await;
+        api.put("services", local("c", "127.96.20.3", one));
+        api.put("services", local(new, "127.96.20.1", two));
+        answers_for(two, new, endpoints).await;
+        answers_for(one, "c", 0).await;
+        api.put("services", local("c", "127.96.20.3", 0));
+        api.put("services", local(new, "127.96.20.1", one));
+        answers_for(one, new, endpoints).await;
+        wait_until("the other is closed", PATIENCE, || async { check(two).is_none().then_some(()) }).await;
+    }
+    stop.cancel();
+    task.await.unwrap().unwrap();
+    purge(&place.config).unwrap();
+}
+
+/// Load balancers are told when the node goes, those who would restart the proxy are not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_goes_says_so() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let place = Place::new(api.address);
+    api.put("nodes", node(json!({})));
+    let (stop, task) = start(&place.config).await;
+    let at = place.config.health_address.unwrap();
+    let going =
+        json!({"taints": [{"key": "ToBeDeletedByClusterAutoscaler", "value": "1", "effect": "NoSchedule"}]});
+    let other = json!({"taints": [{"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"}]});
+    let mut deleted = node(json!({"taints": null}));
+    deleted["metadata"]["deletionTimestamp"] = json!("2026-11-21T10:00:00Z");
+    for (what, object, eligible) in [
+        ("the autoscaler takes the machine away", node(going), false),
+        ("it has thought better of it", node(other), true),
+        ("deleted", deleted, false),
+        ("made anew", node(json!({})), true),
+    ] {
+        api.put("nodes", object);
+        let status = if eligible { "HTTP/1.1 200" } else { "HTTP/1.1 503" };
+        let page = wait_until(what, PATIENCE, || async {
+            let page = health(at, "/healthz").await;
+            page.starts_with(status).then_some(page)
+        })
+        .await;
+        let said: Value = serde_json::from_str(page.split_once("\r\n\r\n").unwrap().1).unwrap();
+        assert_eq!((&said["nodeEligible"], &said["healthy"]), (&json!(eligible), &json!(true)), "{what}");
+        let page = health(at, "/livez").await;
+        assert!(page.starts_with("HTTP/1.1 200") && !page.contains("nodeEligible"), "{what}: {page}");
+    }
+    api.delete("nodes", "me");
+    wait_until("the node is gone", PATIENCE, || async {
+        health(at, "/healthz").await.starts_with("HTTP/1.1 503").then_some(())
+    })
+    .await;
+    stop.cancel();
+    task.await.unwrap().unwrap();
+    purge(&place.config).unwrap();
+}
