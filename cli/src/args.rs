@@ -320,6 +320,10 @@ pub struct ProxyArgs {
     #[arg(long)]
     pub host_routing: bool,
 
+    /// Leave packets of pods alone that no socket has translated, as of virtual machines; packets of pods cost less without
+    #[arg(long, conflicts_with = "host_routing")]
+    pub no_pod_packets: bool,
+
     /// How backends are chosen for clients outside of the node, where a Service does not say: maglev or random
     #[arg(long, value_name = "HOW", default_value = "maglev", value_parser = selection)]
     pub selection: orlop_proxy::Selection,

@@ -365,6 +365,7 @@ pub async fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
     config.datapath.xdp = args.xdp;
     config.direct_return = args.direct_return;
     config.host_routing = args.host_routing;
+    config.pod_packets = !args.no_pod_packets;
     config.selection = args.selection;
     let stop = crate::shutdown::on_signal()?;
     Ok(orlop_proxy::run(config, Ready::default(), stop).await?)

@@ -97,6 +97,12 @@ impl Table {
         self.rows.push(Row { what: what.into(), unit, ours, theirs, goal });
     }
 
+    /// Medians of rates that were taken in turn, with what the middle half of ours differs by.
+    pub fn compare(&mut self, what: String, ours: &Rates, theirs: &Rates, goal: Option<Goal>) {
+        let what = format!("{what} (\u{b1}{:.1} %)", ours.spread() * 50.0);
+        self.row(what, Unit::PerSecond, ours.at(0.5), Some(theirs.at(0.5)), goal);
+    }
+
     /// Median and 99th percentile of measured times.
     pub fn times(&mut self, what: &str, ours: &Times, theirs: Option<&Times>, goals: [Option<Goal>; 2]) {
         for ((name, p), goal) in [("p50", 0.5), ("p99", 0.99)].into_iter().zip(goals) {
@@ -146,6 +152,28 @@ impl fmt::Display for Table {
     }
 }
 
+/// Rates of one thing, in order.
+#[derive(Clone, Debug)]
+pub struct Rates(Vec<f64>);
+
+impl Rates {
+    pub fn new(mut all: Vec<f64>) -> Rates {
+        all.sort_unstable_by(f64::total_cmp);
+        Rates(all)
+    }
+
+    /// The rate at a quantile; 0 when nothing was measured.
+    fn at(&self, quantile: f64) -> f64 {
+        let last = self.0.len().saturating_sub(1);
+        self.0.get((last as f64 * quantile).round() as usize).copied().unwrap_or(0.0)
+    }
+
+    /// How far the quartiles lie apart, in parts of the median.
+    fn spread(&self) -> f64 {
+        if self.at(0.5) > 0.0 { (self.at(0.75) - self.at(0.25)) / self.at(0.5) } else { 0.0 }
+    }
+}
+
 /// Measured times of one thing.
 #[derive(Clone, Debug, Default)]
 pub struct Times(Vec<Duration>);
@@ -188,6 +216,9 @@ mod tests {
         t.row("rate", Unit::PerSecond, 40.0, Some(20.0), Some(Goal::Figure(50.0)));
         t.row("memory", Unit::MiB, 0.8, None, Some(Goal::Figure(1.0)));
         t.row("more", Unit::Ms, 1.0, None, Some(Goal::Times(2.0)));
+        let rates = |n: [f64; 5]| Rates::new(n.to_vec());
+        let (ours, theirs) = (rates([104.0, 96.0, 98.0, 102.0, 100.0]), rates([200.0; 5]));
+        t.compare("in turn".into(), &ours, &theirs, Some(Goal::Times(0.5)));
         let text = t.to_string();
         let squeezed: Vec<String> =
             text.lines().map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
@@ -199,6 +230,7 @@ mod tests {
                 "rate 40.0 /s 20.0 /s 2.00x 50.0 /s MISSED",
                 "memory 0.80 MiB - - 1.00 MiB met",
                 "more 1.00 ms - - 2x",
+                "in turn (\u{b1}2.0 %) 100 /s 200 /s 0.50x 0.5x met",
             ]
         );
     }

@@ -231,8 +231,11 @@ async fn is_a_proxy_for_the_other() {
     let mut config = Config::new(f[0].into(), f[4].into());
     config.health_address = Some(f[1].parse().unwrap());
     config.metrics_address = None;
-    config.uplinks = vec!["ebpf-none".into()];
-    config.pod_packets = false;
+    config.host_routing = f[5] == "true";
+    if !config.host_routing {
+        config.uplinks = vec!["ebpf-none".into()];
+        config.pod_packets = false;
+    }
     config.datapath.pins = f[2].into();
     config.datapath.cgroup = Some(f[3].into());
     run(config, Ready::default(), CancellationToken::new()).await.unwrap();
@@ -244,12 +247,14 @@ impl Killed {
     /// Starts a proxy; `command` runs this program, maybe somewhere else.
     fn spawn(mut command: std::process::Command, c: &Config) -> Killed {
         let text = format!(
-            "{} {} {} {} {}",
+            "{} {} {} {} {} {}",
             c.kubeconfig.display(),
             c.health_address.unwrap(),
             c.datapath.pins.display(),
             c.datapath.cgroup.as_ref().unwrap().display(),
-            c.node_name
+            c.node_name,
+            // With it the proxy serves all interfaces that it finds.
+            c.host_routing
         );
         let command = command.args(["--exact", "is_a_proxy_for_the_other", "--nocapture"]).env(PROXY, text);
         Killed(command.stdout(std::process::Stdio::null()).spawn().unwrap())

@@ -1,4 +1,5 @@
-//! Two nodes, each with a proxy of its own: which endpoints a client reaches depends on the node that it is on.
+//! Nodes with a proxy of their own: which endpoints a client reaches depends on the node that it is on, and how its packets go
+//! on the node's interfaces.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -167,4 +168,51 @@ async fn hints_decide_by_the_clients_node() {
     expect("each zone has its own again", [&["a"], &["b"]]).await;
     api.put("nodes", node("a", "zb"));
     expect("the node moved", [&["b"], &["b"]]).await;
+}
+
+/// The proxy finds out by itself between which interfaces packets may go past the stack.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn host_routing_is_for_the_interfaces_that_are_there() {
+    const POD: &str = "10.73.128.2";
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let place = Place::new(api.address);
+    let [mut a, client, pod] = ["a", "c", "p"].map(|name| Node::new(name, &place));
+    a.run(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap());
+    ip(&format!("-n {} link add up0 type veth peer name peer netns {}", a.netns, client.netns));
+    for (n, dev, own) in [(&a, "up0", LINK[0]), (&client, "peer", LINK[1])] {
+        ip(&format!("-n {} addr add {own}/30 dev {dev}", n.netns));
+        ip(&format!("-n {} link set {dev} up", n.netns));
+    }
+    let gateway = "02:73:00:00:00:01";
+    ip(&format!(
+        "-n {} link add pod0 address {gateway} type veth peer name eth0 netns {}",
+        a.netns, pod.netns
+    ));
+    ip(&format!("-n {} link set pod0 up", a.netns));
+    ip(&format!("-n {} link set eth0 up", pod.netns));
+    ip(&format!("-n {} addr add {POD}/32 dev eth0", pod.netns));
+    ip(&format!("-n {} route add 169.254.1.1 dev eth0 scope link", pod.netns));
+    ip(&format!("-n {} neigh replace 169.254.1.1 lladdr {gateway} dev eth0 nud permanent", pod.netns));
+    ip(&format!("-n {} route add default via 169.254.1.1 dev eth0", pod.netns));
+    ip(&format!("-n {} route add {POD}/32 dev pod0", a.netns));
+    pod.run(|| server("pod", format!("{POD}:8080").parse().unwrap()));
+    let address = api.address;
+    api.listen(a.run(move || TcpListener::bind(address).unwrap()));
+    api.put("nodes", node("a", "za"));
+    let mut s = service("w", VIP, json!({}));
+    s["spec"]["type"] = json!("NodePort");
+    s["spec"]["ports"][0]["nodePort"] = json!(30_080);
+    api.put("services", s);
+    let mut s = slice("w", 8080);
+    s["endpoints"] = json!([{"addresses": [POD], "nodeName": "a", "conditions": {"ready": true}}]);
+    api.put("endpointslices", s);
+    a.config.host_routing = true;
+    a.start().await;
+    for _ in 0..5 {
+        assert_eq!(client.run(|| ask(&format!("{}:30080", LINK[0])).unwrap()), "pod");
+    }
+    let status = orlop_proxy::inspect(&a.config.datapath.pins, &orlop_proxy::Question::Status).unwrap();
+    let short = status.lines().find_map(|l| l.strip_prefix("packets past the stack")).unwrap();
+    assert!(short.trim().parse::<u64>().unwrap() >= 5, "{status}");
 }

@@ -7,7 +7,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::socket::{setsockopt, sockopt};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::super::{Result, text};
@@ -19,10 +21,26 @@ pub const PING: u16 = 8080;
 pub const BULK: u16 = 8081;
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Where a server and its client are measured: on one processor, so that none is ever woken by another one, which takes as
+/// long as all that is measured and differs from time to time.
+fn processor() -> Result<usize> {
+    let set = sched_getaffinity(Pid::from_raw(0)).map_err(text)?;
+    let last = (0..CpuSet::count()).rev().find(|i| set.is_set(*i).unwrap_or(false));
+    Ok(last.unwrap_or(0))
+}
+
+/// Keeps this thread there.
+fn stay() -> Result {
+    let mut one = CpuSet::new();
+    one.set(processor()?).map_err(text)?;
+    sched_setaffinity(Pid::from_raw(0), &one).map_err(text)
+}
+
 /// Starts the server that answers in a pod; it runs until this process ends.
 pub fn serve(pod: &Net) -> Result {
     let listener = pod.run(|| TcpListener::bind((POD, PING)).map_err(text))?;
     pod.spawn(move || {
+        stay()?;
         for mut s in listener.incoming().flatten() {
             s.set_nodelay(true).map_err(text)?;
             let mut byte = [0];
@@ -62,6 +80,7 @@ fn typical_rate(mut times: Vec<Duration>) -> f64 {
 
 /// Connect, a byte each way, reset: how often a second.
 pub fn connections(to: SocketAddr, time: Duration) -> Result<f64> {
+    stay()?;
     let (begin, mut times) = (Instant::now(), Vec::new());
     while begin.elapsed() < time {
         let one = Instant::now();
@@ -77,6 +96,7 @@ pub fn connections(to: SocketAddr, time: Duration) -> Result<f64> {
 
 /// A byte there and back on one connection: how often a second.
 pub fn exchanges(to: SocketAddr, time: Duration) -> Result<f64> {
+    stay()?;
     let mut s = TcpStream::connect_timeout(&to, PATIENCE).map_err(|e| format!("{to}: {e}"))?;
     s.set_nodelay(true).map_err(text)?;
     let (begin, mut times) = (Instant::now(), Vec::new());
@@ -92,8 +112,10 @@ pub fn exchanges(to: SocketAddr, time: Duration) -> Result<f64> {
 /// MiB a second that arrive over one connection of iperf3, which takes whole seconds.
 pub fn bulk(to: SocketAddr, _: Duration) -> Result<f64> {
     let (ip, port) = (to.ip().to_string(), to.port().to_string());
+    let here = processor()?;
+    let affinity = format!("{here},{here}");
     let out = Command::new("iperf3")
-        .args(["--client", &ip, "--port", &port, "--time", "1", "--json"])
+        .args(["--client", &ip, "--port", &port, "--time", "1", "--json", "--affinity", &affinity])
         .stdin(Stdio::null())
         .output()
         .map_err(text)?;

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use self::load::{BULK, PING, at};
 use self::world::{Cgroup, Net, POD, World};
 use super::process::pss;
-use super::table::{Goal, Table, Times, Unit};
+use super::table::{Goal, Rates, Table, Times, Unit};
 use super::{Options, Result, text};
 
 /// Of each Service.
@@ -156,14 +156,14 @@ impl Bench {
     }
 
     /// A proxy of its own maps, and the time that it took from its start until all Services were in them.
-    fn proxy(&self, turn: usize) -> Result<(Proxy, Duration)> {
+    fn proxy(&self, turn: usize, more: &[&str]) -> Result<(Proxy, Duration)> {
         let pins = PathBuf::from(format!("/sys/fs/bpf/orlop-bench-{}-{turn}", std::process::id()));
         let log = std::fs::File::create(self.path("proxy.log")).map_err(text)?;
         let mut c = self.ours.node.command(&program("orlop"));
         c.args(["proxy", "--node-name", "bench", "--health-address", HEALTH, "--metrics-address", "none"]);
         // The rights of the system:node-proxier role, and no more.
         c.arg("--kubeconfig").arg(self.path("data/server/proxy.kubeconfig"));
-        c.arg("--bpf-dir").arg(&pins).arg("--cgroup").arg(&self.cgroup.path);
+        c.arg("--bpf-dir").arg(&pins).arg("--cgroup").arg(&self.cgroup.path).args(more);
         self.cgroup.enter(false)?;
         let begin = Instant::now();
         let child = c.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().map_err(text)?;
@@ -184,7 +184,7 @@ impl Bench {
     fn at_size(&self, turn: usize, services: usize) -> Result<Table> {
         let mut table =
             Table::new(format!("proxy, {services} services x {ENDPOINTS}"), Some("without / nftables"));
-        let (proxy, full) = self.proxy(turn)?;
+        let (proxy, full) = self.proxy(turn, &[])?;
         let goal = (services == 10_000).then_some(Goal::Figure(2000.0));
         table.row("start until all are in the maps", Unit::Ms, full.as_secs_f64() * 1e3, None, goal);
         // What starting left behind has settled.
@@ -218,28 +218,67 @@ impl Bench {
             });
         }
         for l in &lines {
-            let (ours, straight) = in_turn(
-                l.rounds,
-                || self.measure(true, &self.ours.client, l.load, at(WEB, l.ports.0)),
-                || self.measure(false, &self.plain.client, l.load, at(POD, l.ports.0)),
-            )?;
-            let what = format!("{} through ClusterIP / straight without a proxy", l.what);
-            table.row(what, Unit::PerSecond, ours, Some(straight), Some(Goal::Times(l.times)));
+            self.cluster_ip(&mut table, l)?;
         }
-        let Some(rules) = &self.rules else { return Ok(table) };
-        nft::load(&rules.node, services)?;
+        if let Some(rules) = &self.rules {
+            nft::load(&rules.node, services)?;
+            self.node_ports(&mut table, rules, &lines, services, "")?;
+        }
+        drop(proxy);
+        if let Some(rules) = &self.rules {
+            let (_proxy, _) = self.proxy(turn, &["--host-routing"])?;
+            self.node_ports(&mut table, rules, &lines, services, ", host routing")?;
+        }
+        let (_proxy, _) = self.proxy(turn, &["--no-pod-packets"])?;
+        for l in &lines {
+            let [ours, plain] = in_turn(
+                l.rounds,
+                [&|| self.measure(true, &self.ours.client, l.load, at(WEB, l.ports.0)), &|| {
+                    self.measure(false, &self.plain.client, l.load, at(POD, l.ports.0))
+                }],
+            )?;
+            let what = format!("{} through ClusterIP, no pod packets / straight without a proxy", l.what);
+            table.compare(what, &ours, &plain, Some(Goal::Times(l.times)));
+        }
+        Ok(table)
+    }
+
+    fn cluster_ip(&self, table: &mut Table, l: &Line) -> Result {
+        let [ours, straight, plain] = in_turn(
+            l.rounds,
+            [
+                &|| self.measure(true, &self.ours.client, l.load, at(WEB, l.ports.0)),
+                &|| self.measure(true, &self.ours.client, l.load, at(POD, l.ports.0)),
+                &|| self.measure(false, &self.plain.client, l.load, at(POD, l.ports.0)),
+            ],
+        )?;
+        let goal = Some(Goal::Times(l.times));
+        table.compare(format!("{} through ClusterIP / straight", l.what), &ours, &straight, goal);
+        table.compare(format!("{} straight / without a proxy", l.what), &straight, &plain, None);
+        Ok(())
+    }
+
+    fn node_ports(
+        &self,
+        table: &mut Table,
+        rules: &World,
+        lines: &[Line],
+        services: usize,
+        how: &str,
+    ) -> Result {
         let goal = Goal::Times(if services >= 5000 { 2.0 } else { 1.0 });
         for (i, l) in lines.iter().enumerate() {
             let to = at(world::NODE, l.ports.1);
-            let (ours, theirs) = in_turn(
+            let [ours, theirs] = in_turn(
                 l.rounds,
-                || self.measure(false, &self.ours.outside, l.load, to),
-                || self.measure(false, &rules.outside, l.load, to),
+                [&|| self.measure(false, &self.ours.outside, l.load, to), &|| {
+                    self.measure(false, &rules.outside, l.load, to)
+                }],
             )?;
-            let what = format!("{} through NodePort / nftables", l.what);
-            table.row(what, Unit::PerSecond, ours, Some(theirs), (i == 0).then_some(goal));
+            let what = format!("{} through NodePort{how} / nftables", l.what);
+            table.compare(what, &ours, &theirs, (i == 0).then_some(goal));
         }
-        Ok(table)
+        Ok(())
     }
 
     /// One round in a namespace, in or out of the proxy's cgroup.
@@ -392,20 +431,13 @@ async fn fill(client: kube::Client, from: usize, to: usize) -> Result {
     futures::stream::iter(from..to).map(one).buffer_unordered(AT_ONCE).try_collect().await
 }
 
-/// Medians of two figures that are taken in turn.
-fn in_turn(
-    rounds: usize,
-    mut a: impl FnMut() -> Result<f64>,
-    mut b: impl FnMut() -> Result<f64>,
-) -> Result<(f64, f64)> {
-    let (mut of_a, mut of_b) = (Vec::new(), Vec::new());
-    for _ in 0..rounds {
-        of_a.push(a()?);
-        of_b.push(b()?);
+/// Figures that are taken in turn, each of them first once in a while.
+fn in_turn<const N: usize>(rounds: usize, measure: [&dyn Fn() -> Result<f64>; N]) -> Result<[Rates; N]> {
+    let mut all = [const { Vec::new() }; N];
+    for round in 0..rounds {
+        for i in (0..N).map(|i| (i + round) % N) {
+            all[i].push(measure[i]()?);
+        }
     }
-    let median = |mut all: Vec<f64>| {
-        all.sort_unstable_by(f64::total_cmp);
-        all[all.len() / 2]
-    };
-    Ok((median(of_a), median(of_b)))
+    Ok(all.map(Rates::new))
 }
