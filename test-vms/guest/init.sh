@@ -5,4 +5,4 @@ mount -t tmpfs -o mode=755 root /root
 for d in /*; do
     [ "$d" = /root ] || cp -a "$d" /root/
 done
-exec switch_root /root /vm/run.sh
+exec switch_root /root /vm/first

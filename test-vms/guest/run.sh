@@ -2,15 +2,16 @@
 # Stage two: what an init system would mount, then the steps, then off. What the steps say goes to the second serial port.
 export PATH=/usr/local/bin:/bin HOME=/root
 mkdir -p /root
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t devtmpfs dev /dev
+there() { grep -qs " $1 " /proc/mounts; }
+there /proc || mount -t proc proc /proc
+there /sys || mount -t sysfs sys /sys
+there /dev || mount -t devtmpfs dev /dev
 mkdir -p /dev/pts /dev/shm
-mount -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts
-mount -t tmpfs shm /dev/shm
-mount -t cgroup2 cgroup /sys/fs/cgroup
-mount -t bpf bpf /sys/fs/bpf
-mount -t tmpfs -o mode=755 run /run
+there /dev/pts || mount -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts
+there /dev/shm || mount -t tmpfs shm /dev/shm
+there /sys/fs/cgroup || mount -t cgroup2 -o nsdelegate cgroup /sys/fs/cgroup
+there /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf
+there /run || mount -t tmpfs -o mode=755 run /run
 mount --make-rshared /
 while read -r m; do
     insmod "/vm/modules/$m" || echo "module $m did not load"

@@ -29,12 +29,40 @@ const MODULES: [&str; 14] = [
 const PACKAGES: &str = "run `scripts/deps.sh test`";
 const BUSYBOX: &str = "/bin/busybox";
 const MEMORY_MIB: u32 = 1280;
+/// What Debian's packages bring for the bus and for users, without what needs more units than the guest has.
+const SYSTEMD_FILES: [(&str, &str); 6] = [
+    ("/etc/passwd", "root:x:0:0:root:/root:/bin/sh\nmessagebus:x:100:100::/:/bin/false\n"),
+    ("/etc/group", "root:x:0:\nmessagebus:x:100:\n"),
+    ("/etc/systemd/system/dbus.socket", include_str!("../guest/systemd/dbus.socket")),
+    ("/etc/systemd/system/dbus.service", include_str!("../guest/systemd/dbus.service")),
+    ("/etc/systemd/system/steps.service", include_str!("../guest/systemd/steps.service")),
+    ("/etc/systemd/system/default.target", include_str!("../guest/systemd/default.target")),
+];
 
 /// Where a program is on PATH; says how to get it when it is not.
 pub fn on_path(name: &str) -> Result<PathBuf, String> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).map(|d| d.join(name)).find(|p| p.is_file());
     found.ok_or_else(|| format!("{name} is not on PATH; {PACKAGES} and put its tools folder on PATH"))
+}
+
+/// An image of busybox alone, built in `dir` by `orlop image build`.
+pub fn busybox_image(dir: &Path) -> Result<PathBuf, String> {
+    let rootfs = dir.join("rootfs");
+    for folder in ["bin", "tmp", "etc"] {
+        let path = rootfs.join(folder);
+        io(&path, fs::create_dir_all(&path))?;
+    }
+    io(Path::new(BUSYBOX), fs::copy(BUSYBOX, rootfs.join("bin/busybox")))?;
+    for applet in ["sh", "cat", "dd", "hostname", "mknod", "rm", "sleep"] {
+        let link = rootfs.join("bin").join(applet);
+        io(&link, symlink("busybox", &link))?;
+    }
+    let archive = dir.join("busybox.tar");
+    let mut build = Command::new(crate::program("orlop"));
+    build.args(["image", "build"]).arg(&rootfs).arg("--output").arg(&archive);
+    run(build.args(["--tag", "localhost/busybox:test", "--env", "PATH=/bin", "--cmd", "sh"]))?;
+    Ok(archive)
 }
 
 /// Debian's cloud kernel: the image and its modules' folder.
@@ -135,7 +163,45 @@ impl Guest {
         guest.text("/etc/hosts", "127.0.0.1 localhost\n")?;
         guest.text("/etc/resolv.conf", "nameserver 127.0.0.1\n")?;
         guest.modules(&modules)?;
+        guest.link("/vm/first", "/vm/run.sh")?;
         Ok(guest)
+    }
+
+    /// Makes systemd the first process, with its bus; the steps run as a service of it.
+    pub fn with_systemd(&self) -> Result<(), String> {
+        for path in ["/lib/systemd/systemd", "/usr/bin/dbus-daemon", "/bin/systemctl", "/usr/bin/busctl"] {
+            self.remove(path)?;
+            self.program_at(path, Path::new(path))?;
+        }
+        for path in
+            ["/usr/share/dbus-1/system.conf", "/usr/share/dbus-1/system.d/org.freedesktop.systemd1.conf"]
+        {
+            self.file(path, Path::new(path))?;
+        }
+        for unit in ["sysinit", "basic", "shutdown", "umount", "slices", "final", "poweroff"] {
+            let path = format!("/lib/systemd/system/{unit}.target");
+            self.file(&path, Path::new(&path))?;
+        }
+        self.link("/var/run", "/run")?;
+        for (name, text) in SYSTEMD_FILES {
+            self.text(name, text)?;
+        }
+        io(Path::new("/vm/first"), fs::remove_file(self.at("/vm/first")))?;
+        self.link("/vm/first", "/lib/systemd/systemd")
+    }
+
+    fn link(&self, path: &str, target: &str) -> Result<(), String> {
+        let at = self.at(path);
+        io(&at, symlink(target, &at))
+    }
+
+    /// Busybox's program of that name, where it has one.
+    fn remove(&self, path: &str) -> Result<(), String> {
+        let at = self.at(path);
+        match fs::remove_file(&at) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => io(&at, Err(e)),
+            _ => Ok(()),
+        }
     }
 
     fn root(&self) -> PathBuf {
@@ -196,10 +262,13 @@ impl Guest {
     /// A program of this machine as `/usr/local/bin/<its name>`, stripped, with the shared libraries that it needs.
     pub fn program(&self, source: &Path) -> Result<(), String> {
         let name = source.file_name().ok_or_else(|| format!("{} is no program", source.display()))?;
-        let path = format!("/usr/local/bin/{}", name.to_string_lossy());
-        self.file(&path, source)?;
+        self.program_at(&format!("/usr/local/bin/{}", name.to_string_lossy()), source)
+    }
+
+    fn program_at(&self, path: &str, source: &Path) -> Result<(), String> {
+        self.file(path, source)?;
         // What is stripped already, or cannot be, stays as it is.
-        let _ = Command::new("strip").arg(self.at(&path)).stderr(Stdio::null()).status();
+        let _ = Command::new("strip").arg(self.at(path)).stderr(Stdio::null()).status();
         // ldd fails for a static program, which needs nothing.
         let Ok(listed) = run(Command::new("ldd").arg(source)) else { return Ok(()) };
         let listed = String::from_utf8_lossy(&listed).into_owned();
@@ -246,7 +315,7 @@ impl Guest {
                 .arg(&self.kernel)
                 .arg("-initrd")
                 .arg(archive)
-                .args(["-append", &format!("console=ttyS0 panic=-1 mitigations=off nokaslr{}", self.words)])
+                .args(["-append", &format!("console=ttyS0 panic=-1 mitigations=off nokaslr systemd.show_status=0{}", self.words)])
                 .args(["-serial", "stdio", "-serial"])
                 .arg(format!("file:{}", said.display()))
                 .stdin(Stdio::null())

@@ -68,6 +68,21 @@ fn properties(l: &Limits, v2: bool) -> Vec<Property<'static>> {
     all.into_iter().map(|(name, value)| (name, Value::U64(value))).collect()
 }
 
+/// What a slice is started with besides its limits. cgroups-rs' own list for slices has the parent as a text, where systemd wants
+/// a list of units.
+fn of_a_new(slice: &str) -> Vec<Property<'static>> {
+    let mut all = PropertiesBuilder::default()
+        .cpu_accounting(true)
+        .memory_accounting(true)
+        .task_accounting(true)
+        .io_accounting(true)
+        .default_dependencies(false)
+        .description("Kubernetes pods".to_owned())
+        .build();
+    all.push((systemd::WANTS, Value::from(vec![parent(slice)])));
+    all
+}
+
 fn refused(slice: &str, e: impl std::fmt::Display) -> Error {
     Error::Systemd { slice: slice.to_owned(), message: e.to_string() }
 }
@@ -79,7 +94,7 @@ pub fn ensure(slice: &str, l: &Limits, v2: bool) -> Result<(), Error> {
     if !client.exists() {
         let bus = zbus::blocking::Connection::system().map_err(|e| refused(slice, e))?;
         let manager = ManagerProxy::new(&bus).map_err(|e| refused(slice, e))?;
-        let mut all = PropertiesBuilder::default_cgroup(&parent(slice), slice).build();
+        let mut all = of_a_new(slice);
         all.extend(limits.iter().filter_map(|(k, v)| v.try_clone().ok().map(|v| (*k, v))));
         match manager.start_transient_unit(slice, systemd::UNIT_MODE_REPLACE, &all, &[]) {
             Ok(_) => return Ok(()),
@@ -109,6 +124,14 @@ mod tests {
         assert_eq!(folder(&s), "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1_2.slice");
         assert_eq!(parent(&s), "kubepods-burstable.slice");
         assert_eq!(parent("kubepods.slice"), "-.slice");
+    }
+
+    #[test]
+    fn a_new_slice_lies_in_its_parent() {
+        let all = of_a_new("kubepods-besteffort.slice");
+        let (_, wants) = all.iter().find(|(name, _)| *name == "Wants").unwrap();
+        assert_eq!(wants.value_signature().to_string(), "as");
+        assert_eq!(Vec::<String>::try_from(wants.try_clone().unwrap()).unwrap(), ["kubepods.slice"]);
     }
 
     #[test]

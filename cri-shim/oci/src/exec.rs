@@ -81,8 +81,7 @@ fn in_helper(e: &ExecSpec<'_>, init: BorrowedFd<'_>) -> Result<(i32, Option<Owne
         | CloneFlags::CLONE_NEWPID
         | CloneFlags::CLONE_NEWNET
         | CloneFlags::CLONE_NEWIPC
-        | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWCGROUP;
+        | CloneFlags::CLONE_NEWUTS;
     if userns {
         flags |= CloneFlags::CLONE_NEWUSER;
         limits.set()?;
@@ -95,6 +94,7 @@ fn in_helper(e: &ExecSpec<'_>, init: BorrowedFd<'_>) -> Result<(i32, Option<Owne
         become_root().map_err(|err| Error::new(Kind::Runtime, "namespace", err.to_string(), err.errno))?;
     }
     let begun = Begun {
+        init,
         entry: &entry,
         report: e.report.as_raw_fd(),
         stdio: &e.stdio,
@@ -139,6 +139,8 @@ fn read_filter(path: &Path) -> Result<Filter, Error> {
 
 /// The new process, from its fork on.
 struct Begun<'a> {
+    /// The container's first process.
+    init: BorrowedFd<'a>,
     entry: &'a cgroup::Entry,
     report: RawFd,
     stdio: &'a Stdio,
@@ -166,6 +168,9 @@ impl Begun<'_> {
         };
         let nix = |what: &'static str| move |e: nix::Error| (e as i32, format!("{what}: {}", e.desc()));
         self.entry.enter().map_err(io("cannot enter the cgroup"))?;
+        // Only now: where the hierarchy is mounted with `nsdelegate`, as systemd does, nothing gets into a cgroup namespace's
+        // part of it from outside once the namespace is its own.
+        setns(self.init, CloneFlags::CLONE_NEWCGROUP).map_err(nix("cannot join the cgroup namespace"))?;
         if let Some(l) = &self.limits {
             l.set().map_err(|e| (e.errno, e.message))?;
         }
