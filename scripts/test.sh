@@ -15,7 +15,7 @@ export PATH="$PATH:${ORLOP_TOOLS:-/var/cache/orlop-tools}"
 step "format"
 cargo fmt --all --check
 step "lints"
-shellcheck scripts/*.sh test-vms/guest/*.sh
+shellcheck scripts/*.sh test-vms/guest/*.sh test-vms/guest/*/*.sh
 cargo clippy --workspace --all-targets --quiet -- -D warnings
 step "release programs"
 scripts/build.sh

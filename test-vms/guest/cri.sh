@@ -13,6 +13,7 @@ image-endpoint: unix:///run/orlop/cri.sock
 timeout: 60
 YAML
 orlop image import /vm/busybox.tar
+echo "no_bus=$(orlop cri --cgroup-driver systemd 2>&1 | tail -n 1)"
 orlop cri --runtime-handler crun=/usr/local/bin/crun >/var/log/cri.log 2>&1 &
 echo $! >/run/cri.pid
 for _ in $(seq 300); do

@@ -46,25 +46,6 @@ pub fn on_path(name: &str) -> Result<PathBuf, String> {
     found.ok_or_else(|| format!("{name} is not on PATH; {PACKAGES} and put its tools folder on PATH"))
 }
 
-/// An image of busybox alone, built in `dir` by `orlop image build`.
-pub fn busybox_image(dir: &Path) -> Result<PathBuf, String> {
-    let rootfs = dir.join("rootfs");
-    for folder in ["bin", "tmp", "etc"] {
-        let path = rootfs.join(folder);
-        io(&path, fs::create_dir_all(&path))?;
-    }
-    io(Path::new(BUSYBOX), fs::copy(BUSYBOX, rootfs.join("bin/busybox")))?;
-    for applet in ["sh", "cat", "dd", "hostname", "mknod", "rm", "sleep"] {
-        let link = rootfs.join("bin").join(applet);
-        io(&link, symlink("busybox", &link))?;
-    }
-    let archive = dir.join("busybox.tar");
-    let mut build = Command::new(crate::program("orlop"));
-    build.args(["image", "build"]).arg(&rootfs).arg("--output").arg(&archive);
-    run(build.args(["--tag", "localhost/busybox:test", "--env", "PATH=/bin", "--cmd", "sh"]))?;
-    Ok(archive)
-}
-
 /// Debian's cloud kernel: the image and its modules' folder.
 fn kernel() -> Result<(PathBuf, PathBuf), String> {
     let missing = || {
@@ -115,7 +96,7 @@ pub fn busybox_image(dir: &Path) -> Result<PathBuf, String> {
         io(&path, fs::create_dir_all(&path))?;
     }
     io(Path::new(BUSYBOX), fs::copy(BUSYBOX, rootfs.join("bin/busybox")))?;
-    for applet in ["sh", "cat", "dd", "hostname", "sleep"] {
+    for applet in ["sh", "cat", "dd", "hostname", "mknod", "rm", "sleep"] {
         let link = rootfs.join("bin").join(applet);
         io(&link, symlink("busybox", &link))?;
     }
@@ -169,7 +150,7 @@ impl Guest {
 
     /// Makes systemd the first process, with its bus; the steps run as a service of it.
     pub fn with_systemd(&self) -> Result<(), String> {
-        for path in ["/lib/systemd/systemd", "/usr/bin/dbus-daemon", "/bin/systemctl", "/usr/bin/busctl"] {
+        for path in ["/lib/systemd/systemd", "/usr/bin/dbus-daemon", "/bin/systemctl"] {
             self.remove(path)?;
             self.program_at(path, Path::new(path))?;
         }
@@ -315,7 +296,13 @@ impl Guest {
                 .arg(&self.kernel)
                 .arg("-initrd")
                 .arg(archive)
-                .args(["-append", &format!("console=ttyS0 panic=-1 mitigations=off nokaslr systemd.show_status=0{}", self.words)])
+                .args([
+                    "-append",
+                    &format!(
+                        "console=ttyS0 panic=-1 mitigations=off nokaslr systemd.show_status=0{}",
+                        self.words
+                    ),
+                ])
                 .args(["-serial", "stdio", "-serial"])
                 .arg(format!("file:{}", said.display()))
                 .stdin(Stdio::null())

@@ -6,7 +6,7 @@ use std::time::Duration;
 use orlop_test_vms::vm::{Guest, Outcome, busybox_image, on_path};
 use orlop_test_vms::{program, root};
 
-const LIMIT: Duration = Duration::from_secs(240);
+const LIMIT: Duration = Duration::from_secs(480);
 
 fn guest() -> Result<Outcome, String> {
     let mut guest = Guest::new()?;

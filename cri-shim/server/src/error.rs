@@ -57,6 +57,10 @@ pub enum Error {
     CheckpointTimeout { id: String, seconds: u64 },
     #[error("cannot listen on {at}; is another server using it?")]
     Listen { at: String, source: std::io::Error },
+    #[error(
+        "the cgroup driver is systemd, and there is no system bus at {at}; install and start dbus, or choose the driver cgroupfs"
+    )]
+    NoSystemBus { at: &'static str },
     #[error("{0}")]
     Internal(String),
     #[error("the server stopped")]
@@ -129,7 +133,10 @@ fn code(e: &Error) -> Code {
         Error::NotFound { .. } | Error::NoImage(_) => Code::NotFound,
         Error::Ambiguous { .. } | Error::Invalid(_) => Code::InvalidArgument,
         Error::NameTaken { .. } => Code::AlreadyExists,
-        Error::WrongState { .. } | Error::Store { .. } | Error::Unsupported(_) => Code::FailedPrecondition,
+        Error::WrongState { .. }
+        | Error::Store { .. }
+        | Error::Unsupported(_)
+        | Error::NoSystemBus { .. } => Code::FailedPrecondition,
         Error::Unimplemented(_) => Code::Unimplemented,
         Error::TooMany(_) => Code::ResourceExhausted,
         Error::ExecTimeout { .. } | Error::CheckpointTimeout { .. } => Code::DeadlineExceeded,

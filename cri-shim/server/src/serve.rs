@@ -17,7 +17,7 @@ use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Config;
+use crate::config::{CgroupDriver, Config};
 use crate::deadline::Deadline;
 use crate::error::{Error, Result};
 use crate::events::Events;
@@ -93,11 +93,28 @@ async fn listen(path: &Path) -> Result<UnixListener> {
     Ok(listener)
 }
 
+/// Where the bus is by the D-Bus specification, unless the environment says something else.
+const SYSTEM_BUS: &str = "/var/run/dbus/system_bus_socket";
+
+/// Scopes are asked for over the system's bus. On cgroup v1 the driver makes folders itself.
+fn check_bus(driver: CgroupDriver) -> Result<()> {
+    let elsewhere = std::env::var_os("DBUS_SYSTEM_BUS_ADDRESS").is_some();
+    if driver == CgroupDriver::Systemd
+        && crate::facts::cgroup_v2_only()
+        && !elsewhere
+        && !Path::new(SYSTEM_BUS).exists()
+    {
+        return Err(Error::NoSystemBus { at: SYSTEM_BUS });
+    }
+    Ok(())
+}
+
 /// Serves both CRI services until `stop`. Sandboxes and containers of an earlier run are adopted first.
 ///
 /// # Errors
 /// When the folders are in use by another server, cannot be written, or a socket cannot be made. Containers run on in any case.
 pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Result<()> {
+    check_bus(config.cgroup_driver)?;
     let _lock = DirLock::take(&config.state_dir).await?;
     let streaming = TcpListener::bind(config.streaming_listen)
         .await

@@ -18,7 +18,7 @@ echo "answer=$answer"
 pods=/sys/fs/cgroup/kubepods.slice/kubepods-burstable.slice
 set -- $pods/kubepods-burstable-pod*.slice
 slice=${1##*/}
-echo "slice=$(echo "$slice" | sed 's/pod[0-9a-f_]*/podUID/')"
+echo "slice=$(echo "$slice" | sed 's/-pod[0-9a-f_]*/-podUID/')"
 limits() { for f in memory.max cpu.max pids.max; do printf '%s ' "$(cat "$pods/$slice/$f")"; done; }
 weights() { printf '%s %s' "$(cat /sys/fs/cgroup/kubepods.slice/cpu.weight)" "$(cat /sys/fs/cgroup/kubepods.slice/kubepods-besteffort.slice/cpu.weight)"; }
 echo "limits=$(limits)"
