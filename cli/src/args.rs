@@ -327,10 +327,23 @@ pub struct ProxyArgs {
     /// How backends are chosen for clients outside of the node, where a Service does not say: maglev or random
     #[arg(long, value_name = "HOW", default_value = "maglev", value_parser = selection)]
     pub selection: orlop_proxy::Selection,
+
+    /// Room in a table of the kernel's: frontends, slots, backends, connections, sockets, addresses or interfaces (repeatable)
+    #[arg(long = "map-size", value_name = "NAME=ENTRIES", value_parser = map_size)]
+    pub map_sizes: Vec<(String, u32)>,
 }
 
 fn selection(name: &str) -> Result<orlop_proxy::Selection, &'static str> {
     orlop_proxy::Selection::named(name).ok_or("write maglev or random")
+}
+
+fn map_size(text: &str) -> Result<(String, u32), &'static str> {
+    let (name, entries) = text.split_once('=').ok_or("write NAME=ENTRIES")?;
+    if orlop_proxy::Sizes::default().named(name).is_none() {
+        return Err("the names are frontends, slots, backends, connections, sockets, addresses and interfaces");
+    }
+    let entries = entries.parse().ok().filter(|n| (1..=1 << 26).contains(n));
+    Ok((name.to_owned(), entries.ok_or("write a number of entries from 1 to 67108864")?))
 }
 
 #[derive(Clone, Debug, Args)]

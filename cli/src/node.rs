@@ -367,6 +367,11 @@ pub async fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
     config.host_routing = args.host_routing;
     config.pod_packets = !args.no_pod_packets;
     config.selection = args.selection;
+    for (name, entries) in args.map_sizes {
+        if let Some(size) = config.datapath.sizes.named(&name) {
+            *size = entries;
+        }
+    }
     let stop = crate::shutdown::on_signal()?;
     Ok(orlop_proxy::run(config, Ready::default(), stop).await?)
 }

@@ -13,6 +13,9 @@ pub const CLIENTS: u32 = 1 << 14;
 /// routing. Kept by programs.
 pub const SERVERS: u32 = 1 << 14;
 
+/// Elements of PEERS: not 0 for each address and port that a socket was led to by a Service's name. Kept by programs.
+pub const PEERS: u32 = 1 << 14;
+
 /// One word for an address. Of IPv4 only the last one differs, and the compiler does the rest.
 #[inline(always)]
 fn folded(addr: &Addr) -> u32 {
@@ -37,6 +40,12 @@ pub fn place(addr: &Addr, port: u16, proto: u8) -> u32 {
 #[inline(always)]
 pub fn client(addr: &Addr) -> u32 {
     mixed(folded(addr)) >> (32 - CLIENTS.trailing_zeros())
+}
+
+/// The element of PEERS for an address and port.
+#[inline(always)]
+pub fn peer(addr: &Addr, port: u16) -> u32 {
+    server(addr, port) % PEERS
 }
 
 /// The element of SERVERS for a pod's address and port.

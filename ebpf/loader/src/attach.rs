@@ -79,6 +79,7 @@ impl Datapath {
         pin::prepare(&config.pins)?;
         pin::adopt_older(&config.pins)?;
         pin::check_shapes(&config.pins)?;
+        pin::make_room(&config.pins, &config.sizes)?;
         let mut bpf = load(config)?;
         let mut maps = RealMaps::take(&mut bpf)?;
         let snat = snat_ports();
@@ -216,7 +217,15 @@ impl Datapath {
 
 /// Shows every program to this kernel's verifier, with maps that are gone afterwards. Nothing is attached.
 pub(crate) fn verify() -> Result<(), Error> {
-    let small = Sizes { frontends: 16, slots: 16, backends: 16, connections: 16, sockets: 16 };
+    let small = Sizes {
+        frontends: 16,
+        slots: 16,
+        backends: 16,
+        connections: 16,
+        sockets: 16,
+        addresses: 16,
+        interfaces: 16,
+    };
     let pins = Config::default().pins.with_file_name(format!("orlop-check-{}", std::process::id()));
     let config = Config { pins, sizes: small, ..Config::default() };
     pin::prepare(&config.pins)?;
@@ -272,7 +281,11 @@ fn load(config: &Config) -> Result<Ebpf, Error> {
         .map_max_entries("FRONTENDS", sizes.frontends)
         .map_max_entries("SLOTS", sizes.slots)
         .map_max_entries("BACKENDS", sizes.backends)
-        .map_max_entries("MEMBERS", sizes.backends)
+        // No set has more members than slots.
+        .map_max_entries("MEMBERS", sizes.slots)
+        .map_max_entries("LOCAL_ADDRS", sizes.addresses)
+        .map_max_entries("UPLINKS", sizes.interfaces)
+        .map_max_entries("RANGES", sizes.frontends)
         .map_max_entries("CONNECTIONS", sizes.connections)
         .map_max_entries("SOCK_REVERSE", sizes.sockets)
         .map_max_entries("SOCK_SENT", (sizes.sockets / 4).max(1))

@@ -59,11 +59,39 @@ pub struct Sizes {
     pub connections: u32,
     /// Sockets whose peer name is remembered.
     pub sockets: u32,
+    /// Addresses of the node.
+    pub addresses: u32,
+    /// Interfaces that are served: uplinks and pods'.
+    pub interfaces: u32,
 }
 
 impl Default for Sizes {
     fn default() -> Self {
-        Sizes { frontends: 65_536, slots: 262_144, backends: 131_072, connections: 65_536, sockets: 65_536 }
+        Sizes {
+            frontends: 65_536,
+            slots: 262_144,
+            backends: 131_072,
+            connections: 65_536,
+            sockets: 65_536,
+            addresses: 32_768,
+            interfaces: 4096,
+        }
+    }
+}
+
+impl Sizes {
+    /// A capacity by its name on the command line.
+    pub fn named(&mut self, name: &str) -> Option<&mut u32> {
+        Some(match name {
+            "frontends" => &mut self.frontends,
+            "slots" => &mut self.slots,
+            "backends" => &mut self.backends,
+            "connections" => &mut self.connections,
+            "sockets" => &mut self.sockets,
+            "addresses" => &mut self.addresses,
+            "interfaces" => &mut self.interfaces,
+            _ => return None,
+        })
     }
 }
 

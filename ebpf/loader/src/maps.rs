@@ -84,10 +84,24 @@ pub struct Dump {
 /// A map that would not change or be read.
 #[derive(Debug, thiserror::Error)]
 pub enum MapFailure {
-    #[error("BPF map {map} is full; raise its size and run `orlop proxy cleanup` once")]
+    #[error(
+        "BPF map {map} is full; start `orlop proxy` with a larger `--map-size {}=ENTRIES` after `orlop proxy cleanup`",
+        size_of(map)
+    )]
     Full { map: &'static str },
     #[error("BPF map {map}")]
     Syscall { map: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
+}
+
+/// The name of the capacity ([`crate::Sizes`]) that a map has.
+fn size_of(map: &str) -> &'static str {
+    match map {
+        "SLOTS" | "MEMBERS" => "slots",
+        "BACKENDS" => "backends",
+        "LOCAL_ADDRS" => "addresses",
+        "UPLINKS" => "interfaces",
+        _ => "frontends",
+    }
 }
 
 /// The maps, real or not.

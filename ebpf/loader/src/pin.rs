@@ -22,7 +22,7 @@ use orlop_ebpf_common::{
 };
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use crate::{Error, path_err, sys};
+use crate::{Error, Sizes, path_err, sys};
 
 const STANDARD: &str = "/sys/fs/bpf";
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
@@ -115,6 +115,20 @@ pub(crate) fn check_shapes(pins: &Path) -> Result<(), Error> {
     Ok(())
 }
 
+/// Unpins maps that are smaller than they should be and that hold nothing but what user space puts there at every start:
+/// they are made anew. Programs that run on the old ones go on until they are replaced.
+pub(crate) fn make_room(pins: &Path, sizes: &Sizes) -> Result<(), Error> {
+    for (name, size) in
+        [("LOCAL_ADDRS", sizes.addresses), ("UPLINKS", sizes.interfaces), ("MEMBERS", sizes.slots)]
+    {
+        let path = maps(pins).join(name);
+        if MapData::from_pin(&path).and_then(|m| m.info()).is_ok_and(|i| i.max_entries() < size) {
+            gone(fs::remove_file(&path)).map_err(path_err("unpin", &path))?;
+        }
+    }
+    Ok(())
+}
+
 fn like_ours(path: &Path, name: &str) -> bool {
     SHAPES.iter().find(|(n, ..)| *n == name).is_some_and(|s| has_shape(path, s))
 }
@@ -141,7 +155,7 @@ const SHAPES: [(&str, usize, usize); 11] = [
 ];
 
 /// Maps that an upgrade makes anew, and the counters.
-const OTHER_SHAPES: [(&str, usize, usize); 10] = [
+const OTHER_SHAPES: [(&str, usize, usize); 11] = [
     ("CLIENTS", size_of::<u32>(), size_of::<u32>()),
     ("CONFIG", size_of::<u32>(), size_of::<Config>()),
     ("COUNTERS", size_of::<u32>(), size_of::<u64>()),
@@ -149,6 +163,7 @@ const OTHER_SHAPES: [(&str, usize, usize); 10] = [
     ("FRAGMENTS", size_of::<FragmentKey>(), size_of::<FragmentPorts>()),
     ("LOCAL_ADDRS", size_of::<Addr>(), size_of::<u32>()),
     ("MAGLEV", size_of::<u32>(), size_of::<MaglevTable>()),
+    ("PEERS", size_of::<u32>(), size_of::<u32>()),
     // A trie's key begins with the length of its prefix.
     ("RANGES", size_of::<u32>() + size_of::<RangeKey>(), size_of::<u32>()),
     ("SERVERS", size_of::<u32>(), size_of::<u32>()),

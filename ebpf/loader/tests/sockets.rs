@@ -305,6 +305,47 @@ fn datagrams_do_not_take_the_place_of_connections() {
     purge(&config).unwrap();
 }
 
+/// A socket that has reached a backend by a Service's name and then asks it by its own hears its own name.
+#[test]
+fn peers_have_the_name_that_was_asked_last() {
+    let place = Place::new("lo");
+    let config = place.config();
+    let mut dp = Datapath::open(&config).unwrap();
+    let (vip, names) = ("127.201.15.1:80".parse().unwrap(), "127.201.15.1:53".parse().unwrap());
+    let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let own = server.local_addr().unwrap();
+    std::thread::spawn(move || {
+        while let Ok((_, from)) = server.recv_from(&mut [0; 8]) {
+            let _ = server.send_to(b"answer", from);
+        }
+    });
+    let web = tcp_server("a");
+    service(&mut dp, names, UDP, 13, &[own]);
+    service(&mut dp, vip, TCP, 14, &[web]);
+
+    // Never connected.
+    let asks = UdpSocket::bind("127.0.0.1:0").unwrap();
+    asks.set_read_timeout(Some(PATIENCE)).unwrap();
+    for round in 0..3 {
+        for to in [names, own, own, names] {
+            asks.send_to(b"?", to).unwrap();
+            assert_eq!(asks.recv_from(&mut [0; 8]).unwrap().1, to, "round {round}");
+        }
+    }
+    // Connected to one after the other.
+    for to in [names, own, names, own] {
+        asks.connect(to).unwrap();
+        assert_eq!(asks.peer_addr().unwrap(), to);
+        asks.send(b"?").unwrap();
+        assert_eq!(asks.recv_from(&mut [0; 8]).unwrap().1, to);
+    }
+    // Others are not disturbed.
+    let other = TcpStream::connect(vip).unwrap();
+    assert_eq!(TcpStream::connect(web).unwrap().peer_addr().unwrap(), web);
+    assert_eq!(other.peer_addr().unwrap(), vip);
+    purge(&config).unwrap();
+}
+
 /// Ids of this load balancer's maps, and of programs that use one of them.
 fn in_kernel(maps: &[u32]) -> (usize, usize) {
     let programs = aya::programs::loaded_programs()

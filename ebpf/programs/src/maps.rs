@@ -51,6 +51,8 @@ pub static CLIENTS: Array<u32> = Array::pinned(noted::CLIENTS, 0);
 #[map]
 pub static SERVERS: Array<u32> = Array::pinned(noted::SERVERS, 0);
 #[map]
+pub static PEERS: Array<u32> = Array::pinned(noted::PEERS, 0);
+#[map]
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(counters::COUNT, 0);
 
 /// Nanoseconds of the machine's monotonic clock, as of its last tick: much cheaper than to the nanosecond. What an earlier
@@ -128,6 +130,25 @@ pub fn note_server(addr: &Addr, port: u16) {
 #[inline(always)]
 pub fn is_server(addr: &Addr, port: u16) -> bool {
     SERVERS.get(noted::server(addr, port)).is_some_and(|s| *s != 0)
+}
+
+/// Notes that sockets have been led to this address and port by a Service's name.
+#[inline(always)]
+pub fn note_peer(addr: &Addr, port: u16) {
+    if let Some(p) = PEERS.get_ptr_mut(noted::peer(addr, port)) {
+        // SAFETY: a valid element; all that is ever stored is the same. Read first: every CPU has it at hand.
+        unsafe {
+            if *p == 0 {
+                *p = 1;
+            }
+        }
+    }
+}
+
+/// Whether sockets may have been led to this address and port by a Service's name.
+#[inline(always)]
+pub fn is_peer(addr: &Addr, port: u16) -> bool {
+    PEERS.get(noted::peer(addr, port)).is_none_or(|p| *p != 0)
 }
 
 /// Whether a service port admits this source.

@@ -77,7 +77,12 @@ fn outgoing(ctx: &SockAddrContext, v6: bool, connected: bool) -> i32 {
     let netns = || unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let Some(config) = CONFIG.get(0) else { return ALLOW };
     let on_node = || config.netns_cookie == netns();
-    let Some(v) = select::frontend(&addr, port, proto, SCOPE_INTERNAL, on_node, config) else { return ALLOW };
+    let Some(v) = select::frontend(&addr, port, proto, SCOPE_INTERNAL, on_node, config) else {
+        if is_peer(&addr, port) {
+            own_name(ctx, addr, port, proto, connected);
+        }
+        return ALLOW;
+    };
     if v.flags & frontend_flags::RANGES != 0 {
         if !on_node() {
             // A pod's source address is not known yet: its packets are looked at where they enter the node.
@@ -131,12 +136,31 @@ fn outgoing(ctx: &SockAddrContext, v6: bool, connected: bool) -> i32 {
     } else if fresh || unsafe { SOCK_SENT.get(&seen) } != Some(&named) {
         let _ = SOCK_SENT.insert(&seen, named, 0);
     }
+    note_peer(&b.addr, b.port);
     set_address(sa, v6, &b.addr, b.port);
     count(counters::SOCK_TRANSLATED);
     if fresh {
         count_connection(v.service, true);
     }
     ALLOW
+}
+
+/// The socket's owner asks a peer by its own name: its answers must not get that of a Service by which the socket once reached
+/// it.
+#[inline(always)]
+fn own_name(ctx: &SockAddrContext, addr: Addr, port: u16, proto: u8, connected: bool) {
+    // SAFETY: the context is valid while the program runs.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let key = SockKey { cookie, addr, port, proto, pad: 0, reserved: 0 };
+    // Most sockets that ask here have never asked a Service: looking for nothing takes no lock.
+    // SAFETY: elements are replaced as a whole.
+    if connected && unsafe { SOCK_REVERSE.get(&key) }.is_some() {
+        let _ = SOCK_REVERSE.remove(&key);
+    }
+    // SAFETY: as above.
+    if proto == UDP && unsafe { SOCK_SENT.get(&key) }.is_some() {
+        let _ = SOCK_SENT.remove(&key);
+    }
 }
 
 /// Gives a peer the name under which the socket's owner knows it.

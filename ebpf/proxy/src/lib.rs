@@ -97,6 +97,8 @@ pub enum Error {
     Addresses { source: rtnetlink::Error },
     #[error("cannot read the BPF maps of an earlier run; `orlop proxy cleanup` removes them")]
     Adopt { source: orlop_ebpf_loader::MapFailure },
+    #[error("cannot tell the BPF programs the node's addresses")]
+    Locals { source: orlop_ebpf_loader::MapFailure },
     #[error("cannot remove what kube-proxy left by means of {tool}; what is left can be removed by hand")]
     Leftovers { tool: String, source: std::io::Error },
     #[error("cannot read the BPF maps; are you root?")]

@@ -474,7 +474,7 @@ impl Proxy {
         datapath.maps.set_flags(flags).map_err(|source| Error::Adopt { source })?;
         self.tables
             .sync_locals(&mut datapath.maps, &node.locals)
-            .map_err(|source| Error::Adopt { source })?;
+            .map_err(|source| Error::Locals { source })?;
         if !self.attached {
             return Ok(());
         }

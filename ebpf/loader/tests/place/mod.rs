@@ -29,7 +29,14 @@ impl Place {
         }
         *users += 1;
         let home = std::env::temp_dir().join(orlop_base::testkit::unique_name(&format!("ebpf-{prefix}")));
-        let sizes = Sizes { frontends: 1024, slots: 1024, backends: 1024, connections: 1024, sockets: 1024 };
+        let sizes = Sizes {
+            frontends: 1024,
+            slots: 1024,
+            backends: 1024,
+            connections: 1024,
+            sockets: 1024,
+            ..Sizes::default()
+        };
         let config =
             Config { pins: home.join("bpf"), cgroup: Some(cgroup.clone()), sizes, ..Config::default() };
         Place { config, root, cgroup, home }

@@ -407,8 +407,14 @@ impl Home {
         let cgroup = probe::cgroup2().expect("cgroup v2 is not mounted").join(&name);
         std::fs::create_dir_all(&cgroup).expect("run as root");
         let dir = std::env::temp_dir().join(&name);
-        let sizes =
-            Sizes { frontends: 4096, slots: 4096, backends: 1024, connections: 65_536, sockets: 65_536 };
+        let sizes = Sizes {
+            frontends: 4096,
+            slots: 4096,
+            backends: 1024,
+            connections: 65_536,
+            sockets: 65_536,
+            ..Sizes::default()
+        };
         let pins = dir.join("bpf");
         let config = Config { pins, cgroup: Some(cgroup.clone()), force_clsact, sizes, ..Config::default() };
         Home { config, cgroup, dir }

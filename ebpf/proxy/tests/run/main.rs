@@ -1,6 +1,7 @@
 //! The whole proxy against an API server that says what the test tells it to: from watch event to answered connection.
 
 mod api;
+mod many;
 mod pages;
 mod scale;
 mod sequence;
@@ -59,7 +60,14 @@ impl Place {
         config.datapath = DatapathConfig {
             pins: home.join("bpf"),
             cgroup: Some(cgroup.clone()),
-            sizes: Sizes { frontends: 4096, slots: 4096, backends: 4096, connections: 256, sockets: 4096 },
+            sizes: Sizes {
+                frontends: 4096,
+                slots: 4096,
+                backends: 4096,
+                connections: 256,
+                sockets: 4096,
+                ..Sizes::default()
+            },
             ..DatapathConfig::default()
         };
         Place { home, root, cgroup, config }

@@ -106,8 +106,14 @@ fn difference(have: &Option<Truth>, want: &Truth) -> Option<String> {
 
 fn roomy(api: &FakeApi) -> Place {
     let mut place = Place::new(api.address);
-    place.config.datapath.sizes =
-        Sizes { frontends: 65_536, slots: 262_144, backends: 262_144, connections: 256, sockets: 4096 };
+    place.config.datapath.sizes = Sizes {
+        frontends: 65_536,
+        slots: 262_144,
+        backends: 262_144,
+        connections: 256,
+        sockets: 4096,
+        ..Sizes::default()
+    };
     place
 }
 

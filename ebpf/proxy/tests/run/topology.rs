@@ -13,22 +13,22 @@ const ENDPOINTS: [&str; 2] = ["10.73.1.1", "10.73.2.1"];
 const LINK: [&str; 2] = ["10.73.0.1", "10.73.0.2"];
 
 /// A network namespace and a cgroup that stand for a node. Removed on drop, with the programs.
-struct Node {
+pub struct Node {
     name: &'static str,
-    netns: String,
-    config: Config,
+    pub netns: String,
+    pub config: Config,
     cgroup: PathBuf,
     proxy: Option<Killed>,
 }
 
-fn ip(args: &str) {
+pub fn ip(args: &str) {
     let out = Command::new("ip").args(args.split(' ')).output();
     let out = out.expect("`ip` is missing: apt-get install iproute2");
     assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
 }
 
 impl Node {
-    fn new(name: &'static str, place: &Place) -> Node {
+    pub fn new(name: &'static str, place: &Place) -> Node {
         let netns = unique_name("pxt");
         ip(&format!("netns add {netns}"));
         ip(&format!("-n {netns} link set lo up"));
@@ -42,7 +42,7 @@ impl Node {
     }
 
     /// Runs `f` on a thread of its own inside the namespace.
-    fn run<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> T {
+    pub fn run<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> T {
         let path = format!("/run/netns/{}", self.netns);
         let thread = std::thread::spawn(move || {
             nix::sched::setns(File::open(path).unwrap(), nix::sched::CloneFlags::CLONE_NEWNET).unwrap();

@@ -1,0 +1,145 @@
+//! A node with more interfaces and addresses than most.
+
+use std::fmt::Write as _;
+use std::process::{Command, Stdio};
+
+use orlop_ebpf_loader::RealMaps;
+
+use super::*;
+use crate::topology::{Node, ip};
+
+const PAIRS: usize = 160;
+const ADDRESSES: u16 = 1_150;
+const NODE: &str = "10.74.1.1";
+const POD: &str = "10.74.2.2";
+const NODE_PORT: u16 = 31_074;
+
+/// Many commands of `ip` in one process.
+fn batch(netns: &str, lines: &str) {
+    let mut c = Command::new("ip").args(["-n", netns, "-batch", "-"]).stdin(Stdio::piped()).spawn().unwrap();
+    c.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    assert!(c.wait().unwrap().success());
+}
+
+fn address(i: u16) -> String {
+    format!("10.75.{}.{}", i >> 8, i & 255)
+}
+
+/// Addresses of virtual services; pods' interfaces; an uplink, and a pod that came last.
+fn crowded(node: &Node, outside: &str, pod: &str) {
+    let n = &node.netns;
+    let mut lines = String::new();
+    for i in 0..ADDRESSES {
+        writeln!(lines, "addr add {}/32 dev lo", address(i)).unwrap();
+    }
+    for i in 0..PAIRS {
+        writeln!(lines, "link add a{i} type veth peer name b{i}\nlink set a{i} up\nlink set b{i} up")
+            .unwrap();
+    }
+    batch(n, &lines);
+    ip(&format!("-n {n} link add up0 type veth peer name eth0 netns {outside}"));
+    ip(&format!("-n {n} addr add {NODE}/24 dev up0"));
+    ip(&format!("-n {n} link set up0 up"));
+    ip(&format!("-n {outside} addr add 10.74.1.2/24 dev eth0"));
+    ip(&format!("-n {outside} link set eth0 up"));
+    ip(&format!("-n {outside} route add default via {NODE}"));
+    let (own, theirs) = ("02:74:00:00:00:01", "02:74:00:00:00:02");
+    ip(&format!("-n {n} link add last address {own} type veth peer name eth0 address {theirs} netns {pod}"));
+    ip(&format!("-n {n} link set last up"));
+    ip(&format!("-n {pod} link set eth0 up"));
+    ip(&format!("-n {pod} addr add {POD}/32 dev eth0"));
+    ip(&format!("-n {pod} neigh replace 169.254.1.1 lladdr {own} dev eth0 nud permanent"));
+    ip(&format!("-n {pod} route add 169.254.1.1 dev eth0 scope link"));
+    ip(&format!("-n {pod} route add default via 169.254.1.1 dev eth0"));
+    ip(&format!("-n {n} neigh replace {POD} lladdr {theirs} dev last nud permanent"));
+    ip(&format!("-n {n} route add {POD}/32 dev last"));
+}
+
+/// A namespace that goes with the test.
+struct Netns(String);
+
+impl Netns {
+    fn new() -> Netns {
+        let n = Netns(unique_name("pxm"));
+        ip(&format!("netns add {}", n.0));
+        n
+    }
+
+    /// Asks from in here, outside of every cgroup that is served.
+    fn ask(&self, at: String) -> Result<String, String> {
+        let path = format!("/run/netns/{}", self.0);
+        let thread = std::thread::spawn(move || {
+            let file = std::fs::File::open(path).unwrap();
+            nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            ask(&at).map_err(|e| e.to_string())
+        });
+        thread.join().unwrap()
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_interfaces_and_addresses_are_served() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let place = Place::new(api.address);
+    let mut node = Node::new("me", &place);
+    let (outside, pod) = (Netns::new(), Netns::new());
+    crowded(&node, &outside.0, &pod.0);
+    node.config.uplinks.clear();
+    node.config.pod_packets = true;
+    let backend: SocketAddr = format!("{NODE}:8080").parse().unwrap();
+    node.run(move || server("a", backend));
+    let address_of_api = api.address;
+    api.listen(node.run(move || TcpListener::bind(address_of_api).unwrap()));
+    let ports =
+        json!({"type": "NodePort", "ports": [{"port": 80, "nodePort": NODE_PORT, "protocol": "TCP"}]});
+    api.put("services", service("w", "10.74.96.1", ports));
+    let mut endpoints = slice("w", backend.port());
+    endpoints["endpoints"][0]["addresses"] = json!([NODE]);
+    api.put("endpointslices", endpoints);
+
+    // As an earlier version left them: too small, and made anew.
+    let mut small = node.config.clone();
+    (small.datapath.sizes.addresses, small.datapath.sizes.interfaces) = (256, 16);
+    let full = in_node(&node, &small).await.unwrap_err();
+    assert!(full.contains("LOCAL_ADDRS is full") && full.contains("--map-size addresses"), "{full}");
+
+    let stop = in_node(&node, &node.config).await.unwrap();
+    let served = RealMaps::open(&node.config.datapath.pins).unwrap().uplinks().len();
+    assert_eq!(served, 2 * PAIRS + 2);
+    for at in [NODE.to_owned(), address(0), address(ADDRESSES - 1)] {
+        let at = format!("{at}:{NODE_PORT}");
+        assert_eq!(outside.ask(at.clone()), Ok("a".to_owned()), "{at} from outside");
+        assert_eq!(pod.ask(at.clone()), Ok("a".to_owned()), "{at} from the last pod");
+    }
+    stop.cancel();
+    let Node { config, .. } = &node;
+    let config = config.clone();
+    node.run(move || purge(&config)).unwrap();
+}
+
+/// Runs the proxy in the node's namespace until it is ready, or says why it ended.
+async fn in_node(node: &Node, config: &Config) -> Result<CancellationToken, String> {
+    let (stop, ready, config) = (CancellationToken::new(), Ready::default(), config.clone());
+    let (stopped, is_ready) = (stop.clone(), ready.clone());
+    let (tell, end) = tokio::sync::oneshot::channel();
+    let path = format!("/run/netns/{}", node.netns);
+    std::thread::spawn(move || {
+        let file = std::fs::File::open(path).unwrap();
+        nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let result = runtime.block_on(run(config, is_ready, stopped));
+        let _ = tell.send(result.map_err(|e| orlop_base::telemetry::chain(&e).to_string()));
+    });
+    tokio::select! {
+        () = ready.wait() => Ok(stop),
+        r = end => Err(r.unwrap().unwrap_err()),
+        () = tokio::time::sleep(PATIENCE * 2) => panic!("neither ready nor ended"),
+    }
+}
