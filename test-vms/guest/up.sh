@@ -27,5 +27,7 @@ for limit in kubepods/memory.max kubepods/cpu.weight kubepods/pids.max kubepods/
 done
 echo "pod/memory.max=$(cat "$1/memory.max")"
 echo "pod/cpu.max=$(cat "$1/cpu.max")"
+# Since the step before, containers can have the default profile.
+echo "confined=$(cat /proc/[0-9]*/attr/current 2>/dev/null | grep -c "^orlop-default")"
 echo "memory=$(($(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo) * 1024))"
 orlop down || { tail -n 30 /var/log/orlop.log; exit 1; }

@@ -168,4 +168,5 @@ fn a_cluster_serves_the_demo_through_its_service() {
             "{address}: {answer}"
         );
     }
+    assert_ne!(m.fact("up", "confined"), "0", "by the default AppArmor profile");
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use orlop_test_vms::vm::{Guest, Outcome, busybox_image, on_path};
 use orlop_test_vms::{program, run};
 
-const LIMIT: Duration = Duration::from_secs(240);
+const LIMIT: Duration = Duration::from_secs(480);
 
 /// The policy in the kernel's form.
 fn policy(dir: &Path) -> std::path::PathBuf {
@@ -42,6 +42,7 @@ fn guest() -> Result<Outcome, String> {
     guest.step("policy", include_str!("../guest/policy.sh"))?;
     guest.step("cri", include_str!("../guest/cri.sh"))?;
     guest.step("selinux", include_str!("../guest/selinux.sh"))?;
+    guest.step("up", include_str!("../guest/selinux_up.sh"))?;
     guest.run(LIMIT)
 }
 
@@ -117,6 +118,21 @@ fn a_volume_is_relabelled_when_asked_and_the_kernel_denies_the_rest() {
     denied("reader_write");
     denied("second_reads");
     assert!(fact("etc").contains("InvalidArgument desc = /etc belongs to the system"), "{}", fact("etc"));
+}
+
+#[test]
+fn a_pod_of_a_cluster_has_its_level_and_uses_its_own_volumes() {
+    let m = machine();
+    println!("{}", m.succeeded("up"));
+    let fact = |key| m.fact("up", key);
+    assert_eq!(fact("label"), "system_u:system_r:container_t:s0:c3,c4");
+    assert_eq!((fact("scratch"), fact("config"), fact("token")), ("x", "value", "read"));
+    assert_eq!((fact("hosts"), fact("termination")), ("read", "written"));
+    assert!(
+        fact("nodes").contains("Permission denied"),
+        "the node's files keep their label: {}",
+        fact("nodes")
+    );
 }
 
 #[test]

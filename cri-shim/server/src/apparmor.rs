@@ -16,9 +16,10 @@ const DEFAULT_TEXT: &str = include_str!("apparmor.profile");
 const LOADED: &str = "/sys/kernel/security/apparmor/profiles";
 const PARSERS: [&str; 2] = ["/usr/sbin/apparmor_parser", "/sbin/apparmor_parser"];
 
-/// Whether the kernel has AppArmor.
+/// Whether the kernel has AppArmor. Without its files, as in a container of another runtime, nothing can be done with it.
 pub(crate) fn is_on() -> bool {
     fs::read_to_string("/sys/module/apparmor/parameters/enabled").is_ok_and(|s| s.trim() == "Y")
+        && Path::new(LOADED).exists()
 }
 
 /// What turns a profile's text into the kernel's form.
@@ -106,7 +107,8 @@ fn choose(security: &cri::LinuxContainerSecurityContext, enabled: bool) -> Resul
         return match asked {
             None | Some((ProfileType::Unconfined, _)) => Ok(Choice::None),
             Some(_) => Err(Error::Invalid(
-                "an AppArmor profile is asked for, but this kernel has no AppArmor".into(),
+                "an AppArmor profile is asked for, but this node has no AppArmor in /sys/kernel/security"
+                    .into(),
             )),
         };
     }
@@ -126,7 +128,7 @@ impl Runtime {
     /// The profile of a container, which the kernel has then.
     pub async fn apparmor_profile(&self, config: &cri::ContainerConfig) -> Result<Option<String>> {
         let security = crate::container::spec::security(config);
-        match choose(&security, self.facts.apparmor)? {
+        match choose(&security, is_on())? {
             Choice::None => Ok(None),
             Choice::Default { wanted } => self.default_profile(wanted).await,
             Choice::Named(name) if name == "unconfined" || is_loaded(&name)? => Ok(Some(name)),
@@ -138,7 +140,7 @@ impl Runtime {
 
     async fn default_profile(&self, wanted: bool) -> Result<Option<String>> {
         // One at a time: the others find it loaded.
-        let _held = self.apparmor.lock().await;
+        let mut ours = self.apparmor.lock().await;
         let Some(parser) = parser() else {
             return match is_loaded(DEFAULT) {
                 Ok(true) => Ok(Some(DEFAULT.to_owned())),
@@ -151,9 +153,10 @@ impl Runtime {
                 )),
             };
         };
-        if !is_loaded(DEFAULT)? {
+        if !*ours || !is_loaded(DEFAULT)? {
             let done = tokio::task::spawn_blocking(move || load(&parser)).await;
             done.map_err(|e| Error::Internal(format!("loading a profile ended: {e}")))??;
+            *ours = true;
         }
         Ok(Some(DEFAULT.to_owned()))
     }

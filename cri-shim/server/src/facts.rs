@@ -13,7 +13,6 @@ pub(crate) struct Facts {
     pub cgroup_v2: bool,
     /// Version 1 controllers in which the runtime makes groups, as mounted below `/sys/fs/cgroup`.
     pub v1_controllers: Vec<String>,
-    pub apparmor: bool,
     pub selinux: bool,
     /// There is a controller for huge pages.
     pub hugetlb: bool,
@@ -94,7 +93,7 @@ impl Facts {
                 "no CAP_SYS_RESOURCE: a container's oom_score_adj cannot be below this process's own"
             );
         }
-        if self.apparmor && !crate::apparmor::can_default() {
+        if crate::apparmor::is_on() && !crate::apparmor::can_default() {
             tracing::warn!(
                 "AppArmor is on, but apparmor_parser is missing: containers without a profile of their own have none"
             );
@@ -112,7 +111,6 @@ impl Facts {
         Facts {
             cgroup_v2: v2,
             v1_controllers: if v2 { Vec::new() } else { v1_controllers() },
-            apparmor: crate::apparmor::is_on(),
             selinux: crate::selinux::is_on(),
             hugetlb: has_hugetlb(v2),
             swap_accounting: swap_accounting(v2),

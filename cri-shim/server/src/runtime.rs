@@ -24,8 +24,8 @@ pub(crate) struct Runtime {
     pub events: Events,
     pub sessions: Sessions,
     pub facts: Facts,
-    /// Held while the default AppArmor profile is loaded.
-    pub apparmor: tokio::sync::Mutex<()>,
+    /// Whether this run has loaded the default AppArmor profile; an earlier release's may differ.
+    pub apparmor: tokio::sync::Mutex<bool>,
     pub tasks: TaskGroup,
 }
 

@@ -53,10 +53,7 @@ async fn open(
             .map_err(Error::io("set the mode of", &dir))?;
     }
     let images = ImageStore::open(&config.images_dir, config.images.clone()).await?;
-    let images_dir = config.images_dir.clone();
-    // The first time, there may be many files.
-    let labelled = tokio::task::spawn_blocking(move || crate::selinux::label_images(&images_dir)).await;
-    labelled.map_err(|e| Error::Internal(format!("setting labels ended: {e}")))??;
+    crate::selinux::label_images(&config.images_dir).await;
     let runtime = Arc::new(Runtime {
         network: Network::new(&config),
         images,

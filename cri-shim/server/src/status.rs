@@ -44,7 +44,7 @@ impl Runtime {
                 },
                 "cgroupV2": self.facts.cgroup_v2,
                 "swapAccounting": self.facts.swap_accounting,
-                "appArmor": self.facts.apparmor,
+                "appArmor": crate::apparmor::is_on(),
                 "seLinux": self.facts.selinux,
                 "hugePages": self.facts.hugetlb,
                 "cdiSpecDirs": self.config.cdi_spec_dirs,

@@ -8,6 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use label::{CATEGORIES, Defaults, Labels, config_value, level, level_of};
+use orlop_base::telemetry::chain;
 use orlop_proto::cri;
 pub(crate) use relabel::{label_file, relabel};
 
@@ -57,13 +58,18 @@ fn name_of(level: &str) -> String {
 
 /// Gives the images' folder the label of files that all containers may read, unless it has it. A container's root file system has its
 /// own label, but the kernel also asks whether it may map the files below (mprotect on overlayfs).
-pub(crate) fn label_images(dir: &Path) -> Result<()> {
-    let Some(label) = is_on().then(defaults).flatten().and_then(|d| d.readonly()) else { return Ok(()) };
+pub(crate) async fn label_images(dir: &Path) {
+    let Some(label) = is_on().then(defaults).flatten().and_then(|d| d.readonly()) else { return };
     if relabel::label_of(dir).as_deref() == Some(&label) {
-        return Ok(());
+        return;
     }
     tracing::info!(dir = %dir.display(), label, "labelling the images' files");
-    relabel(dir, &label)
+    let dir = dir.to_owned();
+    // There may be many.
+    let done = tokio::task::spawn_blocking(move || relabel(&dir, &label)).await;
+    if let Ok(Err(e)) = done {
+        tracing::warn!(error = %chain(&e), "the images' files keep their SELinux label; containers may not be allowed to read them");
+    }
 }
 
 impl Runtime {
