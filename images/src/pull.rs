@@ -54,14 +54,6 @@ impl Drop for Listed {
 pub(crate) async fn shared(inner: &Arc<Inner>, reference: &str, auth: Option<&Auth>) -> Result<Arc<Image>> {
     let reference = Reference::parse(reference)?;
     let verifiers = verify::programs(inner.options.verifiers_dir.as_deref())?;
-    // What the programs say may have changed since the image came.
-    if verifiers.is_empty()
-        && let Some(digest) = &reference.digest
-        && let Some(image) = by_name_and_digest(inner, &reference, digest)
-        && reference.tagged().is_none_or(|t| image.repo_tags.contains(&t))
-    {
-        return Ok(image);
-    }
     let key = (reference.to_string(), auth.cloned());
     let pulling: Pulling = {
         let mut pulls = inner.pulls.0.lock();
@@ -102,10 +94,15 @@ pub(crate) async fn after_failure(inner: &Arc<Inner>, error: Error) -> Error {
     error
 }
 
-fn by_name_and_digest(inner: &Inner, reference: &Reference, digest: &Digest) -> Option<Arc<Image>> {
-    let name = reference.with_digest(digest);
+/// The image that the reference names, if it is here with that very name.
+fn present(inner: &Inner, reference: &Reference) -> Option<Arc<Image>> {
     let state = inner.state.read();
-    state.images.values().find(|e| e.record.digests.contains(&name)).map(|e| e.image.clone())
+    let Some(digest) = &reference.digest else {
+        return state.find(&reference.to_string()).map(|e| e.image.clone());
+    };
+    let name = reference.with_digest(digest);
+    let found = state.images.values().find(|e| e.record.digests.contains(&name)).map(|e| e.image.clone())?;
+    reference.tagged().is_none_or(|t| found.repo_tags.contains(&t)).then_some(found)
 }
 
 async fn pull(
@@ -119,9 +116,9 @@ async fn pull(
         let options = inner.options.clone();
         blocking(move || Session::new(&reference, &options, auth.as_ref())).await?
     };
-    let known = inner.state.read().find(&reference.to_string()).map(|e| e.image.clone());
-    // Asking for the digest alone does not count against a registry's limit of pulls.
-    if let (Some(image), None, []) = (known, reference.digest, verifiers)
+    // An image that is here is the caller's only if the registry, asked with the caller's credentials, says so; what programs say
+    // may have changed since it came. Asking for the digest alone does not count against a registry's limit of pulls.
+    if let (Some(image), []) = (present(inner, reference), verifiers)
         && let Some(now) = session.current_digest().await
         && image.repo_digests.contains(&reference.with_digest(&now))
     {

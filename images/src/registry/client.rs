@@ -128,14 +128,16 @@ impl Session {
         Ok(self.manifest(&digest.to_string(), false, Some(*digest)).await?.0)
     }
 
-    /// The digest that the reference's tag has now, if the registry tells without sending the manifest.
+    /// The digest of what the reference names now, if the registry tells without sending the manifest. For a digest that is whether
+    /// it lets the caller have it.
     pub async fn current_digest(&self) -> Option<Digest> {
-        let tag = self.reference.tag.as_deref()?;
+        let digest = self.reference.digest;
+        let what = digest.map(|d| d.to_string()).or_else(|| self.reference.tag.clone())?;
         for endpoint in &self.endpoints {
-            if !endpoint.host.resolve {
+            if !(if digest.is_some() { endpoint.host.pull } else { endpoint.host.resolve }) {
                 continue;
             }
-            let path = format!("/{}/manifests/{tag}", self.reference.repository);
+            let path = format!("/{}/manifests/{what}", self.reference.repository);
             if let Ok(response) = self.request(endpoint, Method::HEAD, &path, None).await {
                 return content_digest(&response);
             }

@@ -1,6 +1,6 @@
 //! Creates a layer's files. Metadata of folders is set at the end, because creating files inside changes it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
@@ -26,6 +26,11 @@ const MAX_LINKS: u32 = 40;
 /// The longest path, as in the kernel.
 const MAX_PATH: usize = 4096;
 
+/// What of one layer may be kept in memory until its end: the records of 800,000 folders with paths of usual length.
+const MEMORY: usize = 128 << 20;
+/// What a record takes beside its bytes.
+const RECORD: usize = 96;
+
 /// What a layer holds, and what it needs from the layers below it.
 #[derive(Debug, Default)]
 pub(crate) struct Unpacked {
@@ -36,20 +41,33 @@ pub(crate) struct Unpacked {
     pub borrow: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
+/// A folder's metadata, by its path.
 struct Folder {
-    path: Vec<u8>,
+    /// Its place in the archive: by another path, through a link, it may have been given before.
+    number: u64,
     mode: u32,
     owner: (u32, u32),
     mtime: (i64, u32),
     xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
+impl Folder {
+    fn size(&self, path: &[u8]) -> usize {
+        let xattrs: usize = self.xattrs.iter().map(|(n, v)| n.len() + v.len() + RECORD / 2).sum();
+        RECORD + path.len() + xattrs
+    }
+}
+
 struct Unpacker<'a> {
     root: BorrowedFd<'a>,
     cache: Vec<(Vec<u8>, Rc<OwnedFd>)>,
     next_slot: usize,
-    folders: Vec<Folder>,
+    folders: BTreeMap<Vec<u8>, Folder>,
     inherit: BTreeSet<Vec<u8>>,
+    /// Bytes that `folders`, `inherit` and `out.borrow` take.
+    held: usize,
+    /// Entries of folders so far.
+    remembered: u64,
     out: Unpacked,
 }
 
@@ -59,8 +77,10 @@ pub(crate) fn unpack<R: BufRead>(stream: R, root: BorrowedFd<'_>) -> Result<(Unp
         root,
         cache: Vec::new(),
         next_slot: 0,
-        folders: Vec::new(),
+        folders: BTreeMap::new(),
         inherit: BTreeSet::from([Vec::new()]),
+        held: RECORD,
+        remembered: 0,
         out: Unpacked { usage: Usage { bytes: 0, inodes: 1 }, ..Unpacked::default() },
     };
     let mut tar = TarReader::new(stream);
@@ -142,8 +162,8 @@ impl Unpacker<'_> {
         let (dir, base) = split(&entry.path);
         if entry.path.is_empty() {
             if entry.kind == Kind::Dir {
-                self.inherit.remove(&entry.path);
-                self.remember_folder(entry);
+                self.told(&entry.path);
+                self.remember_folder(entry)?;
             }
             return Ok(());
         }
@@ -170,7 +190,14 @@ impl Unpacker<'_> {
         }
         let fd = match open_in(self.root, path, FOLDER) {
             Ok(fd) => Rc::new(fd),
-            Err(Errno::NOENT | Errno::NOTDIR) if !path.is_empty() => self.make_folder(path, links)?,
+            Err(Errno::NOENT | Errno::NOTDIR) if !path.is_empty() => {
+                let (mut fd, from) = self.nearest(path)?;
+                let ends = (from..path.len()).filter(|&i| path[i] == b'/' && i > 0).chain([path.len()]);
+                for end in ends {
+                    fd = self.make_folder(&path[..end], &fd, links)?;
+                }
+                fd
+            }
             Err(e) => return Err(Error::io("open", path)(e)),
         };
         let slot = (path.to_vec(), fd.clone());
@@ -183,9 +210,43 @@ impl Unpacker<'_> {
         Ok(fd)
     }
 
-    fn make_folder(&mut self, path: &[u8], links: u32) -> Result<Rc<OwnedFd>, Error> {
+    /// The nearest folder above `path` that is there, and where in `path` the rest begins. A path has up to two thousand parts, and
+    /// looking each up takes as many steps: neither recursion nor one look per part will do.
+    fn nearest(&self, path: &[u8]) -> Result<(Rc<OwnedFd>, usize), Error> {
+        let ends: Vec<usize> = (0..path.len()).filter(|&i| path[i] == b'/').collect();
+        let look = |n: usize| {
+            let above = &path[..if n == 0 { 0 } else { ends[n - 1] }];
+            if let Some((_, fd)) = self.cache.iter().find(|(p, _)| p == above) {
+                return Ok(Some(fd.clone()));
+            }
+            match open_in(self.root, above, FOLDER) {
+                Ok(fd) => Ok(Some(Rc::new(fd))),
+                Err(Errno::NOENT | Errno::NOTDIR) if n > 0 => Ok(None),
+                Err(e) => Err(Error::io("open", above)(e)),
+            }
+        };
+        // Usually that is the parent.
+        let (mut there, mut missing) = (0, ends.len());
+        let mut best = look(missing)?;
+        if best.is_some() {
+            there = missing;
+        }
+        while missing > there + 1 {
+            let middle = there.midpoint(missing);
+            match look(middle)? {
+                Some(fd) => (best, there) = (Some(fd), middle),
+                None => missing = middle,
+            }
+        }
+        let best = match best {
+            Some(fd) => fd,
+            None => look(0)?.ok_or_else(|| Error::io("open", path)(Errno::NOENT))?,
+        };
+        Ok((best, if there == 0 { 0 } else { ends[there - 1] + 1 }))
+    }
+
+    fn make_folder(&mut self, path: &[u8], parent: &Rc<OwnedFd>, links: u32) -> Result<Rc<OwnedFd>, Error> {
         let (dir, base) = split(path);
-        let parent = self.folder(dir, links)?;
         let open = |parent: &OwnedFd| {
             rustix::fs::openat(parent, base, FOLDER | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
                 .map(Rc::new)
@@ -197,23 +258,23 @@ impl Unpacker<'_> {
             rustix::fs::fchmod(&*fd, Mode::from(0o755)).map_err(Error::io("set mode of", path))?;
             Ok(fd)
         };
-        match rustix::fs::mkdirat(&*parent, base, Mode::from(0o755)) {
+        match rustix::fs::mkdirat(&**parent, base, Mode::from(0o755)) {
             Ok(()) => {
                 self.out.usage.inodes += 1;
-                self.inherit.insert(path.to_vec());
-                return open_new(&parent);
+                self.untold(path)?;
+                return open_new(parent);
             }
             Err(Errno::EXIST) => {}
             Err(e) => return Err(Error::io("create folder", path)(e)),
         }
-        let stat = rustix::fs::statat(&*parent, base, AtFlags::SYMLINK_NOFOLLOW)
+        let stat = rustix::fs::statat(&**parent, base, AtFlags::SYMLINK_NOFOLLOW)
             .map_err(Error::io("look at", path))?;
         match FileType::from_raw_mode(stat.st_mode) {
             // The parent went through a link, so the first attempt by the full path failed and this one does not.
-            FileType::Directory => open(&parent),
+            FileType::Directory => open(parent),
             // Its target is in a lower layer: the files belong there.
             FileType::Symlink if links < MAX_LINKS => {
-                let target = rustix::fs::readlinkat(&*parent, base, Vec::new())
+                let target = rustix::fs::readlinkat(&**parent, base, Vec::new())
                     .map_err(Error::io("read link", path))?;
                 let target = target.as_bytes();
                 let full =
@@ -223,12 +284,12 @@ impl Unpacker<'_> {
                 self.folder(&inside, links + 1)
             }
             _ if is_whiteout(&stat) => {
-                self.clear(&parent, base, path)?;
-                rustix::fs::mkdirat(&*parent, base, Mode::from(0o755))
+                self.clear(parent, base, path)?;
+                rustix::fs::mkdirat(&**parent, base, Mode::from(0o755))
                     .map_err(Error::io("create folder", path))?;
                 self.out.usage.inodes += 1;
-                self.inherit.insert(path.to_vec());
-                let fd = open_new(&parent)?;
+                self.untold(path)?;
+                let fd = open_new(parent)?;
                 set_opaque(fd.as_fd(), path)?;
                 Ok(fd)
             }
@@ -282,7 +343,7 @@ impl Unpacker<'_> {
     ) -> Result<(), Error> {
         let path = entry.path.clone();
         let base = split(&path).1;
-        self.inherit.remove(&path);
+        self.told(&path);
         let mut made = self.make(&entry, parent, base)?;
         if let Made::InTheWay = made {
             let hid = self.clear(parent, base, &path)?;
@@ -298,7 +359,7 @@ impl Unpacker<'_> {
             Made::InTheWay => Err(Error::io("create", &path)(Errno::EXIST)),
             Made::Link => Ok(()),
             Made::Folder => {
-                self.remember_folder(entry);
+                self.remember_folder(entry)?;
                 Ok(())
             }
             Made::File(fd) => {
@@ -363,6 +424,7 @@ impl Unpacker<'_> {
             Ok(()) => Ok(Made::Link),
             Err(Errno::EXIST) => Ok(Made::InTheWay),
             Err(Errno::NOENT | Errno::NOTDIR) => {
+                self.hold(RECORD + entry.path.len() + target.len())?;
                 self.out.borrow.push((entry.path.clone(), target));
                 Ok(Made::Link)
             }
@@ -370,33 +432,61 @@ impl Unpacker<'_> {
         }
     }
 
-    fn remember_folder(&mut self, entry: Entry) {
-        self.folders.push(Folder {
-            path: entry.path,
+    /// Counts what stays in memory until the end.
+    fn hold(&mut self, bytes: usize) -> Result<(), Error> {
+        self.held += bytes;
+        if self.held > MEMORY { Err(Error::TooMuch { limit: MEMORY }) } else { Ok(()) }
+    }
+
+    /// A folder that was made for what is in it, without an entry of its own so far.
+    fn untold(&mut self, path: &[u8]) -> Result<(), Error> {
+        if self.inherit.insert(path.to_vec()) {
+            self.hold(RECORD + path.len())?;
+        }
+        Ok(())
+    }
+
+    fn told(&mut self, path: &[u8]) {
+        if self.inherit.remove(path) {
+            self.held -= RECORD + path.len();
+        }
+    }
+
+    /// The last entry of a path counts.
+    fn remember_folder(&mut self, entry: Entry) -> Result<(), Error> {
+        self.remembered += 1;
+        let folder = Folder {
+            number: self.remembered,
             mode: entry.mode,
             owner: (entry.uid, entry.gid),
             mtime: entry.mtime,
             xattrs: entry.xattrs,
-        });
+        };
+        if let Some(earlier) = self.folders.remove(&entry.path) {
+            self.held -= earlier.size(&entry.path);
+        }
+        self.hold(folder.size(&entry.path))?;
+        self.folders.insert(entry.path, folder);
+        Ok(())
     }
 
-    /// In the archive's order, so that the last entry of a path wins.
+    /// In the archive's order, so that the last entry of a folder wins.
     fn finish_folders(&mut self) -> Result<(), Error> {
-        for folder in std::mem::take(&mut self.folders) {
-            let fd = match open_in(self.root, &folder.path, FOLDER | OFlags::NOFOLLOW) {
+        let mut folders: Vec<(Vec<u8>, Folder)> = std::mem::take(&mut self.folders).into_iter().collect();
+        folders.sort_unstable_by_key(|(_, f)| f.number);
+        for (path, folder) in folders {
+            let fd = match open_in(self.root, &path, FOLDER | OFlags::NOFOLLOW) {
                 Ok(fd) => fd,
                 // A later entry replaced it.
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => continue,
-                Err(e) => return Err(Error::io("open", &folder.path)(e)),
+                Err(e) => return Err(Error::io("open", &path)(e)),
             };
-            own(fd.as_fd(), folder.owner).map_err(Error::io("set owner of", &folder.path))?;
+            own(fd.as_fd(), folder.owner).map_err(Error::io("set owner of", &path))?;
             for (name, value) in &folder.xattrs {
-                xattr(rustix::fs::fsetxattr(&fd, &**name, value, XattrFlags::empty()), &folder.path)?;
+                xattr(rustix::fs::fsetxattr(&fd, &**name, value, XattrFlags::empty()), &path)?;
             }
-            rustix::fs::fchmod(&fd, Mode::from(folder.mode))
-                .map_err(Error::io("set mode of", &folder.path))?;
-            rustix::fs::futimens(&fd, &timestamps(folder.mtime))
-                .map_err(Error::io("set times of", &folder.path))?;
+            rustix::fs::fchmod(&fd, Mode::from(folder.mode)).map_err(Error::io("set mode of", &path))?;
+            rustix::fs::futimens(&fd, &timestamps(folder.mtime)).map_err(Error::io("set times of", &path))?;
         }
         Ok(())
     }

@@ -36,6 +36,11 @@ pub enum Error {
     LinkTarget { path: String, target: String },
     #[error("the entry {path:?} is below something that is not a folder")]
     NotAFolder { path: String },
+    #[error(
+        "the layer's folders and links need more than {} MiB to be remembered until its end; it is made to exhaust memory",
+        limit >> 20
+    )]
+    TooMuch { limit: usize },
     #[error("cannot {what} {path:?}: {source}")]
     Io { what: &'static str, path: String, source: io::Error },
 }

@@ -11,6 +11,13 @@ use super::Error;
 const BLOCK: u64 = 512;
 /// The most bytes of one long name or PAX header; real ones are below 100 KiB.
 const MAX_META: u64 = 1 << 20;
+/// The longest target of a link, as in the kernel (PATH_MAX with its end mark).
+const MAX_LINK: usize = 4095;
+/// The longest value and name of an extended attribute, as in the kernel (XATTR_SIZE_MAX, XATTR_NAME_MAX).
+const MAX_XATTR: usize = 1 << 16;
+const MAX_XATTR_NAME: usize = 255;
+/// The most bytes of one entry's extended attributes. File systems hold less than their names alone may have.
+const MAX_XATTRS: usize = 1 << 20;
 /// The most pieces of a sparse file that are kept in memory (16 bytes each).
 const MAX_PIECES: usize = 1 << 16;
 
@@ -275,6 +282,9 @@ impl<R: BufRead> TarReader<R> {
             pieces: None,
             path,
         };
+        if entry.link.len() > MAX_LINK {
+            return Err(self.bad("a link's target is longer than 4095 bytes"));
+        }
         if header.entry_type() == T::GNUSparse {
             self.gnu_sparse(header, &mut entry)?;
         } else if kind == Kind::File {
@@ -509,10 +519,27 @@ impl Overrides {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.")
                     && !name.is_empty()
                 {
-                    self.xattrs.push((name.to_vec(), value.to_vec()));
+                    self.set_xattr(name, value)?;
                 }
             }
         }
+        Ok(())
+    }
+
+    fn set_xattr(&mut self, name: &[u8], value: &[u8]) -> Result<(), &'static str> {
+        if name.len() > MAX_XATTR_NAME {
+            return Err("an extended attribute's name is longer than 255 bytes");
+        }
+        if value.len() > MAX_XATTR {
+            return Err("an extended attribute is longer than 64 KiB");
+        }
+        // The last one counts, as with all other records.
+        self.xattrs.retain(|(n, _)| n != name);
+        let held: usize = self.xattrs.iter().map(|(n, v)| n.len() + v.len()).sum();
+        if held + name.len() + value.len() > MAX_XATTRS {
+            return Err("the extended attributes of an entry are longer than 1 MiB");
+        }
+        self.xattrs.push((name.to_vec(), value.to_vec()));
         Ok(())
     }
 

@@ -279,6 +279,67 @@ fn what_a_layer_lacks_comes_from_below() {
     assert_eq!(fs::read_to_string(up.join("srv/link")).unwrap(), "shared");
 }
 
+/// A stream that is made while it is read.
+struct Made<I>(I, std::io::Cursor<Vec<u8>>);
+
+impl<I: Iterator<Item = Vec<u8>>> std::io::Read for Made<I> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let n = self.1.read(buf)?;
+            if n > 0 {
+                return Ok(n);
+            }
+            match self.0.next() {
+                Some(bytes) => self.1 = std::io::Cursor::new(bytes),
+                None => return Ok(0),
+            }
+        }
+    }
+}
+
+/// Without the end mark.
+fn folder_with_attribute(name: &str) -> Vec<u8> {
+    let mut l = Layer::new();
+    let mut bytes = l.pax(&[("SCHILY.xattr.user.x", &[b'x'; 60 << 10])]).dir(name).bytes();
+    bytes.truncate(bytes.len() - 1024);
+    bytes
+}
+
+#[test]
+fn a_few_megabytes_do_not_become_gigabytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = open_folder(dir.path()).unwrap();
+    let unpack = |entries: &mut dyn Iterator<Item = Vec<u8>>| {
+        unpack(std::io::BufReader::new(Made(entries, Default::default())), root.as_fd()).map(|(u, _)| u)
+    };
+    // The last entry of a path is all that is kept of it.
+    let one = folder_with_attribute("a/");
+    let mut same = (0..4000).map(|_| one.clone()).chain([Layer::new().dir("a/").bytes()]);
+    unpack(&mut same).unwrap();
+    assert_eq!(fs::metadata(dir.path().join("a")).unwrap().mode() & 0o7777, 0o750);
+    let mut many = (0..4000).map(|i| folder_with_attribute(&format!("b{i}/")));
+    let e = unpack(&mut many).unwrap_err();
+    assert!(matches!(e, Error::TooMuch { .. }), "{e}");
+    let long = "l".repeat(4096);
+    let twice = |l: &mut Layer| {
+        for i in 0..20 {
+            let name = format!("SCHILY.xattr.user.x{i}");
+            l.pax(&[(name.as_str(), &[b'x'; 60 << 10])]);
+        }
+        l.dir("e/").bytes()
+    };
+    for (what, bytes) in [
+        ("link", Layer::new().pax(&[("linkpath", long.as_bytes())]).symlink("s", "x").bytes()),
+        ("hard link", Layer::new().pax(&[("linkpath", long.as_bytes())]).hard("h", "x").bytes()),
+        ("value", Layer::new().pax(&[("SCHILY.xattr.user.x", &[b'x'; (64 << 10) + 1])]).dir("v/").bytes()),
+        ("name", Layer::new().pax(&[(format!("SCHILY.xattr.user.{long}").as_str(), b"x")]).dir("n/").bytes()),
+        ("many headers", twice(&mut Layer::new())),
+    ] {
+        let e = unpack_into(dir.path(), &bytes).unwrap_err();
+        assert!(matches!(e, Error::Tar { .. }), "{what}: {e}");
+    }
+}
+
 #[test]
 fn a_link_to_a_sparse_file_below_copies_no_holes() {
     let dir = tempfile::tempdir().unwrap();

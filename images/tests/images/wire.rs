@@ -3,7 +3,7 @@
 use crate::fake::*;
 use crate::support::*;
 use base64::Engine as _;
-use orlop_images::{Auth, Digest, Error};
+use orlop_images::{Auth, Digest, Error, Options};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_transfer_that_breaks_off_goes_on_where_it_was() {
@@ -156,6 +156,56 @@ async fn mirrors_come_first_and_see_no_credentials() {
     std::fs::write(certs.join(&upstream.address).join("hosts.toml"), "server = 1").unwrap();
     let e = store.pull(&format!("{}/b:v1", upstream.address), None).await.unwrap_err();
     assert!(matches!(&e, Error::Config { path, .. } if path.ends_with("hosts.toml")), "{e}");
+}
+
+/// An image that is here is only for those whom its registry lets have it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_here_is_not_everybodys() {
+    let data = image();
+    let digest = Digest::of(&data.0);
+    let good = format!("Basic {}", base64::engine::general_purpose::STANDARD.encode("u:p"));
+    let up = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let is_up = up.clone();
+    for names_digest in [true, false] {
+        let (data, good, is_up) = (data.clone(), good.clone(), is_up.clone());
+        up.store(true, std::sync::atomic::Ordering::SeqCst);
+        let fake = Fake::start(Box::new(move |r, _| {
+            if !is_up.load(std::sync::atomic::Ordering::SeqCst) {
+                return Vec::new();
+            }
+            if r.headers.get("authorization") != Some(&good) {
+                return response("401 Unauthorized", "www-authenticate: Basic realm=\"x\"\r\n", 0, b"");
+            }
+            if names_digest && r.line.starts_with("HEAD") {
+                let header = format!("docker-content-digest: {}\r\n", Digest::of(&data.0));
+                return response("200 OK", &header, data.0.len(), b"");
+            }
+            serve(&r.line, &data)
+        }));
+        let place = Place::new();
+        let patience = std::time::Duration::from_millis(300);
+        let store = place.open_with(Options { patience, ..Options::default() }).await;
+        let user = |name: &str| Auth { username: "u".into(), password: name.into(), ..Auth::default() };
+        let names = [
+            format!("{}/a:v1", fake.address),
+            format!("{}/a@{digest}", fake.address),
+            format!("{}/a:v1@{digest}", fake.address),
+        ];
+        store.pull(&names[0], Some(&user("p"))).await.unwrap();
+        let blobs = fake.requests("/blobs/").len();
+        for name in &names {
+            for auth in [None, Some(user("other"))] {
+                let e = store.pull(name, auth.as_ref()).await.unwrap_err();
+                assert!(matches!(e, Error::Unauthorized { .. }), "{name}: {e}");
+            }
+            store.pull(name, Some(&user("p"))).await.unwrap();
+        }
+        if names_digest {
+            assert_eq!(fake.requests("/blobs/").len(), blobs, "what is here is not fetched again");
+        }
+        up.store(false, std::sync::atomic::Ordering::SeqCst);
+        store.pull(&names[1], Some(&user("p"))).await.unwrap_err();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
