@@ -24,8 +24,25 @@ pub enum CleanupError {
     Journal(#[from] orlop_base::durable::Error),
 }
 
-/// Containers first, then the sandbox. What cannot be read is reported after all the rest has been cleaned.
-pub fn run(dir: &Path) -> Result<(), CleanupError> {
+/// Containers first, then the sandbox, then `groups`: cgroups that the caller knows of, below each hierarchy's mount. What
+/// stands in the way of one thing is reported after all the rest has been cleaned.
+pub fn run(dir: &Path, groups: &[String]) -> Result<(), CleanupError> {
+    let mut first = None;
+    let mut keep = |done: Result<(), CleanupError>| {
+        if let Err(e) = done {
+            first.get_or_insert(e);
+        }
+    };
+    if dir.exists() {
+        from_journal(dir, &mut keep)?;
+    }
+    for group in groups {
+        keep(orlop_oci::end_groups(&cgroup::existing(group)).map_err(Into::into));
+    }
+    first.map_or(Ok(()), Err)
+}
+
+fn from_journal(dir: &Path, keep: &mut impl FnMut(Result<(), CleanupError>)) -> Result<(), CleanupError> {
     let at = |path: &Path| {
         let path = path.to_owned();
         move |source| CleanupError::Io { path, source }
@@ -35,26 +52,34 @@ pub fn run(dir: &Path) -> Result<(), CleanupError> {
         return Err(CleanupError::Alive { path: dir.to_owned() });
     }
     let (records, errors) = journal::load_containers(dir);
+    let mut stays = false;
     for r in records {
-        if r.phase != Phase::Exited && r.pid > 1 && journal::start_ticks(r.pid) == r.pid_start {
-            let _ = cgroup::signal_pid(Pid::from_raw(r.pid), libc::SIGKILL);
-        }
-        let root = journal::external_root(dir);
-        match r.external(&root) {
-            Some(external) => external.delete_here(&r.cgroups)?,
-            None => orlop_oci::delete_in_place(&dir.join("oci"), &r.id, &r.cgroups)?,
-        }
-        journal::forget_container(dir, &r.id).map_err(at(dir))?;
+        let done = container(dir, &r).and_then(|()| journal::forget_container(dir, &r.id).map_err(at(dir)));
+        stays |= done.is_err();
+        keep(done);
     }
-    if let Some(s) = journal::load_sandbox(dir)? {
-        sandbox::destroy(dir, &s).map_err(at(dir))?;
+    match journal::load_sandbox(dir) {
+        Ok(Some(s)) => keep(sandbox::destroy(dir, &s).map_err(at(dir))),
+        Ok(None) => {}
+        Err(e) => keep(Err(e.into())),
     }
-    for folder in [dir.join("oci"), journal::external_root(dir)] {
-        let _ = fs::remove_dir_all(folder);
+    if !stays {
+        for folder in [dir.join("oci"), journal::external_root(dir)] {
+            let _ = fs::remove_dir_all(folder);
+        }
     }
     setup::leave(dir);
-    match errors.into_iter().next() {
-        Some(e) => Err(e.into()),
-        None => Ok(()),
+    errors.into_iter().for_each(|e| keep(Err(e.into())));
+    Ok(())
+}
+
+fn container(dir: &Path, r: &journal::Record) -> Result<(), CleanupError> {
+    if r.phase != Phase::Exited && r.pid > 1 && journal::start_ticks(r.pid) == r.pid_start {
+        let _ = cgroup::signal_pid(Pid::from_raw(r.pid), libc::SIGKILL);
     }
+    match r.external(&journal::external_root(dir)) {
+        Some(external) => external.delete_here(&r.cgroups)?,
+        None => orlop_oci::delete_in_place(&dir.join("oci"), &r.id, &r.cgroups)?,
+    }
+    Ok(())
 }

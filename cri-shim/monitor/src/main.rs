@@ -1,7 +1,8 @@
 //! `orlop-monitor`: one small single-threaded process per pod that owns the pod's namespaces and containers and outlives every daemon.
 //!
 //! Usage: `orlop-monitor --dir DIR` becomes a daemon that serves `DIR/monitor.sock` (proto/monitor.proto); the starter's process ends with 0
-//! once it listens. `orlop-monitor --cleanup --dir DIR` takes back what a monitor that is gone has left.
+//! once it listens. `orlop-monitor --cleanup --dir DIR [--cgroup PATH]...` takes back what a monitor that is gone has left, and ends
+//! these cgroups.
 //!
 //! Static release build: `RUSTFLAGS="-C target-feature=+crt-static" cargo build --release -p orlop-monitor --target x86_64-unknown-linux-gnu`.
 
@@ -34,20 +35,24 @@ use std::process::ExitCode;
 struct Args {
     dir: PathBuf,
     cleanup: bool,
+    groups: Vec<String>,
 }
 
 const USAGE: &str = "usage: orlop-monitor --dir DIR            serve DIR/monitor.sock in the background
-       orlop-monitor --cleanup --dir DIR  take back what a dead monitor left
+       orlop-monitor --cleanup --dir DIR [--cgroup PATH]...
+                                          take back what a dead monitor left, and end these cgroups
        orlop-monitor --version";
 
 fn parse(args: impl Iterator<Item = String>) -> Result<Args, String> {
     let mut dir = None;
     let mut cleanup = false;
+    let mut groups = Vec::new();
     let mut args = args;
     while let Some(a) = args.next() {
         match a.as_str() {
             "--dir" => dir = args.next().map(PathBuf::from),
             "--cleanup" => cleanup = true,
+            "--cgroup" => groups.extend(args.next()),
             "--version" => return Err(format!("orlop-monitor {}", env!("CARGO_PKG_VERSION"))),
             _ => return Err(format!("unknown argument {a:?}\n{USAGE}")),
         }
@@ -56,7 +61,10 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Args, String> {
     if !dir.is_absolute() {
         return Err(format!("--dir {} is not absolute", dir.display()));
     }
-    Ok(Args { dir, cleanup })
+    if !cleanup && !groups.is_empty() {
+        return Err(format!("--cgroup goes with --cleanup only\n{USAGE}"));
+    }
+    Ok(Args { dir, cleanup, groups })
 }
 
 fn main() -> ExitCode {
@@ -72,7 +80,7 @@ fn main() -> ExitCode {
         }
     };
     if args.cleanup {
-        return match cleanup::run(&args.dir) {
+        return match cleanup::run(&args.dir, &args.groups) {
             Ok(()) => ExitCode::SUCCESS,
             Err(e) => {
                 eprintln!("orlop-monitor: {e}");
@@ -115,7 +123,8 @@ mod tests {
     fn arguments() {
         let p = |a: &[&str]| parse(a.iter().map(|s| s.to_string())).map(|a| (a.dir, a.cleanup));
         assert_eq!(p(&["--dir", "/a"]), Ok(("/a".into(), false)));
-        assert_eq!(p(&["--cleanup", "--dir", "/a"]), Ok(("/a".into(), true)));
+        assert_eq!(p(&["--cleanup", "--dir", "/a", "--cgroup", "/b"]), Ok(("/a".into(), true)));
+        assert!(p(&["--dir", "/a", "--cgroup", "/b"]).is_err());
         assert!(
             p(&[]).is_err() && p(&["--dir"]).is_err() && p(&["--dir", "a"]).is_err() && p(&["x"]).is_err()
         );

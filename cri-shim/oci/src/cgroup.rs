@@ -1,6 +1,7 @@
 //! The cgroups of a container, by absolute folder: found once after creation, journalled, then used to signal, to watch for
 //! out-of-memory and to clean up. Works for cgroup v1 (also beside an empty v2) and for v2.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -74,8 +75,8 @@ fn collect(folder: &Path, out: &mut Vec<Pid>) {
     }
 }
 
-/// Sends a signal to every process of the cgroup; for SIGKILL until none is left that was not seen before (a fork race).
-/// Returns how many were signalled.
+/// Sends a signal to every process of the cgroup and below; for SIGKILL until none is left that was not seen before (a fork
+/// race). Returns how many were signalled.
 pub fn signal_all(folders: &[PathBuf], signal: i32) -> usize {
     let kill = signal == Signal::SIGKILL as i32;
     if kill
@@ -85,19 +86,61 @@ pub fn signal_all(folders: &[PathBuf], signal: i32) -> usize {
     {
         return processes(folders).len();
     }
-    let mut seen: Vec<Pid> = Vec::new();
-    // A fork bomb could outrun a single pass; the pids limit bounds it, the round limit bounds us.
-    for _ in 0..if kill { 10 } else { 1 } {
-        let fresh: Vec<Pid> = processes(folders).into_iter().filter(|p| !seen.contains(p)).collect();
-        if fresh.is_empty() {
-            break;
-        }
+    let mut seen: HashSet<Pid> = HashSet::new();
+    for round in 0..if kill { 10 } else { 1 } {
+        // What still has new ones forks faster than they are counted: nothing forks while it is frozen.
+        let frozen = (round > 1).then(|| freeze(folders));
+        let fresh: Vec<Pid> =
+            processes(folders).into_iter().filter(|p| frozen == Some(true) || !seen.contains(p)).collect();
         for p in &fresh {
             let _ = signal_pid(*p, signal);
+        }
+        if kill {
+            // Also what froze itself: it would not die.
+            thaw(folders);
+        }
+        if fresh.is_empty() || frozen == Some(true) {
+            break;
         }
         seen.extend(fresh);
     }
     seen.len()
+}
+
+/// Whether nothing in the cgroup runs any more. A process that waits in the kernel is not waited for.
+fn freeze(folders: &[PathBuf]) -> bool {
+    let Some(folder) = v1_folder(folders, "freezer") else { return false };
+    let file = folder.join("freezer.state");
+    for _ in 0..50 {
+        // Again and again: a process that is forked in between is missed by one write.
+        if fs::write(&file, "FROZEN").is_err() {
+            return false;
+        }
+        if fs::read_to_string(&file).is_ok_and(|s| s.trim() == "FROZEN") {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    false
+}
+
+/// Lets the cgroup and those below it run.
+fn thaw(folders: &[PathBuf]) {
+    fn each(folder: &Path) {
+        let file = folder.join("freezer.state");
+        if fs::read_to_string(&file).is_ok_and(|s| s.trim() != "THAWED") {
+            // One that is gone meanwhile is as good.
+            let _ = fs::write(&file, "THAWED");
+        }
+        for e in fs::read_dir(folder).into_iter().flatten().flatten() {
+            if e.file_type().is_ok_and(|t| t.is_dir()) {
+                each(&e.path());
+            }
+        }
+    }
+    if let Some(folder) = v1_folder(folders, "freezer") {
+        each(folder);
+    }
 }
 
 /// kill(2) with a raw number, so that real-time signals (SIGRTMIN+3 of systemd images) work.
@@ -115,13 +158,20 @@ pub fn remove(folders: &[PathBuf]) -> io::Result<bool> {
     Ok(done)
 }
 
-/// The same, waiting for processes that are ending; those that fork meanwhile are killed again.
+/// The same, waiting for processes that are ending; what is left in any hierarchy is killed again.
 pub fn remove_within(folders: &[PathBuf], limit: Duration) -> io::Result<bool> {
     let end = Instant::now() + limit;
     let mut pause = Duration::from_micros(250);
     while !remove(folders)? {
         if Instant::now() >= end {
             return Ok(false);
+        }
+        signal_all(folders, Signal::SIGKILL as i32);
+        // Version 1: one that left the members' hierarchy keeps the other folders busy.
+        let mut left = Vec::new();
+        folders.iter().for_each(|f| collect(f, &mut left));
+        for p in left {
+            let _ = signal_pid(p, Signal::SIGKILL as i32);
         }
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(50));
@@ -180,6 +230,22 @@ fn keyed(text: &str, key: &str) -> u64 {
         .find(|(k, _)| *k == key)
         .and_then(|(_, v)| v.trim().parse().ok())
         .unwrap_or(0)
+}
+
+/// The folders of `path` that are there, in every hierarchy. None for the root.
+pub fn existing(path: &str) -> Vec<PathBuf> {
+    let rel = path.trim_start_matches('/');
+    if rel.is_empty() || rel.split('/').any(|c| c == ".." || c.is_empty()) {
+        return Vec::new();
+    }
+    let bases: Vec<PathBuf> = if is_unified() {
+        vec![ROOT.into()]
+    } else {
+        let entries = fs::read_dir(ROOT).into_iter().flatten().flatten();
+        // Links are alternative names.
+        entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path()).collect()
+    };
+    bases.into_iter().map(|b| b.join(rel)).filter(|f| f.join("cgroup.procs").exists()).collect()
 }
 
 /// Makes `path` (below each hierarchy's root); returns the folders.

@@ -31,7 +31,9 @@ pub use exec::{ExecSpec, exec};
 pub use executor::read_report;
 pub use external::{External, Runtime};
 pub use helper::{Helper, Reply};
-pub use ops::{Outcome, Stdio, delete, delete_in_place, delete_now, start, start_channel, update};
+pub use ops::{
+    Outcome, Stdio, delete, delete_in_place, delete_now, end_groups, start, start_channel, update,
+};
 
 use serde::{Deserialize, Serialize};
 

@@ -128,13 +128,21 @@ pub fn delete(root: &Path, id: &str, cgroups: &[PathBuf]) -> Result<Helper, Erro
 /// The same in the calling process, for cleaning up after a monitor that is gone.
 pub fn delete_in_place(root: &Path, id: &str, cgroups: &[PathBuf]) -> Result<(), Error> {
     check_id(id)?;
+    end_groups(cgroups)?;
+    forget(root, id)
+}
+
+/// Kills what is in a cgroup and below it and removes it. Idempotent; an error when something stays.
+pub fn end_groups(cgroups: &[PathBuf]) -> Result<(), Error> {
     cgroup::signal_all(cgroups, Signal::SIGKILL as i32);
     let gone = cgroup::remove_within(cgroups, DEATH)
         .map_err(|e| Error::io("cgroup", "cannot remove the cgroup", &e))?;
     if !gone {
-        return Err(Error::new(Kind::Runtime, "cgroup", "processes of the cgroup do not end", libc::EBUSY));
+        let left = cgroup::processes(cgroups);
+        let message = format!("processes of the cgroup do not end: {left:?} in {cgroups:?}");
+        return Err(Error::new(Kind::Runtime, "cgroup", message, libc::EBUSY));
     }
-    forget(root, id)
+    Ok(())
 }
 
 fn forget(root: &Path, id: &str) -> Result<(), Error> {

@@ -4,15 +4,19 @@
 //!   folder's name as all that is known of it, and cleaned up;
 //! * a record in phase `Creating` was never answered: it is taken back;
 //! * a network plugin that an earlier run was killed over has not ended by itself: it is ended before anything else is done;
-//! * a monitor that answers is right about its containers; one that does not is dead, as is a machine that was rebooted;
+//! * a monitor that answers is right about its containers; one whose process has ended is dead, as is a machine that was rebooted; one
+//!   that runs and does not answer is waited for, while its containers stay as they are recorded;
 //! * anything in the run folder, the image store's mounts or the network's records that belongs to no record is a leak.
 
 use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
+use futures::StreamExt;
 use orlop_base::durable;
+use tokio::time::timeout;
 
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
@@ -22,6 +26,11 @@ use crate::store::names::{container_name, sandbox_name};
 use crate::store::{
     Container, ContainerPhase, ContainerRecord, Encoded, RECORD_VERSION, Sandbox, SandboxPhase, SandboxRecord,
 };
+
+/// How long a monitor may take to tell its state before the start goes on without it.
+const ADOPT_LIMIT: Duration = Duration::from_secs(3);
+/// Sandboxes brought in order at once.
+const ADOPT_AT_ONCE: usize = 8;
 
 /// Names of the folders in `dir`; none when it is missing.
 fn folders(dir: &Path) -> Result<Vec<String>> {
@@ -35,32 +44,6 @@ fn folders(dir: &Path) -> Result<Vec<String>> {
         .filter(|e| e.path().is_dir())
         .map(|e| e.file_name().to_string_lossy().into_owned())
         .collect())
-}
-
-/// Processes of a monitor that an earlier run was just starting in `run_dir`; it does not listen yet.
-fn starting_monitor(run_dir: &Path) -> Vec<i32> {
-    let asked = format!("\0--dir\0{}\0", run_dir.display());
-    let names = fs::read_dir("/proc").into_iter().flatten().flatten().map(|e| e.file_name());
-    let pids = names.filter_map(|n| n.to_string_lossy().parse::<i32>().ok());
-    let is_one = |pid: &i32| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        line.windows(asked.len()).any(|w| w == asked.as_bytes())
-    };
-    pids.filter(is_one).collect()
-}
-
-async fn end_starting_monitor(run_dir: &Path) {
-    for _ in 0..100 {
-        let pids = starting_monitor(run_dir);
-        if pids.is_empty() {
-            return;
-        }
-        for pid in pids {
-            let _ =
-                nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-    }
 }
 
 /// All that is known of a sandbox whose record is gone.
@@ -98,11 +81,13 @@ impl Runtime {
         for sandbox in half_made.sandboxes {
             self.take_back_sandbox(&sandbox).await;
         }
-        for sandbox in self.store.sandboxes() {
+        // Together: one silent monitor must not hold up the others.
+        let adopt = async |sandbox: Arc<Sandbox>| {
             if let Err(e) = self.adopt(&sandbox).await {
-                tracing::error!(sandbox = %sandbox.id, error = %e, "could not bring the sandbox in order");
+                tracing::error!(sandbox = %sandbox.id, error = %orlop_base::telemetry::chain(&e), "could not bring the sandbox in order");
             }
-        }
+        };
+        futures::stream::iter(self.store.sandboxes()).for_each_concurrent(ADOPT_AT_ONCE, adopt).await;
         self.reclaim().await;
         Ok(())
     }
@@ -128,7 +113,7 @@ impl Runtime {
             if half_made {
                 sandboxes.push(sandbox);
             } else {
-                self.store.names.reserve(&name, &id)?;
+                self.reserve_again(&name, &id);
                 self.keep_level(&sandbox.record().selinux, &id);
                 self.store.add_sandbox(sandbox);
             }
@@ -144,7 +129,9 @@ impl Runtime {
                         tracing::error!(container = %id, error = %e, "unreadable record; the container is cleaned up");
                     }
                     // What it left is reclaimed as belonging to nobody.
-                    mounts::remove_tree(&dir)?;
+                    if let Err(e) = mounts::remove_tree(&dir) {
+                        tracing::error!(container = %id, error = %e, "could not delete an unreadable record");
+                    }
                     continue;
                 }
             };
@@ -153,13 +140,20 @@ impl Runtime {
             match self.store.sandbox(&container.sandbox_id) {
                 Ok(sandbox) if !half_made => {
                     let name = container_name(&container.record().metadata(), &sandbox.record().metadata());
-                    self.store.names.reserve(&name, &id)?;
+                    self.reserve_again(&name, &id);
                     self.store.add_container(container);
                 }
                 _ => containers.push(container),
             }
         }
         Ok(HalfMade { sandboxes, containers })
+    }
+
+    /// A name that two records claim is the first one's; the other is there under its id, to be removed.
+    fn reserve_again(&self, name: &str, id: &str) {
+        if let Err(e) = self.store.names.reserve(name, id) {
+            tracing::error!(id, error = %e, "two records have the same name");
+        }
     }
 
     async fn take_back_container(&self, container: &Container) {
@@ -182,7 +176,8 @@ impl Runtime {
         let done = async {
             let run_dir = self.config.sandbox_run_dir(&sandbox.id);
             if !run_dir.join("monitor.sock").exists() {
-                end_starting_monitor(&run_dir).await;
+                // An earlier run was just starting it; it does not listen yet.
+                sandbox.monitor.end().await?;
             }
             self.tear_down(sandbox).await?;
             mounts::remove_tree(&self.config.sandbox_state_dir(&sandbox.id))
@@ -197,27 +192,41 @@ impl Runtime {
 
     async fn adopt(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<()> {
         match sandbox.record().phase {
-            SandboxPhase::Ready => match sandbox.monitor.state().await {
-                Ok(state) => {
-                    self.align(sandbox, &state, true);
-                    for seen in &state.containers {
-                        if self.store.container(&seen.container_id).is_err() {
-                            sandbox.monitor.delete_container(&seen.container_id).await?;
-                        }
+            SandboxPhase::Ready => {
+                let known: Vec<String> =
+                    self.store.containers_of(&sandbox.id).iter().map(|c| c.id.clone()).collect();
+                let adopt = async {
+                    let state = sandbox.monitor.state().await?;
+                    self.adopt_state(sandbox, &state, &known).await
+                };
+                let timed_out = Err(crate::monitor::Error::Timeout("the server that started"));
+                match timeout(ADOPT_LIMIT, adopt).await.unwrap_or(timed_out) {
+                    Ok(()) => {
+                        self.watch(sandbox.clone(), None);
+                        tracing::info!(sandbox = %sandbox.id, "adopted a running pod");
                     }
-                    self.watch(sandbox.clone());
-                    tracing::info!(sandbox = %sandbox.id, "adopted a running pod");
+                    Err(e) if e.is_silence() && sandbox.monitor.process().is_some() => {
+                        tracing::warn!(sandbox = %sandbox.id, error = %e, "the pod's monitor lives but does not answer; waiting for it");
+                        self.watch(sandbox.clone(), Some(known));
+                    }
+                    Err(e) if e.is_silence() => {
+                        tracing::warn!(sandbox = %sandbox.id, error = %e, "the pod's monitor is gone");
+                        self.bury(sandbox).await?;
+                    }
+                    Err(e) => return Err(e.into()),
                 }
-                Err(e) if e.is_death() => {
-                    tracing::warn!(sandbox = %sandbox.id, error = %e, "the pod's monitor is gone");
-                    self.bury(sandbox).await?;
-                }
-                Err(e) => return Err(e.into()),
-            },
+            }
             // A stop was cut short: finish it.
             SandboxPhase::NotReady => {
-                if let Ok(state) = sandbox.monitor.state().await {
-                    self.align(sandbox, &state, true);
+                if let Ok(Ok(state)) = timeout(ADOPT_LIMIT, sandbox.monitor.state()).await {
+                    let known = self
+                        .store
+                        .containers_of(&sandbox.id)
+                        .iter()
+                        .map(|c| c.id.clone())
+                        .collect::<Vec<_>>();
+                    // What the stop cannot ask for, it takes away.
+                    let _ = self.adopt_state(sandbox, &state, &known).await;
                 }
                 let _held = sandbox.op.lock().await;
                 self.stop_sandbox(sandbox).await?;

@@ -4,6 +4,8 @@
 //! answer nor a dropped future can then disturb another request.
 
 mod frame;
+mod pidfd;
+mod process;
 mod seal;
 
 use std::os::fd::AsRawFd;
@@ -25,6 +27,10 @@ pub(crate) use proto::server_frame::Body as Reply;
 const VERSION: u32 = 2;
 /// How long anything but an exec may take. Container creation on a machine under load is the slowest.
 const CALL_LIMIT: Duration = Duration::from_secs(120);
+/// How long a monitor may take to accept a connection and say Hello. It does nothing that takes that long.
+const HELLO_LIMIT: Duration = Duration::from_secs(10);
+/// How long sending a signal may take: the monitor only sends it.
+const SIGNAL_LIMIT: Duration = Duration::from_secs(15);
 
 /// Why a monitor did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +53,8 @@ pub enum Error {
     Unexpected { to: &'static str, got: String },
     #[error("the pod's monitor did not answer {0} in time")]
     Timeout(&'static str),
+    #[error("could not clean up after the pod's monitor in {dir}: {message}", dir = dir.display())]
+    CleanUp { dir: PathBuf, message: String },
     #[error("{message}{}", stage_suffix(.stage, .errno))]
     Refused { kind: Kind, message: String, stage: String, errno: i32 },
 }
@@ -61,8 +69,9 @@ fn stage_suffix(stage: &str, errno: &i32) -> String {
 }
 
 impl Error {
-    /// Nobody is there to answer. What does not speak our language lives all the same.
-    pub(crate) fn is_death(&self) -> bool {
+    /// Nobody answered: whether the monitor is dead or only slow is told by its [`process`](Monitor::process). What does not speak our
+    /// language lives all the same.
+    pub(crate) fn is_silence(&self) -> bool {
         matches!(self, Error::Connect { .. } | Error::Broken(_) | Error::Timeout(_))
     }
 
@@ -141,6 +150,10 @@ impl Monitor {
 
     /// Connects and says Hello.
     pub async fn connect(&self) -> Result<Connection> {
+        timeout(HELLO_LIMIT, self.say_hello()).await.map_err(|_| Error::Timeout("Hello"))?
+    }
+
+    async fn say_hello(&self) -> Result<Connection> {
         let socket = self.socket();
         let connect_err = |source| Error::Connect { socket: socket.clone(), source };
         let stream = if socket.as_os_str().len() < 100 {
@@ -154,9 +167,7 @@ impl Monitor {
         let (r, w): (OwnedReadHalf, OwnedWriteHalf) = stream.into_split();
         let (mut reader, mut writer) = (FrameReader::new(r), FrameWriter::new(w));
         writer.send(0, Request::Hello(proto::Hello { version: VERSION })).await?;
-        let hello =
-            timeout(Duration::from_secs(20), reader.next()).await.map_err(|_| Error::Timeout("Hello"))??;
-        match hello.map(|f| f.body) {
+        match reader.next().await?.map(|f| f.body) {
             Some(Some(Reply::Hello(h))) if (1..=VERSION).contains(&h.version) => {
                 Ok(Connection { version: h.version, reader, writer })
             }
@@ -191,7 +202,11 @@ impl Monitor {
     }
 
     async fn done(&self, what: &'static str, request: Request) -> Result<()> {
-        match self.call_within(what, request, CALL_LIMIT).await? {
+        self.done_within(what, request, CALL_LIMIT).await
+    }
+
+    async fn done_within(&self, what: &'static str, request: Request, limit: Duration) -> Result<()> {
+        match self.call_within(what, request, limit).await? {
             Reply::Done(_) => Ok(()),
             other => Err(unexpected(what, &other)),
         }
@@ -232,7 +247,7 @@ impl Monitor {
     pub async fn signal(&self, id: &str, signal: i32, all: bool) -> Result<()> {
         let request =
             proto::SignalContainer { container_id: id.to_owned(), signal: signal.unsigned_abs(), all };
-        self.done("SignalContainer", Request::SignalContainer(request)).await
+        self.done_within("SignalContainer", Request::SignalContainer(request), SIGNAL_LIMIT).await
     }
 
     pub async fn delete_container(&self, id: &str) -> Result<()> {

@@ -175,7 +175,7 @@ impl Runtime {
             match this.make_sandbox(record).await {
                 Ok(sandbox) => {
                     this.store.add_sandbox(sandbox.clone());
-                    this.watch(sandbox.clone());
+                    this.watch(sandbox.clone(), None);
                     this.emit_sandbox(&sandbox, cri::ContainerEventType::ContainerCreatedEvent);
                     this.emit_sandbox(&sandbox, cri::ContainerEventType::ContainerStartedEvent);
                     tracing::info!(sandbox = %id, pod = %sandbox_name(&sandbox.record().metadata()), "pod sandbox runs");
@@ -302,12 +302,12 @@ impl Runtime {
             .await;
             match ended {
                 Ok(()) => {}
-                // Nobody listens: the monitor is dead. What it left is taken away below.
-                Err(crate::monitor::Error::Connect { .. }) => {}
+                // It is dead, or hangs. What it left is taken away below.
+                Err(e) if e.is_silence() => sandbox.monitor.end().await?,
                 Err(e) => return Err(e.into()),
             }
         }
-        self.kill_leftovers(sandbox).await;
+        self.end_leftovers(sandbox).await?;
         mounts::remove_tree(&run_dir)
     }
 

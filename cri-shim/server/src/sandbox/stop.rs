@@ -38,18 +38,22 @@ impl Runtime {
         if sandbox.record().stopped {
             return Ok(());
         }
-        if let Err(e) = sandbox.monitor.connect().await
-            && !e.is_death()
-        {
+        let silent = match sandbox.monitor.connect().await {
+            Ok(_) => false,
+            Err(e) if e.is_silence() => true,
             // A monitor that lives and does not understand this server: the pod is not ours to end.
-            return Err(e.into());
-        }
+            Err(e) => return Err(e.into()),
+        };
         // From here on no container can be made in it.
         sandbox.update(|r| r.phase = SandboxPhase::NotReady)?;
+        if silent {
+            self.end_silent(sandbox).await?;
+        }
         let containers = self.store.containers_of(&sandbox.id);
         for c in containers.iter().filter(|c| c.record().phase == ContainerPhase::Running) {
             match sandbox.monitor.signal(&c.id, libc::SIGKILL, true).await {
-                Err(e) if e.is_death() => {
+                Err(e) if e.is_silence() => {
+                    self.end_silent(sandbox).await?;
                     tracing::warn!(container = %c.id, error = %e, "the monitor cannot be asked; the container counts as lost");
                     c.update(|r| r.lost(now_ns(), "the pod's monitor could not be asked"))?;
                 }
@@ -79,23 +83,34 @@ impl Runtime {
         Ok(())
     }
 
-    /// Ends processes that are left in the cgroups of a sandbox whose monitor is dead, and removes those cgroups.
-    pub async fn kill_leftovers(&self, sandbox: &Sandbox) {
-        let parent =
-            sandbox.record().config.linux.as_ref().map(|l| l.cgroup_parent.clone()).unwrap_or_default();
+    /// Ends a monitor that does not answer, if its process still runs, and all that it ran.
+    pub async fn end_silent(&self, sandbox: &Sandbox) -> Result<()> {
+        sandbox.monitor.end().await?;
+        self.end_leftovers(sandbox).await
+    }
+
+    /// Ends what is left of a sandbox whose monitor has ended: what its journal names, and the cgroups of our records with those
+    /// below them. After an orderly end, the usual case, this costs one look at each. An error when something stays.
+    pub async fn end_leftovers(&self, sandbox: &Sandbox) -> Result<()> {
+        let record = sandbox.record();
+        let parent = record.config.linux.as_ref().map(|l| l.cgroup_parent.as_str()).unwrap_or_default();
         let own = crate::container::spec::cgroups_path(
             self.config.cgroup_driver,
-            &parent,
+            parent,
             &self.config.default_cgroup_parent,
             &sandbox.id,
         );
-        let mut paths: Vec<String> =
-            self.store.containers_of(&sandbox.id).iter().map(|c| c.record().cgroups_path.clone()).collect();
-        paths.push(own);
-        for path in paths {
-            let path = crate::stats::cgroup::host_path(&path);
-            kill_group(self.facts.cgroup_v2, &path).await;
+        let containers = self.store.containers_of(&sandbox.id);
+        let mut groups: Vec<String> = containers.iter().map(|c| c.record().cgroups_path.clone()).collect();
+        groups.push(own);
+        let mut groups: Vec<String> = groups.iter().map(|g| crate::stats::cgroup::host_path(g)).collect();
+        let hierarchies = if self.facts.cgroup_v2 { vec![String::new()] } else { controllers() };
+        let exists = |g: &String| hierarchies.iter().any(|h| cgroup_dir(self.facts.cgroup_v2, h, g).exists());
+        groups.retain(|g| is_ours(g) && exists(g));
+        if groups.is_empty() && !sandbox.monitor.left_anything() {
+            return Ok(());
         }
+        Ok(sandbox.monitor.clean_up(&self.config.monitor, &groups).await?)
     }
 }
 
@@ -106,35 +121,9 @@ fn controllers() -> Vec<String> {
         .unwrap_or_default()
 }
 
-/// Kills what is in the group and removes it. Groups that are gone already, the usual case, cost one look each.
-pub(crate) async fn kill_group(v2: bool, path: &str) {
-    // A group whose last element is no id of ours is never touched.
-    if !path
-        .rsplit('/')
+/// A group whose last element is no id of ours is never touched.
+fn is_ours(path: &str) -> bool {
+    path.rsplit('/')
         .next()
         .is_some_and(|last| last.contains(|c: char| c.is_ascii_hexdigit()) && last.len() >= 64)
-    {
-        return;
-    }
-    let hierarchies = if v2 { vec![String::new()] } else { controllers() };
-    let dirs: Vec<_> = hierarchies.iter().map(|c| cgroup_dir(v2, c, path)).filter(|d| d.exists()).collect();
-    for dir in dirs {
-        for _ in 0..100 {
-            let pids = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-            let pids: Vec<i32> = pids.lines().filter_map(|l| l.parse().ok()).filter(|p| *p > 1).collect();
-            if pids.is_empty() {
-                break;
-            }
-            for pid in pids {
-                let _ = nix::sys::signal::kill(
-                    nix::unistd::Pid::from_raw(pid),
-                    nix::sys::signal::Signal::SIGKILL,
-                );
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        if let Err(e) = std::fs::remove_dir(&dir) {
-            tracing::debug!(dir = %dir.display(), error = %e, "left-over cgroup stays");
-        }
-    }
 }

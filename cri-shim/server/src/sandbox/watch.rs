@@ -14,61 +14,88 @@ use crate::store::{Container, ContainerPhase, Sandbox, SandboxPhase};
 
 const LOST: &str = "the pod's monitor ended; nobody saw how the container did";
 
+/// Between two tries to reach a monitor that is silent and lives; twice as long each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LAST_PAUSE: Duration = Duration::from_secs(5);
+
+/// Containers that were recorded when this server started and of which the monitor has not been asked yet.
+pub(crate) type Unasked = Vec<String>;
+
 impl Runtime {
-    /// Follows the sandbox until it is stopped, its monitor is gone, or the server stops.
-    pub fn watch(self: &Arc<Self>, sandbox: Arc<Sandbox>) {
+    /// Follows the sandbox until it is stopped, its monitor is gone, or the server stops. `unasked`: the monitor was silent when the
+    /// server started; these are brought in line once it answers.
+    pub fn watch(self: &Arc<Self>, sandbox: Arc<Sandbox>, unasked: Option<Unasked>) {
         let this = self.clone();
         let stop = self.tasks.stop_token();
         self.tasks.spawn(async move {
             tokio::select! {
                 // Nothing is lost when this is dropped: the next start looks at the monitor's state.
-                () = this.follow(&sandbox) => {}
+                () = this.follow(&sandbox, unasked) => {}
                 () = stop.cancelled() => {}
             }
         });
     }
 
-    async fn follow(self: &Arc<Self>, sandbox: &Arc<Sandbox>) {
-        let mut refused = 0u32;
+    async fn follow(self: &Arc<Self>, sandbox: &Arc<Sandbox>, mut unasked: Option<Unasked>) {
+        let mut pause = FIRST_PAUSE;
         while sandbox.record().phase == SandboxPhase::Ready {
-            match self.follow_once(sandbox).await {
+            match self.follow_once(sandbox, &mut unasked).await {
                 // The connection ended; whether the monitor did shows when connecting again.
-                Ok(()) => refused = 0,
-                Err(e) if !e.is_death() => {
+                Ok(()) => pause = FIRST_PAUSE,
+                Err(e) if !e.is_silence() => {
                     // It lives; only this server cannot follow it.
                     tracing::error!(sandbox = %sandbox.id, error = %e, "cannot follow the pod's containers");
                     return;
                 }
-                Err(e) => {
-                    refused += 1;
-                    tracing::debug!(sandbox = %sandbox.id, error = %e, "lost the monitor's events");
-                    // A full backlog refuses for a moment; a dead monitor for good.
-                    if refused >= 3 {
-                        break;
+                Err(e) => match sandbox.monitor.process() {
+                    None => break,
+                    Some(process) => {
+                        if pause >= Duration::from_secs(1) {
+                            tracing::warn!(sandbox = %sandbox.id, error = %e, "the pod's monitor lives but does not answer");
+                        }
+                        tokio::select! {
+                            // Dropping either loses nothing: both are looked at again.
+                            () = process.ended() => {}
+                            () = tokio::time::sleep(pause) => {}
+                        }
+                        pause = (pause * 2).min(LAST_PAUSE);
+                        continue;
                     }
-                }
+                },
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(pause).await;
         }
         if sandbox.record().phase == SandboxPhase::Ready {
             let _held = sandbox.op.lock().await;
             if sandbox.record().phase == SandboxPhase::Ready {
                 tracing::error!(sandbox = %sandbox.id, "the pod's monitor is dead; its containers count as lost");
                 if let Err(e) = self.bury(sandbox).await {
-                    tracing::error!(sandbox = %sandbox.id, error = %e, "could not clean up after a dead monitor");
+                    tracing::error!(sandbox = %sandbox.id, error = %orlop_base::telemetry::chain(&e), "could not clean up after a dead monitor; stopping the pod tries again");
                 }
             }
         } else {
             // While it is being stopped the exits of its containers still count.
-            let _ = self.follow_once(sandbox).await;
+            let _ = self.follow_once(sandbox, &mut unasked).await;
         }
     }
 
-    async fn follow_once(&self, sandbox: &Arc<Sandbox>) -> std::result::Result<(), monitor::Error> {
+    async fn follow_once(
+        &self,
+        sandbox: &Arc<Sandbox>,
+        unasked: &mut Option<Unasked>,
+    ) -> std::result::Result<(), monitor::Error> {
         let mut events: Connection = sandbox.monitor.subscribe().await?;
         // Subscribed first, so that nothing falls between.
-        let state = sandbox.monitor.state().await?;
-        self.align(sandbox, &state, false);
+        if let Some(known) = unasked {
+            // No container is being made meanwhile.
+            let _held = sandbox.op.lock().await;
+            let state = sandbox.monitor.state().await?;
+            self.adopt_state(sandbox, &state, known).await?;
+            *unasked = None;
+        } else {
+            let state = sandbox.monitor.state().await?;
+            self.align(sandbox, &state);
+        }
         while let Some(frame) = events.reader.next().await? {
             match frame.body {
                 Some(Reply::ContainerExited(proto::ContainerExited { container: Some(c) })) => {
@@ -86,22 +113,35 @@ impl Runtime {
         Ok(())
     }
 
-    /// Takes over what the monitor knows. With `adopt`, a container that the monitor does not know is lost; otherwise it may be
-    /// just about to be made.
-    pub fn align(&self, sandbox: &Sandbox, state: &proto::State, adopt: bool) {
+    /// Takes over what the monitor knows. A container that it does not know may be just about to be made.
+    fn align(&self, sandbox: &Sandbox, state: &proto::State) {
         for seen in &state.containers {
             self.observe(sandbox, seen);
         }
-        if !adopt {
-            return;
-        }
-        for c in self.store.containers_of(&sandbox.id) {
-            let known = state.containers.iter().any(|s| s.container_id == c.id);
-            let record = c.record();
-            if !known && matches!(record.phase, ContainerPhase::Created | ContainerPhase::Running) {
+    }
+
+    /// The first look at a monitor that an earlier server started. Of `known`, what the monitor does not know is lost; what only the
+    /// monitor knows was never answered and is deleted.
+    pub async fn adopt_state(
+        &self,
+        sandbox: &Sandbox,
+        state: &proto::State,
+        known: &[String],
+    ) -> std::result::Result<(), monitor::Error> {
+        self.align(sandbox, state);
+        for c in known.iter().filter_map(|id| self.store.container(id).ok()) {
+            let seen = state.containers.iter().any(|s| s.container_id == c.id);
+            let live = matches!(c.record().phase, ContainerPhase::Created | ContainerPhase::Running);
+            if !seen && live {
                 self.note(&c, |r| r.lost(now_ns(), "the pod's monitor does not know this container"));
             }
         }
+        for seen in &state.containers {
+            if self.store.container(&seen.container_id).is_err() {
+                sandbox.monitor.delete_container(&seen.container_id).await?;
+            }
+        }
+        Ok(())
     }
 
     fn observe(&self, sandbox: &Sandbox, seen: &proto::ContainerState) {
@@ -145,6 +185,8 @@ impl Runtime {
     /// Cleans up after a monitor that died: its containers are lost, the sandbox is not ready any more.
     pub async fn bury(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<()> {
         sandbox.update(|r| r.phase = SandboxPhase::NotReady)?;
+        // What still runs is not reported as ended.
+        self.end_leftovers(sandbox).await?;
         for c in self.store.containers_of(&sandbox.id) {
             if matches!(c.record().phase, ContainerPhase::Created | ContainerPhase::Running) {
                 c.update(|r| r.lost(now_ns(), LOST))?;

@@ -284,6 +284,99 @@ async fn containers_of_a_dead_monitor_are_lost_and_cleaned_up() {
     node.purge_and_check();
 }
 
+fn signal_monitor(node: &Node, pod: &str, signal: nix::sys::signal::Signal) {
+    let file = node.dir.join("run/s").join(pod).join("monitor.pid");
+    let pid: i32 = fs::read_to_string(file).unwrap().trim().parse().unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).unwrap();
+}
+
+/// Not so one that its parent has not reaped yet.
+fn lives(pid: u64) -> bool {
+    fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty())
+}
+
+/// As systemd or Docker in a pod: groups below the container's, one of them frozen.
+#[tokio::test]
+async fn groups_below_those_of_a_dead_monitor_end_too() {
+    let node = Node::start("nested", &[]).await;
+    let config = sandbox_config(&node, "nested", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    let command = ["sh", "-c", "sleep 1001 & sleep 1002 & echo $!; wait"];
+    let id = node.run_container(&pod, container_config("main", &command), &config).await;
+    let log = node.status(&id).await.log_path;
+    wait_for("both processes", || fs::read_to_string(&log).is_ok_and(|l| l.contains("stdout"))).await;
+    let main = node.pid_of(&id).await;
+    let children = fs::read_to_string(format!("/proc/{main}/task/{main}/children")).unwrap();
+    let children: Vec<&str> = children.split_whitespace().collect();
+    assert_eq!(children.len(), 2);
+    let mut nested = Vec::new();
+    let groups = fs::read_to_string(format!("/proc/{main}/cgroup")).unwrap();
+    for line in groups.lines().filter(|l| l.contains(&id)) {
+        let parts: Vec<&str> = line.splitn(3, ':').collect();
+        let base =
+            std::path::Path::new("/sys/fs/cgroup").join(parts[1]).join(parts[2].trim_start_matches('/'));
+        for (depth, child) in ["a", "a/b"].iter().zip(&children) {
+            let group = base.join(depth);
+            fs::create_dir(&group).unwrap();
+            for file in ["cpuset.cpus", "cpuset.mems"] {
+                if let Ok(value) = fs::read(base.join(file)) {
+                    fs::write(group.join(file), value).unwrap();
+                }
+            }
+            fs::write(group.join("cgroup.procs"), child).unwrap();
+            let state = group.join("freezer.state");
+            if state.exists() {
+                fs::write(state, "FROZEN").unwrap();
+            }
+            nested.push(group);
+        }
+    }
+    assert!(!nested.is_empty(), "{groups}");
+    signal_monitor(&node, &pod, nix::sys::signal::Signal::SIGKILL);
+    let status = node.ended(&id).await;
+    assert_eq!(status.exit_code, 255);
+    let left: Vec<&&str> = children.iter().filter(|c| lives(c.parse().unwrap())).collect();
+    assert!(left.is_empty(), "reported as ended while {left:?} of it run");
+    let request = cri::RemovePodSandboxRequest { pod_sandbox_id: pod };
+    node.client().await.remove_pod_sandbox(request).await.unwrap();
+    let left: Vec<_> = nested.iter().filter(|g| g.exists()).collect();
+    assert!(left.is_empty(), "{left:?}");
+    node.purge_and_check();
+}
+
+#[tokio::test]
+async fn a_monitor_that_stands_still_is_waited_for() {
+    use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
+    let mut node = Node::start("still", &[]).await;
+    let config = sandbox_config(&node, "still", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    let id = node.run_container(&pod, container_config("main", &["sleep", "1000"]), &config).await;
+    let script = ["sh", "-c", "while [ ! -e /go ]; do sleep 0.1; done; exit 7"];
+    let ends = node.run_container(&pod, container_config("ends", &script), &config).await;
+    let (pid, ending) = (node.pid_of(&id).await, node.pid_of(&ends).await);
+    signal_monitor(&node, &pod, SIGSTOP);
+    // A server that starts anew asks every monitor.
+    node.kill();
+    node.restart(&[]).await;
+    for id in [&id, &ends] {
+        assert_eq!(node.status(id).await.state, RUNNING);
+    }
+    assert_eq!(node.pods().await[0].state, cri::PodSandboxState::SandboxReady as i32);
+    fs::write(format!("/proc/{ending}/root/go"), "").unwrap();
+    signal_monitor(&node, &pod, SIGCONT);
+    assert_eq!(node.ended(&ends).await.exit_code, 7);
+    assert_eq!((node.status(&id).await.state, node.pid_of(&id).await), (RUNNING, pid));
+    assert_eq!(exec(&mut node.client().await, &id, &["true"], 5).await.unwrap().exit_code, 0);
+
+    signal_monitor(&node, &pod, SIGSTOP);
+    let mut client = node.client().await;
+    client.stop_pod_sandbox(cri::StopPodSandboxRequest { pod_sandbox_id: pod.clone() }).await.unwrap();
+    client.remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id: pod }).await.unwrap();
+    assert!(!lives(pid));
+    node.nothing_runs("after the removal");
+    node.purge_and_check();
+}
+
 #[tokio::test]
 async fn a_kill_at_any_step_leaves_nothing_half_made() {
     let mut node = Node::start("kill", &[]).await;

@@ -1,0 +1,166 @@
+//! The monitor's process, apart from what it answers. A monitor that is slow, stopped or waits for a disk is silent but alive, and so
+//! are its containers; only the end of its process makes it dead.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use rustix::process::{Pid, PidfdFlags, Signal};
+use tokio::time::timeout;
+
+use super::{Error, Monitor, Result};
+
+/// How long a killed monitor may take to be gone. Longer only in uninterruptible sleep.
+const DEATH: Duration = Duration::from_secs(10);
+/// How long cleaning up after a monitor may take: seconds for each container whose processes do not end.
+const CLEANUP: Duration = Duration::from_secs(60);
+
+/// A living process that was started as the monitor of one folder. The descriptor keeps it apart from a later one of the same number.
+pub(crate) struct Process {
+    pid: Pid,
+    fd: OwnedFd,
+}
+
+impl Process {
+    /// The monitor of `dir`, if it runs.
+    fn of(dir: &Path) -> Option<Process> {
+        let told = fs::read_to_string(dir.join("monitor.pid")).ok()?;
+        let pid = told.trim().parse().ok().filter(|pid| is_for(*pid, dir))?;
+        Process::open(pid, dir)
+    }
+
+    fn open(pid: i32, dir: &Path) -> Option<Process> {
+        let pid = Pid::from_raw(pid)?;
+        let fd = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK).ok()?;
+        // Once more, now that its number cannot pass to another.
+        is_for(pid.as_raw_nonzero().get(), dir).then_some(Process { pid, fd })
+    }
+
+    async fn kill(&self) -> Result<()> {
+        // It may have ended just now.
+        let _ = rustix::process::pidfd_send_signal(&self.fd, Signal::KILL);
+        timeout(DEATH, self.ended()).await.map_err(|_| Error::Timeout("SIGKILL"))
+    }
+
+    /// Returns when it has ended.
+    pub async fn ended(&self) {
+        if let Err(e) = super::pidfd::ended(&self.fd).await {
+            tracing::warn!(error = %e, "cannot wait for a monitor's end");
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Whether the process was started for `dir`: a monitor, or what one forked and did not execute yet.
+fn is_for(pid: i32, dir: &Path) -> bool {
+    let asked = format!("\0--dir\0{}\0", dir.display());
+    // That of a process that has ended is empty, reaped or not.
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    line.windows(asked.len()).any(|w| w == asked.as_bytes())
+}
+
+impl Monitor {
+    /// The monitor's process, if it runs.
+    pub fn process(&self) -> Option<Process> {
+        Process::of(&self.dir)
+    }
+
+    /// Kills a monitor that does not answer or is just starting, and waits for its end. What it leaves is for [`Monitor::clean_up`].
+    pub async fn end(&self) -> Result<()> {
+        if let Some(process) = self.process() {
+            tracing::warn!(pid = process.pid.as_raw_nonzero(), dir = %self.dir.display(), "killing a pod's monitor that does not answer");
+            process.kill().await?;
+        }
+        if self.dir.join("monitor.pid").exists() {
+            return Ok(());
+        }
+        // One that is just starting has not told its number yet, and forks.
+        loop {
+            let names = fs::read_dir("/proc").into_iter().flatten().flatten().map(|e| e.file_name());
+            let pids = names.filter_map(|n| n.to_string_lossy().parse::<i32>().ok());
+            let starting = pids.filter(|pid| is_for(*pid, &self.dir));
+            let found: Vec<Process> = starting.filter_map(|pid| Process::open(pid, &self.dir)).collect();
+            if found.is_empty() {
+                return Ok(());
+            }
+            for process in found {
+                process.kill().await?;
+            }
+        }
+    }
+
+    /// Whether a monitor left a journal of what is not taken back.
+    pub fn left_anything(&self) -> bool {
+        let some = |dir: PathBuf| fs::read_dir(dir).is_ok_and(|mut d| d.next().is_some());
+        self.dir.join("sandbox.json").exists() || some(self.dir.join("containers"))
+    }
+
+    /// Has the monitor's program end what a dead monitor ran, by its journal, and the cgroups `groups`. An error when something stays.
+    pub async fn clean_up(&self, program: &Path, groups: &[String]) -> Result<()> {
+        let mut command = tokio::process::Command::new(program);
+        command.arg("--cleanup").arg("--dir").arg(&self.dir);
+        for group in groups {
+            command.arg("--cgroup").arg(group);
+        }
+        command.env_clear().current_dir("/").kill_on_drop(true);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let done = timeout(CLEANUP, command.output()).await.map_err(|_| Error::Timeout("--cleanup"))?;
+        let done = done.map_err(|source| Error::Spawn { program: program.to_owned(), source })?;
+        if done.status.success() {
+            return Ok(());
+        }
+        let message = String::from_utf8_lossy(&done.stderr).trim().to_owned();
+        Err(Error::CleanUp { dir: self.dir.clone(), message })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stopped_process_lives_and_a_killed_one_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let monitor = Monitor::at(dir.path().to_owned());
+        assert!(monitor.process().is_none());
+        let script = "kill -STOP $$; while :; do sleep 1000; done";
+        let mut child = tokio::process::Command::new("sh")
+            .args(["-c", script, "sh", "--dir"])
+            .arg(dir.path())
+            .arg("end")
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let pid = child.id().unwrap();
+        assert!(monitor.process().is_none(), "it has told nothing");
+        let told = dir.path().join("monitor.pid");
+        for (text, ours) in [(std::process::id(), false), (pid, true)] {
+            fs::write(&told, format!("{text}\n")).unwrap();
+            let found = monitor.process();
+            assert_eq!(found.is_some(), ours);
+            if let Some(found) = found {
+                assert!(timeout(Duration::from_millis(1), found.ended()).await.is_err());
+            }
+        }
+        // Nobody has reaped it when its end is seen.
+        monitor.end().await.unwrap();
+        assert!(monitor.process().is_none());
+        child.wait().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn one_that_is_just_starting_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut child = tokio::process::Command::new("sh")
+            .args(["-c", "while :; do sleep 1000; done", "sh", "--dir"])
+            .arg(dir.path())
+            .arg("end")
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        Monitor::at(dir.path().to_owned()).end().await.unwrap();
+        assert!(!child.wait().await.unwrap().success());
+    }
+}
