@@ -340,7 +340,9 @@ fn selection(name: &str) -> Result<orlop_proxy::Selection, &'static str> {
 fn map_size(text: &str) -> Result<(String, u32), &'static str> {
     let (name, entries) = text.split_once('=').ok_or("write NAME=ENTRIES")?;
     if orlop_proxy::Sizes::default().named(name).is_none() {
-        return Err("the names are frontends, slots, backends, connections, sockets, addresses and interfaces");
+        return Err(
+            "the names are frontends, slots, backends, connections, sockets, addresses and interfaces",
+        );
     }
     let entries = entries.parse().ok().filter(|n| (1..=1 << 26).contains(n));
     Ok((name.to_owned(), entries.ok_or("write a number of entries from 1 to 67108864")?))

@@ -82,6 +82,9 @@ fn in_helper(e: &ExecSpec<'_>, init: BorrowedFd<'_>) -> Result<(i32, Option<Owne
         | CloneFlags::CLONE_NEWNET
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWUTS;
+    // With cgroup v1 containers stay in the host's, which nobody may join from within a user namespace.
+    let cgroups_of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/cgroup")).ok();
+    let own_cgroups = cgroups_of("self") != cgroups_of(&e.init.to_string());
     if userns {
         flags |= CloneFlags::CLONE_NEWUSER;
         limits.set()?;
@@ -94,7 +97,7 @@ fn in_helper(e: &ExecSpec<'_>, init: BorrowedFd<'_>) -> Result<(i32, Option<Owne
         become_root().map_err(|err| Error::new(Kind::Runtime, "namespace", err.to_string(), err.errno))?;
     }
     let begun = Begun {
-        init,
+        cgroups: own_cgroups.then_some(init),
         entry: &entry,
         report: e.report.as_raw_fd(),
         stdio: &e.stdio,
@@ -139,8 +142,8 @@ fn read_filter(path: &Path) -> Result<Filter, Error> {
 
 /// The new process, from its fork on.
 struct Begun<'a> {
-    /// The container's first process.
-    init: BorrowedFd<'a>,
+    /// The container's first process, where it has a cgroup namespace of its own.
+    cgroups: Option<BorrowedFd<'a>>,
     entry: &'a cgroup::Entry,
     report: RawFd,
     stdio: &'a Stdio,
@@ -170,7 +173,9 @@ impl Begun<'_> {
         self.entry.enter().map_err(io("cannot enter the cgroup"))?;
         // Only now: where the hierarchy is mounted with `nsdelegate`, as systemd does, nothing gets into a cgroup namespace's
         // part of it from outside once the namespace is its own.
-        setns(self.init, CloneFlags::CLONE_NEWCGROUP).map_err(nix("cannot join the cgroup namespace"))?;
+        if let Some(init) = self.cgroups {
+            setns(init, CloneFlags::CLONE_NEWCGROUP).map_err(nix("cannot join the cgroup namespace"))?;
+        }
         if let Some(l) = &self.limits {
             l.set().map_err(|e| (e.errno, e.message))?;
         }
