@@ -318,6 +318,18 @@ pub mod counters {
     pub const COUNT: u32 = 16;
 }
 
+impl FrontendKey {
+    /// Where the ports of a ClusterIP are refused that are no Service's.
+    #[inline(always)]
+    pub const fn rest(addr: Addr) -> FrontendKey {
+        FrontendKey { addr, port: 0, proto: 0, scope: SCOPE_INTERNAL }
+    }
+
+    pub const fn is_rest(&self) -> bool {
+        self.port == 0
+    }
+}
+
 #[cfg(any(test, feature = "user"))]
 mod user {
     use super::{Addr, V4_PREFIX, is_v4};

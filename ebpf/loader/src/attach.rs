@@ -16,7 +16,7 @@ use crate::{Config, Error, MapFailure, Sizes, clsact, path_err, pin, probe};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb.o"));
 
-const SOCKET_PROGRAMS: [(&str, AttachType); 8] = [
+const SOCKETS: [(&str, AttachType); 8] = [
     // What names answers comes first: no socket is translated before its answers would be named back.
     ("lb_recvmsg4", AttachType::Recvmsg4),
     ("lb_recvmsg6", AttachType::Recvmsg6),
@@ -30,6 +30,9 @@ const SOCKET_PROGRAMS: [(&str, AttachType); 8] = [
 
 /// Forgets sockets that are closed.
 const RELEASE: &str = "lb_release";
+
+/// How many programs are attached to the cgroup.
+pub const SOCKET_PROGRAMS: usize = SOCKETS.len() + 1;
 
 /// Source ports for packets to other nodes: above ip_local_port_range's default of 32768-60999.
 const SNAT_PORTS: (u16, u16) = (61_000, 65_535);
@@ -121,7 +124,7 @@ impl Datapath {
         };
         let dir = File::open(&cgroup).map_err(path_err("open cgroup", &cgroup))?;
         let cgroup_id = dir.metadata().map_err(path_err("read cgroup", &cgroup))?.ino();
-        for (name, attach) in SOCKET_PROGRAMS.into_iter().chain([(RELEASE, AttachType::Release)]) {
+        for (name, attach) in SOCKETS.into_iter().chain([(RELEASE, AttachType::Release)]) {
             let fd = socket_program(bpf, name)?;
             let target = Target { number: dir.as_raw_fd() as u32, id: cgroup_id };
             let pin = pin::links(&self.config.pins).join(name);
@@ -230,7 +233,7 @@ pub(crate) fn verify() -> Result<(), Error> {
     let config = Config { pins, sizes: small, ..Config::default() };
     pin::prepare(&config.pins)?;
     let result = load(&config).and_then(|mut bpf| {
-        for name in SOCKET_PROGRAMS.map(|(name, _)| name).into_iter().chain([RELEASE]) {
+        for name in SOCKETS.map(|(name, _)| name).into_iter().chain([RELEASE]) {
             socket_program(&mut bpf, name)?;
         }
         for name in UPLINK.into_iter().chain(POD) {

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use orlop_ebpf_common::LAYOUT;
 
-pub use attach::Datapath;
+pub use attach::{Datapath, SOCKET_PROGRAMS};
 pub use maps::{Dump, MapFailure, Maps, Op, Range, RealMaps};
 pub use probe::{Finding, Level, check, verify_programs};
 pub use sys::{keep_memory_small, release_memory};

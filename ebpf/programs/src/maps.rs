@@ -96,10 +96,10 @@ pub fn listed(addr: &Addr, port: u16, proto: u8) -> bool {
     }
 }
 
-/// Whether there may be a frontend at this address and port, or a node port.
+/// Whether there may be a frontend at this address and port, or a node port, or the address is a Service's.
 #[inline(always)]
 pub fn leads_somewhere(addr: &Addr, port: u16, proto: u8) -> bool {
-    listed(addr, port, proto) || listed(&any_addr(is_v4(addr)), port, proto)
+    listed(addr, port, proto) || listed(addr, 0, 0) || listed(&any_addr(is_v4(addr)), port, proto)
 }
 
 /// Notes that packets for Services come from this address of a pod.

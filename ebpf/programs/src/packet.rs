@@ -25,8 +25,10 @@ use crate::rewrite::{self, DROP, NEXT, Route, dropped};
 use crate::select;
 use crate::short;
 
-/// Source ports that are looked at before one in use is taken or the connection is given up.
-const SNAT_TRIES: u32 = 32;
+/// Source ports that are looked at, and those among which one in use is taken. Each costs the verifier time when the
+/// programs are loaded.
+const SNAT_TRIES: u32 = 16;
+const SPARE_TRIES: u32 = 8;
 /// Flag of an insertion (BPF_NOEXIST).
 const NO_EXIST: u64 = 1;
 
@@ -617,24 +619,27 @@ fn source_port(s: &mut Scratch, config: &Config, now: u64) -> Option<u16> {
     let range = (config.snat_last as u32).saturating_sub(first) + 1;
     // SAFETY: no arguments.
     let start = unsafe { bpf_get_prandom_u32() };
-    let (mut best, mut worth) = (0, 0);
     for i in 0..SNAT_TRIES {
         let port = (first + start.wrapping_add(i * 7) % range) as u16;
         s.rkey.dport = port;
         // SAFETY: elements are replaced as a whole.
         let flags = match unsafe { CONNECTIONS.get(&s.rkey) } {
             Some(old) if over(old, proto, now) => 0,
-            Some(old) => {
-                let this = spare(old, proto, now);
-                if this > worth {
-                    (best, worth) = (port, this);
-                }
-                continue;
-            }
+            Some(_) => continue,
             None => NO_EXIST,
         };
         if CONNECTIONS.insert(&s.rkey, &s.reply, flags).is_ok() {
             return Some(port);
+        }
+    }
+    let (mut best, mut worth) = (0, 0);
+    for i in 0..SPARE_TRIES {
+        let port = (first + start.wrapping_add(i * 7) % range) as u16;
+        s.rkey.dport = port;
+        // SAFETY: as above.
+        let this = unsafe { CONNECTIONS.get(&s.rkey) }.map_or(0, |old| spare(old, proto, now));
+        if this > worth {
+            (best, worth) = (port, this);
         }
     }
     if worth == 0 {

@@ -34,6 +34,12 @@ pub fn frontend(
             key.scope = scope;
         }
     }
+    if !unspecified && listed(addr, 0, 0) {
+        // SAFETY: as above.
+        if let Some(v) = unsafe { FRONTENDS.get(&FrontendKey::rest(*addr)) } {
+            return Some(v);
+        }
+    }
     key.addr = any_addr(is_v4(addr));
     if !listed(&key.addr, port, proto) {
         return None;

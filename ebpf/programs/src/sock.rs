@@ -119,6 +119,10 @@ fn outgoing(ctx: &SockAddrContext, v6: bool, connected: bool) -> i32 {
         }
     }
     let Some((_, b)) = chosen else {
+        // Connecting a datagram socket sends nothing: resolvers do so to learn which source they would have.
+        if connected && proto == UDP && !listed(&addr, port, proto) {
+            return ALLOW;
+        }
         let hidden = v.flags & frontend_flags::DROP_WHEN_EMPTY != 0;
         return refuse(v, if hidden { EHOSTUNREACH } else { ECONNREFUSED });
     };

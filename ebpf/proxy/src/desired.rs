@@ -18,6 +18,8 @@ pub struct SetKey {
     pub v4: bool,
     /// Only endpoints on this node (traffic policy Local).
     pub local: bool,
+    /// Nobody, for the ports of a ClusterIP that are no Service's: who asks there is refused. Counted with `port`.
+    pub rest: bool,
 }
 
 /// A set and its backends, in a stable order.
@@ -101,7 +103,26 @@ pub fn desired(model: &Model, name: &str, selection: Selection) -> Desired {
             add_port(&mut d, model, name, service, port, v4, selection);
         }
     }
+    add_rest(&mut d, service);
     d
+}
+
+/// Refusals at ClusterIPs, of what is not for a port of theirs.
+fn add_rest(d: &mut Desired, service: &Service) {
+    let Some(first) = service.ports.first() else { return };
+    for ip in &service.cluster_ips {
+        let key = SetKey { port: first.port, proto: first.proto, v4: ip.is_ipv4(), local: false, rest: true };
+        let set = d.sets.iter().position(|s| s.key == key).unwrap_or_else(|| {
+            d.sets.push(Set { key, backends: Vec::new(), maglev: false, members: false });
+            d.sets.len() - 1
+        });
+        d.frontends.push(Frontend {
+            key: FrontendKey::rest(addr_from(*ip)),
+            set,
+            hidden: false,
+            ranged: false,
+        });
+    }
 }
 
 /// The service's number is filled in when it has one.
@@ -151,7 +172,7 @@ fn add_port(
     let hidden = local.is_empty() && !cluster.is_empty();
     let first = d.sets.len();
     for (addr, number, scope, only_local, ranged) in addresses {
-        let key = SetKey { port: port.port, proto: port.proto, v4, local: only_local };
+        let key = SetKey { port: port.port, proto: port.proto, v4, local: only_local, rest: false };
         let set = match d.sets[first..].iter().position(|s| s.key == key) {
             Some(i) => first + i,
             None => {
@@ -274,6 +295,7 @@ mod tests {
         let mut lines: Vec<String> = d
             .frontends
             .iter()
+            .filter(|f| !f.key.is_rest())
             .map(|f| {
                 let set = &d.sets[f.set];
                 let to: Vec<String> = set.backends.iter().map(|b| addr_to(&b.addr).to_string()).collect();

@@ -12,7 +12,7 @@ use orlop_ebpf_common::{
     addr_to, any_addr, backend_flags, config_flags, counters, ct_dir, ct_flags, frontend_flags, is_v4,
     local_flags, uplink_flags,
 };
-use orlop_ebpf_loader::{Dump, MapFailure, Maps, RealMaps};
+use orlop_ebpf_loader::{Dump, MapFailure, Maps, RealMaps, SOCKET_PROGRAMS};
 
 use crate::Error;
 
@@ -66,6 +66,9 @@ fn at(addr: &orlop_ebpf_common::Addr, port: u16) -> SocketAddr {
 }
 
 fn frontend_name(k: &FrontendKey) -> String {
+    if k.is_rest() {
+        return format!("all else at {}", addr_to(&k.addr));
+    }
     let place = if k.addr == any_addr(is_v4(&k.addr)) {
         let family = if is_v4(&k.addr) { "IPv4" } else { "IPv6" };
         format!("node port {} ({family})", k.port)
@@ -124,7 +127,7 @@ impl View {
         let links: BTreeSet<String> = links.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
         let sockets = links.iter().filter(|l| l.starts_with("lb_")).count();
         line(&mut out, "pins", &format!("{} (layout {LAYOUT})", pins.display()));
-        line(&mut out, "socket programs attached", &format!("{sockets} of 8"));
+        line(&mut out, "socket programs attached", &format!("{sockets} of {SOCKET_PROGRAMS}"));
         for (index, u) in self.maps.uplinks() {
             let name = nix::net::if_::if_indextoname(index);
             let name =
@@ -148,7 +151,7 @@ impl View {
         let forward = connections.iter().filter(|(k, _)| k.dir == ct_dir::FORWARD).count();
         for (what, n) in [
             ("service ports", self.dump.services.len()),
-            ("service addresses", self.dump.frontends.len()),
+            ("service addresses", self.dump.frontends.keys().filter(|k| !k.is_rest()).count()),
             ("endpoints", self.dump.backends.len()),
             ("connections through interfaces", forward),
             ("sockets remembered", self.maps.sockets().map_err(read)?.len()),
@@ -170,10 +173,14 @@ impl View {
         }
         let mut out = String::new();
         for (name, mut fronts) in by_service {
-            fronts.sort_by_key(|(k, _)| (k.scope, k.port, k.addr));
+            fronts.sort_by_key(|(k, _)| (k.is_rest(), k.scope, k.port, k.addr));
             let s = fronts.first().and_then(|(_, v)| stats.get(&v.service)).copied().unwrap_or_default();
             push(&mut out, &format!("{name}  connections={} refused={}", s.connections, s.refused));
             for (k, v) in fronts {
+                if k.is_rest() {
+                    push(&mut out, &format!("  {} -> refused", frontend_name(k)));
+                    continue;
+                }
                 let to = format!("{} endpoints", self.set(v).len());
                 push(&mut out, &format!("  {} -> {to}{}", frontend_name(k), flag_names(v)));
             }
@@ -249,6 +256,11 @@ impl View {
             // A ClusterIP that is routed to this node.
             key.scope = SCOPE_INTERNAL;
             found = self.dump.frontends.get(&key);
+        }
+        if found.is_none() {
+            let rest = FrontendKey::rest(addr);
+            found = self.dump.frontends.get(&rest);
+            key = if found.is_some() { rest } else { key };
         }
         if found.is_none() {
             key.scope = scope;

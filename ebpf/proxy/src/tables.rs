@@ -317,6 +317,12 @@ impl Tables {
         if let Some(at) = p.sets.iter().position(|(k, _)| *k == key) {
             return at;
         }
+        let nobody = |id| InMap { id, slots: vec![], held: vec![], members: vec![], maglev: None };
+        if key.rest {
+            // The same at every start, so that nothing is written then.
+            p.sets.push((key, nobody(0)));
+            return p.sets.len() - 1;
+        }
         let mut found = None;
         for f in frontends {
             if let Some(front) = self.frontends.get(f).filter(|f| f.owner.is_none()) {
@@ -329,7 +335,7 @@ impl Tables {
         }
         let in_map = found.unwrap_or_else(|| {
             self.last_set += 1;
-            InMap { id: self.last_set, slots: vec![], held: vec![], members: vec![], maglev: None }
+            nobody(self.last_set)
         });
         p.sets.push((key, in_map));
         p.sets.len() - 1

@@ -5,6 +5,7 @@
 mod beside;
 mod fuzz;
 mod ports;
+mod says;
 mod short;
 mod ways;
 mod wire;
@@ -55,6 +56,8 @@ const PLACES: [Place; 7] = [
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Kind {
     ClusterIp,
+    /// A ClusterIP at a port that is no Service's.
+    UnusedPort,
     NodePort,
     Loopback,
     ExternalIp,
@@ -112,7 +115,7 @@ impl Spec {
     fn ip(&self, kind: Kind, v4: bool) -> IpAddr {
         let n = self.number;
         let (a, b) = match kind {
-            ClusterIp => (96, "96"),
+            ClusterIp | UnusedPort => (96, "96"),
             ExternalIp => (201, "201"),
             _ => (202, "202"),
         };
@@ -228,7 +231,7 @@ fn source(place: Place, backend: &str, v: usize) -> String {
 fn cells() -> Vec<Cell> {
     let mut out = Vec::new();
     for spec in specs() {
-        for kind in [ClusterIp, NodePort, Loopback, ExternalIp, LoadBalancer] {
+        for kind in [ClusterIp, UnusedPort, NodePort, Loopback, ExternalIp, LoadBalancer] {
             for place in PLACES {
                 for (udp, v) in [(false, 0), (false, 1), (true, 0), (true, 1)] {
                     out.extend(cell(&spec, kind, place, udp, v));
@@ -243,6 +246,9 @@ fn cell(spec: &Spec, kind: Kind, place: Place, udp: bool, v: usize) -> Option<Ce
     let external = matches!(place, Other | Outside);
     let to = match kind {
         Loopback if place != Host => return None,
+        // A socket of the node's that is connected to nobody sends by the default route, which this node has not.
+        UnusedPort if spec.number > 3 || (udp && place == Host) => return None,
+        UnusedPort => SocketAddr::new(spec.ip(kind, v == 0), 81),
         NodePort => {
             let own = if place == Other { NODE_TO_OTHER } else { NODE };
             SocketAddr::new(own[v].parse().unwrap(), spec.node_port(udp))
@@ -268,6 +274,7 @@ fn cell(spec: &Spec, kind: Kind, place: Place, udp: bool, v: usize) -> Option<Ce
         p => p,
     };
     let expected = match (admitted, chosen.is_empty(), all.is_empty()) {
+        _ if kind == UnusedPort => vec!["refused".to_owned()],
         (false, ..) | (_, true, false) => vec!["dropped".to_owned()],
         (_, true, true) => vec!["refused".to_owned()],
         _ => chosen.iter().map(|b| format!("{b} {}", source(seen_as, b, v))).collect(),

@@ -131,3 +131,80 @@ async fn a_node_that_goes_says_so() {
     task.await.unwrap().unwrap();
     purge(&place.config).unwrap();
 }
+
+/// Upstream's names (k8s.io/kubernetes pkg/proxy/metrics), as dashboards ask for them.
+const UPSTREAM: [&str; 11] = [
+    "kubeproxy_sync_proxy_rules_duration_seconds_count",
+    "kubeproxy_network_programming_duration_seconds_count",
+    "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
+    "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
+    "kubeproxy_sync_proxy_rules_service_changes_total",
+    "kubeproxy_sync_proxy_rules_service_changes_pending",
+    "kubeproxy_sync_proxy_rules_endpoint_changes_total",
+    "kubeproxy_sync_proxy_rules_endpoint_changes_pending",
+    "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+    "kubeproxy_proxy_healthz_total",
+    "kubeproxy_proxy_livez_total",
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn metrics_say_what_happened() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let place = Place::new(api.address);
+    let at = server("a", SocketAddr::from(([127, 0, 0, 1], 0)));
+    api.put("services", service("web", "127.96.30.1", json!({})));
+    api.put("endpointslices", slice("web", at.port()));
+    let mut away = slice("away", at.port());
+    away["endpoints"][0]["nodeName"] = json!("elsewhere");
+    api.put("services", service("away", "127.96.30.2", json!({"internalTrafficPolicy": "Local"})));
+    api.put("endpointslices", away);
+    api.put("services", service("none", "127.96.30.3", json!({})));
+    let (stop, task) = start(&place.config).await;
+    let health_address = place.config.health_address.unwrap();
+    for _ in 0..3 {
+        ask("127.96.30.1:80").unwrap();
+    }
+    for _ in 0..2 {
+        ask("127.96.30.3:80").unwrap_err();
+    }
+    for path in ["/healthz", "/livez", "/livez"] {
+        health(health_address, path).await;
+    }
+    let page = health(health_address, "/metrics").await;
+    let value = |name: &str| {
+        let line = page.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("{name}: {page}")).parse::<f64>().unwrap()
+    };
+    for name in UPSTREAM {
+        assert!(page.lines().any(|l| l.starts_with(name)), "{name}: {page}");
+    }
+    for (name, expected) in [
+        ("orlop_proxy_service_connections{service=\"n/web\"}", 3.0),
+        ("orlop_proxy_service_refusals{service=\"n/web\"}", 0.0),
+        ("orlop_proxy_service_connections{service=\"n/none\"}", 0.0),
+        ("orlop_proxy_service_refusals{service=\"n/none\"}", 2.0),
+        ("orlop_proxy_socket_translations", 3.0),
+        ("orlop_proxy_socket_refusals", 2.0),
+        ("orlop_proxy_frontends", 6.0),
+        ("kubeproxy_sync_proxy_rules_no_local_endpoints_total{traffic_policy=\"internal\"}", 1.0),
+        ("kubeproxy_sync_proxy_rules_no_local_endpoints_total{traffic_policy=\"external\"}", 0.0),
+        ("kubeproxy_sync_proxy_rules_service_changes_total", 3.0),
+        ("kubeproxy_sync_proxy_rules_service_changes_pending", 0.0),
+        ("kubeproxy_proxy_healthz_total{code=\"200\"}", 1.0),
+        ("kubeproxy_proxy_livez_total{code=\"200\"}", 2.0),
+    ] {
+        assert_eq!(value(name), expected, "{name}: {page}");
+    }
+    assert!(value("kubeproxy_sync_proxy_rules_last_timestamp_seconds") > 1e9);
+
+    // A Service that is gone goes from the page.
+    api.delete("services", "none");
+    wait_until("it is gone", PATIENCE, || async {
+        (!health(health_address, "/metrics").await.contains("n/none")).then_some(())
+    })
+    .await;
+    stop.cancel();
+    task.await.unwrap().unwrap();
+    purge(&place.config).unwrap();
+}

@@ -86,7 +86,8 @@ fn said(dump: &Dump) -> Option<Truth> {
             .map(|slot| Some(addr_to(&dump.backends.get(dump.slots.get(&SlotKey { set, slot })?)?.addr)))
             .collect()
     };
-    dump.frontends.iter().map(|(k, v)| Some((addr_to(&k.addr), backends(v.set, v.count)?))).collect()
+    let fronts = dump.frontends.iter().filter(|(k, _)| !k.is_rest());
+    fronts.map(|(k, v)| Some((addr_to(&k.addr), backends(v.set, v.count)?))).collect()
 }
 
 /// How the maps differ from what they must say, when they do.
