@@ -85,6 +85,17 @@ echo "odd=$(of_process "$odd")"
 echo "odd_mount=$(label "/proc/$(info "$odd" pid)/root/odd")"
 echo "odd_dev=$(label "/proc/$(info "$odd" pid)/root/dev/null")"
 
+# In a user namespace only some file systems take a label.
+users='"mode": 0, "uids": [{"host_id": 100000, "container_id": 0, "length": 65536}], "gids": [{"host_id": 100000, "container_id": 0, "length": 65536}]'
+sed "s/second/users/g; s/\"network\": 2/\"network\": 0, \"userns_options\": {$users}/" /run/second.json >/run/users.json
+users=$(crictl runp /run/users.json) || failed "$users"
+u=$(started "$users" users u '' false) || failed "$u"
+echo "users=$(of_process "$u")"
+echo "users_exec=$(within "$u" cat /proc/self/attr/current)"
+for f in / /dev /dev/mqueue; do
+    echo "users:$f=$(label "/proc/$(info "$u" pid)/root$f")"
+done
+
 # One that another OCI runtime makes.
 fourth=$(crictl runp --runtime=crun /run/second.json 2>&1) && failed "one name, two pods: $fourth"
 sed 's/second/fourth/g' /run/second.json >/run/fourth.json
@@ -112,7 +123,7 @@ for _ in $(seq 300); do
     sleep 0.1
 done
 echo "exec_later=$(within "$a" cat /proc/self/attr/current)"
-for p in "$first" "$second" "$third" "$fourth"; do
+for p in "$first" "$second" "$third" "$fourth" "$users"; do
     crictl stopp "$p" >/dev/null || failed "no stopp"
     crictl rmp "$p" >/dev/null || failed "no rmp"
 done

@@ -95,12 +95,16 @@ fn all_files_of_a_container_have_its_label() {
 }
 
 #[test]
-fn containers_of_libcontainer_and_of_another_runtime_have_labels_too() {
+fn containers_of_other_kinds_have_labels_too() {
     let fact = |key| machine().fact("selinux", key).trim();
     let (process, mount) = fact("pod").split_once(' ').unwrap();
     assert_eq!((fact("odd"), fact("odd_mount"), fact("odd_dev")), (process, mount, mount));
     assert_eq!(level(fact("crun")).0, "system_u:system_r:container_t");
     assert_eq!(fact("crun"), fact("crun_exec"));
+    assert_eq!(level(fact("users")).0, "system_u:system_r:container_t");
+    assert_eq!(fact("users"), fact("users_exec"));
+    let mount = fact("users").replace("system_r:container_t", "object_r:container_file_t");
+    assert_eq!((fact("users:/"), fact("users:/dev"), fact("users:/dev/mqueue")), (&*mount, &*mount, &*mount));
 }
 
 #[test]
