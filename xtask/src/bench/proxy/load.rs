@@ -109,19 +109,24 @@ pub fn exchanges(to: SocketAddr, time: Duration) -> Result<f64> {
     Ok(typical_rate(times))
 }
 
-/// MiB a second that arrive over one connection of iperf3, which takes whole seconds.
+/// MiB that arrive over one connection of iperf3, which counts time in whole seconds only, for each second of processor time that client and
+/// server spend: whoever else wants the processor slows them down and changes nothing about that.
 pub fn bulk(to: SocketAddr, _: Duration) -> Result<f64> {
     let (ip, port) = (to.ip().to_string(), to.port().to_string());
     let here = processor()?;
     let affinity = format!("{here},{here}");
     let out = Command::new("iperf3")
-        .args(["--client", &ip, "--port", &port, "--time", "1", "--json", "--affinity", &affinity])
+        .args(["--client", &ip, "--port", &port, "--bytes", "256M", "--json", "--affinity", &affinity])
         .stdin(Stdio::null())
         .output()
         .map_err(text)?;
     let said: Value = serde_json::from_slice(&out.stdout).map_err(text)?;
-    let bits = said["end"]["sum_received"]["bits_per_second"].as_f64();
-    bits.map(|b| b / 8.0 / f64::from(1 << 20)).ok_or_else(|| format!("iperf3 to {to}: {}", said["error"]))
+    let end = &said["end"];
+    let bits = end["sum_received"]["bits_per_second"].as_f64();
+    let share = |whose: &str| end["cpu_utilization_percent"][whose].as_f64();
+    let figures = bits.zip(share("host_total")).zip(share("remote_total"));
+    let ((bits, here), there) = figures.ok_or_else(|| format!("iperf3 to {to}: {}", said["error"]))?;
+    Ok(bits / 8.0 / f64::from(1 << 20) / ((here + there) / 100.0).max(0.01))
 }
 
 /// When a connection there first works.

@@ -33,8 +33,6 @@ const NODE_PORTS: [u16; 2] = [32_080, 32_081];
 /// machine's mood lasts for seconds.
 const ROUNDS: usize = 40;
 const ROUND: Duration = Duration::from_millis(100);
-/// Those of iperf3, which counts in seconds.
-const BULK_ROUNDS: usize = 9;
 /// New Services of which one is typical.
 const SINGLES: usize = 20;
 /// Requests that fill the API server at the same time.
@@ -87,7 +85,6 @@ struct Line {
     load: Load,
     /// Of the Service, and of nodes.
     ports: (u16, u16),
-    rounds: usize,
     /// The goal through a ClusterIP.
     times: f64,
 }
@@ -201,8 +198,7 @@ impl Bench {
             [Some(Goal::Figure(5.0)), None],
         );
 
-        let ping =
-            |what, load, times| Line { what, load, ports: (PING, NODE_PORTS[0]), rounds: ROUNDS, times };
+        let ping = |what, load, times| Line { what, load, ports: (PING, NODE_PORTS[0]), times };
         let mut lines = vec![
             ping("connections", load::connections as Load, 0.97),
             ping("exchanges", load::exchanges as Load, 0.99),
@@ -210,10 +206,9 @@ impl Bench {
         if self.bulk {
             let ports = (BULK, NODE_PORTS[1]);
             lines.push(Line {
-                what: "iperf3, MiB",
+                what: "iperf3, MiB for a processor's second",
                 load: load::bulk,
                 ports,
-                rounds: BULK_ROUNDS,
                 times: 0.99,
             });
         }
@@ -231,12 +226,10 @@ impl Bench {
         }
         let (_proxy, _) = self.proxy(turn, &["--no-pod-packets"])?;
         for l in &lines {
-            let [ours, plain] = in_turn(
-                l.rounds,
-                [&|| self.measure(true, &self.ours.client, l.load, at(WEB, l.ports.0)), &|| {
+            let [ours, plain] =
+                in_turn([&|| self.measure(true, &self.ours.client, l.load, at(WEB, l.ports.0)), &|| {
                     self.measure(false, &self.plain.client, l.load, at(POD, l.ports.0))
-                }],
-            )?;
+                }])?;
             let what = format!("{} through ClusterIP, no pod packets / straight without a proxy", l.what);
             table.compare(what, &ours, &plain, Some(Goal::Times(l.times)));
         }
@@ -244,14 +237,11 @@ impl Bench {
     }
 
     fn cluster_ip(&self, table: &mut Table, l: &Line) -> Result {
-        let [ours, straight, plain] = in_turn(
-            l.rounds,
-            [
-                &|| self.measure(true, &self.ours.client, l.load, at(WEB, l.ports.0)),
-                &|| self.measure(true, &self.ours.client, l.load, at(POD, l.ports.0)),
-                &|| self.measure(false, &self.plain.client, l.load, at(POD, l.ports.0)),
-            ],
-        )?;
+        let [ours, straight, plain] = in_turn([
+            &|| self.measure(true, &self.ours.client, l.load, at(WEB, l.ports.0)),
+            &|| self.measure(true, &self.ours.client, l.load, at(POD, l.ports.0)),
+            &|| self.measure(false, &self.plain.client, l.load, at(POD, l.ports.0)),
+        ])?;
         let goal = Some(Goal::Times(l.times));
         table.compare(format!("{} through ClusterIP / straight", l.what), &ours, &straight, goal);
         table.compare(format!("{} straight / without a proxy", l.what), &straight, &plain, None);
@@ -269,12 +259,9 @@ impl Bench {
         let goal = Goal::Times(if services >= 5000 { 2.0 } else { 1.0 });
         for (i, l) in lines.iter().enumerate() {
             let to = at(world::NODE, l.ports.1);
-            let [ours, theirs] = in_turn(
-                l.rounds,
-                [&|| self.measure(false, &self.ours.outside, l.load, to), &|| {
-                    self.measure(false, &rules.outside, l.load, to)
-                }],
-            )?;
+            let [ours, theirs] = in_turn([&|| self.measure(false, &self.ours.outside, l.load, to), &|| {
+                self.measure(false, &rules.outside, l.load, to)
+            }])?;
             let what = format!("{} through NodePort{how} / nftables", l.what);
             table.compare(what, &ours, &theirs, (i == 0).then_some(goal));
         }
@@ -432,9 +419,9 @@ async fn fill(client: kube::Client, from: usize, to: usize) -> Result {
 }
 
 /// Figures that are taken in turn, each of them first once in a while.
-fn in_turn<const N: usize>(rounds: usize, measure: [&dyn Fn() -> Result<f64>; N]) -> Result<[Rates; N]> {
+fn in_turn<const N: usize>(measure: [&dyn Fn() -> Result<f64>; N]) -> Result<[Rates; N]> {
     let mut all = [const { Vec::new() }; N];
-    for round in 0..rounds {
+    for round in 0..ROUNDS {
         for i in (0..N).map(|i| (i + round) % N) {
             all[i].push(measure[i]()?);
         }
