@@ -11,9 +11,10 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, connect, listen, setsockopt, socket,
     sockopt,
 };
-use orlop_ebpf_common::{CtKey, CtValue, LAYOUT, UDP, addr_from, counters, ct_dir};
+use orlop_ebpf_common::{CtKey, CtValue, LAYOUT, UDP, addr_from, config_flags, counters, ct_dir};
 use orlop_ebpf_loader::Datapath;
 
+use crate::ways::two_nodes;
 use crate::world::*;
 use crate::{Home, Kind, Ranges, Spec, State, program_with};
 
@@ -309,4 +310,34 @@ fn answers_have_the_name_that_was_asked_last() {
         })
         .join()
         .unwrap();
+}
+
+/// With direct server return the backend's node names the answers: a connection that its client has reset is no other's
+/// trouble there, nor here.
+#[test]
+fn reset_connections_are_forgotten_where_answers_come_from() {
+    let w = World::new();
+    let (home, elsewhere) = (Home::new(false), Home::new(false));
+    hold(&w.other, REMOTE_POD[0]);
+    let mut nodes = two_nodes(&w, &home, &elsewhere);
+    for dp in &mut nodes {
+        dp.maps.set_flags(config_flags::DIRECT).unwrap();
+    }
+    let names =
+        [Kind::LoadBalancer, Kind::ExternalIp].map(|k| SocketAddr::new(spec(State::Both).ip(k, true), 80));
+    let client = SocketAddr::new(OUTSIDE[0].parse().unwrap(), 20_002);
+    w.outside
+        .run(move || {
+            for round in 0..3 {
+                for to in names {
+                    let mut s = from_port(client.port(), to).unwrap();
+                    assert_eq!(seen(&mut s), client, "round {round}: {to}");
+                    echoes(&mut s, b"by itself");
+                    reset(s);
+                }
+            }
+        })
+        .join()
+        .unwrap();
+    assert!(nodes[1].maps.counter(counters::DIRECT) >= 6);
 }

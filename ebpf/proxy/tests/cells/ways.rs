@@ -200,10 +200,7 @@ fn drivers_send_known_connections_on() {
 }
 
 /// The other node runs the programs too, and has a way of its own to the client.
-#[test]
-fn backends_on_other_nodes_answer_clients_themselves() {
-    let w = World::new();
-    let (home, elsewhere) = (Home::new(false), Home::new(false));
+pub fn two_nodes(w: &World, home: &Home, elsewhere: &Home) -> [Datapath; 2] {
     w.other.ip(&format!("link add away type veth peer name eth1 netns {}", w.outside.0));
     for (net, own, dev) in [
         (&w.other, ["10.71.3.1/24", "fd71:3::1/64"], "away"),
@@ -217,10 +214,9 @@ fn backends_on_other_nodes_answer_clients_themselves() {
     }
     w.other.ip("route add 10.71.1.2/32 via 10.71.3.2");
     w.other.ip("route add fd71:1::2/128 via fd71:3::2");
-    serve(&w.other, "remote", REMOTE_POD);
-    let mut dp = remote_only(&w, &home);
+    let here = remote_only(w, home);
     let config = elsewhere.config.clone();
-    let mut there = w
+    let there = w
         .other
         .run(move || {
             let mut dp = Datapath::open(&config).unwrap();
@@ -245,6 +241,15 @@ fn backends_on_other_nodes_answer_clients_themselves() {
         })
         .join()
         .unwrap();
+    [here, there]
+}
+
+#[test]
+fn backends_on_other_nodes_answer_clients_themselves() {
+    let w = World::new();
+    let (home, elsewhere) = (Home::new(false), Home::new(false));
+    serve(&w.other, "remote", REMOTE_POD);
+    let [mut dp, mut there] = two_nodes(&w, &home, &elsewhere);
     let s = spec(State::RemoteOnly);
     let ask = |udp: bool| {
         let mut seen = Vec::new();
