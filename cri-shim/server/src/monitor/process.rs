@@ -125,11 +125,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let monitor = Monitor::at(dir.path().to_owned());
         assert!(monitor.process().is_none());
-        let script = "kill -STOP $$; while :; do sleep 1000; done";
+        let script = "kill -STOP $$; read line";
         let mut child = tokio::process::Command::new("sh")
             .args(["-c", script, "sh", "--dir"])
             .arg(dir.path())
             .arg("end")
+            .stdin(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
             .unwrap();
@@ -154,9 +155,10 @@ mod tests {
     async fn one_that_is_just_starting_is_found() {
         let dir = tempfile::tempdir().unwrap();
         let mut child = tokio::process::Command::new("sh")
-            .args(["-c", "while :; do sleep 1000; done", "sh", "--dir"])
+            .args(["-c", "read line", "sh", "--dir"])
             .arg(dir.path())
             .arg("end")
+            .stdin(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
             .unwrap();
