@@ -169,7 +169,7 @@ pub(crate) fn parse(text: &str, registry: &str, dir: &Path, default: bool) -> Re
         }
         _ => {
             let plain = default_host(registry);
-            let mut host = make(&plain.base.replace("/v2", ""), file.own, dir)?;
+            let mut host = make(plain.base.strip_suffix("/v2").unwrap_or(&plain.base), file.own, dir)?;
             host.upstream = true;
             host
         }
@@ -247,6 +247,15 @@ mod tests {
 
     fn bases(hosts: &[Host]) -> Vec<&str> {
         hosts.iter().map(|h| h.base.as_str()).collect()
+    }
+
+    #[test]
+    fn a_registry_may_be_called_v2() {
+        let dir = Path::new("/certs");
+        for registry in ["v2.example", "v2.example:5000"] {
+            let hosts = parse("[host.\"https://mirror.example\"]\n", registry, dir, false).unwrap();
+            assert_eq!(hosts[1].base, format!("https://{registry}/v2"));
+        }
     }
 
     #[test]
