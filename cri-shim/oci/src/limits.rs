@@ -59,6 +59,7 @@ impl Group<'_> {
     }
 
     fn write(&self, wanted: &[Setting], memory: Option<&LinuxMemory>) -> Result<(), Error> {
+        let mut again = None;
         for s in wanted {
             let Some(folder) = cgroup::v1_folder(self.folders, s.controller) else {
                 return Err(Error::new(
@@ -68,7 +69,15 @@ impl Group<'_> {
                     libc::ENOENT,
                 ));
             };
-            write_all(&folder.join(&s.file), &s.values)?;
+            let file = folder.join(&s.file);
+            match write_all(&file, &s.values) {
+                // A shorter period with the old quota may be more than the parent allows; with the new one it is not.
+                Err(e) if e.errno == libc::EINVAL && s.file == "cpu.cfs_period_us" => again = Some((file, s)),
+                other => other?,
+            }
+        }
+        if let Some((file, s)) = again {
+            write_all(&file, &s.values)?;
         }
         match (memory, cgroup::v1_folder(self.folders, "memory")) {
             (Some(m), Some(folder)) => set_memory(folder, m),

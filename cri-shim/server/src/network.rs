@@ -7,7 +7,7 @@ use orlop_cni_invoke::{Attachment, Bandwidth, Cni, DnsConfig, PodNetwork, PortMa
 use orlop_proto::cri;
 
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::store::SandboxRecord;
 
 /// The interface that Kubernetes knows.
@@ -38,6 +38,7 @@ impl Network {
 
     /// Attaches the pod and returns its addresses, the primary one first.
     pub async fn attach(&self, record: &SandboxRecord, netns: PathBuf) -> Result<Vec<String>> {
+        bandwidth(&record.config)?;
         let result = self.cni.add(&pod_network(record, netns)).await?;
         Ok(result.pod_ips().iter().map(ToString::to_string).collect())
     }
@@ -84,7 +85,8 @@ fn pod_network(record: &SandboxRecord, netns: PathBuf) -> PodNetwork {
         pod_namespace: meta.namespace,
         pod_uid: meta.uid,
         port_mappings: mappings.filter_map(port_mapping).collect(),
-        bandwidth: bandwidth(config),
+        // What is wrong was said when the pod was attached.
+        bandwidth: bandwidth(config).unwrap_or_default(),
         dns: config.dns_config.as_ref().map(|d| DnsConfig {
             servers: d.servers.clone(),
             searches: d.searches.clone(),
@@ -110,36 +112,65 @@ fn port_mapping(p: &cri::PortMapping) -> Option<PortMapping> {
     })
 }
 
-/// `kubernetes.io/ingress-bandwidth` and its pair hold a quantity of bits per second.
-fn bandwidth(config: &cri::PodSandboxConfig) -> Option<Bandwidth> {
+/// `kubernetes.io/ingress-bandwidth` and its pair hold a quantity of bits per second, between 1k and 1P.
+fn bandwidth(config: &cri::PodSandboxConfig) -> Result<Option<Bandwidth>> {
     let rate = |which: &str| {
-        config.annotations.get(&format!("kubernetes.io/{which}-bandwidth")).and_then(|q| bits(q)).unwrap_or(0)
+        let name = format!("kubernetes.io/{which}-bandwidth");
+        let Some(text) = config.annotations.get(&name) else { return Ok(0) };
+        let bits = bits(text).filter(|b| (1_000..=1_000_000_000_000_000).contains(b));
+        bits.ok_or_else(|| {
+            Error::Invalid(format!(
+                "annotation {name}: {text:?} is no quantity of bits per second between 1k and 1P"
+            ))
+        })
     };
-    let (ingress_rate, egress_rate) = (rate("ingress"), rate("egress"));
+    let (ingress_rate, egress_rate) = (rate("ingress")?, rate("egress")?);
     // A burst as large as the kernel's token buckets take: what upstream runtimes hand over too.
     let burst = |rate: u64| if rate == 0 { 0 } else { u64::from(i32::MAX as u32) };
-    (ingress_rate + egress_rate > 0).then_some(Bandwidth {
+    Ok((ingress_rate > 0 || egress_rate > 0).then_some(Bandwidth {
         ingress_rate,
         ingress_burst: burst(ingress_rate),
         egress_rate,
         egress_burst: burst(egress_rate),
-    })
+    }))
 }
 
-/// A Kubernetes quantity of whole bits, as far as bandwidths use them: digits and one of k, M, G, Ki, Mi, Gi.
+/// A Kubernetes quantity in whole bits, rounded up; `None` when it is none or too large to tell. This crate knows no more of
+/// Kubernetes' vocabulary than the CRI.
 fn bits(quantity: &str) -> Option<u64> {
-    let at = quantity.find(|c: char| !c.is_ascii_digit()).unwrap_or(quantity.len());
-    let factor: u64 = match &quantity[at..] {
-        "" => 1,
-        "k" => 1000,
-        "M" => 1_000_000,
-        "G" => 1_000_000_000,
-        "Ki" => 1 << 10,
-        "Mi" => 1 << 20,
-        "Gi" => 1 << 30,
-        _ => return None,
+    let text = quantity.strip_prefix('+').unwrap_or(quantity);
+    let at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, suffix) = text.split_at(at);
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    let digits = format!("{whole}{fraction}");
+    if digits.is_empty() || digits.len() > 20 || fraction.contains('.') {
+        return None;
+    }
+    let ten = |n: i32| 10u128.checked_pow(n.unsigned_abs());
+    let (up, down) = match suffix {
+        "n" => (1, ten(9)?),
+        "u" => (1, ten(6)?),
+        "m" => (1, ten(3)?),
+        "" => (1, 1),
+        "k" => (ten(3)?, 1),
+        "M" => (ten(6)?, 1),
+        "G" => (ten(9)?, 1),
+        "T" => (ten(12)?, 1),
+        "P" => (ten(15)?, 1),
+        "E" => (ten(18)?, 1),
+        "Ki" => (1 << 10, 1),
+        "Mi" => (1 << 20, 1),
+        "Gi" => (1 << 30, 1),
+        "Ti" => (1 << 40, 1),
+        "Pi" => (1 << 50, 1),
+        "Ei" => (1 << 60, 1),
+        _ => match suffix.strip_prefix(['e', 'E'])?.parse::<i32>().ok()? {
+            n if n >= 0 => (ten(n)?, 1),
+            n => (1, ten(n)?),
+        },
     };
-    quantity[..at].parse::<u64>().ok()?.checked_mul(factor)
+    let scale = down.checked_mul(ten(i32::try_from(fraction.len()).ok()?)?)?;
+    digits.parse::<u128>().ok()?.checked_mul(up)?.div_ceil(scale).try_into().ok()
 }
 
 /// resolv.conf(5) of a pod. Without a DNS config the host's is taken over.
@@ -188,10 +219,36 @@ mod tests {
 
     #[test]
     fn bandwidth_quantities() {
-        for (text, want) in
-            [("10M", Some(10_000_000)), ("1Ki", Some(1024)), ("5", Some(5)), ("x", None), ("1m", None)]
-        {
+        for (text, want) in [
+            ("10M", Some(10_000_000)),
+            ("1Ki", Some(1024)),
+            ("5", Some(5)),
+            ("1.5M", Some(1_500_000)),
+            ("1e6", Some(1_000_000)),
+            ("1E3", Some(1000)),
+            ("1T", Some(1_000_000_000_000)),
+            ("1m", Some(1)),
+            (".5k", Some(500)),
+            ("x", None),
+            ("", None),
+            ("1.2.3", None),
+            ("-1M", None),
+            ("1MB", None),
+            ("99999999999E", None),
+        ] {
             assert_eq!(bits(text), want, "{text}");
+        }
+        let of = |ingress: &str, egress: &str| {
+            let annotations =
+                [("ingress", ingress), ("egress", egress)].into_iter().filter(|(_, q)| !q.is_empty());
+            let annotations =
+                annotations.map(|(w, q)| (format!("kubernetes.io/{w}-bandwidth"), q.to_owned())).collect();
+            bandwidth(&cri::PodSandboxConfig { annotations, ..Default::default() })
+        };
+        assert!(of("", "").unwrap().is_none());
+        assert_eq!(of("1.5M", "1P").unwrap().unwrap().egress_rate, 1_000_000_000_000_000);
+        for bad in ["nonsense", "999", "2P", "0"] {
+            assert!(of("", bad).is_err() && of(bad, "").is_err(), "{bad}");
         }
     }
 }

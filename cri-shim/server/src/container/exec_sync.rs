@@ -61,6 +61,35 @@ impl Runtime {
         if done.timed_out {
             return Err(Error::ExecTimeout { id: container.id.clone(), seconds: request.timeout });
         }
-        Ok(cri::ExecSyncResponse { stdout: done.stdout, stderr: done.stderr, exit_code: done.exit_code })
+        let (mut stdout, mut stderr) = (done.stdout, done.stderr);
+        fit(&mut stdout, &mut stderr);
+        Ok(cri::ExecSyncResponse { stdout, stderr, exit_code: done.exit_code })
+    }
+}
+
+/// Cuts both so that the kubelet, which takes messages of up to 16 MiB, takes the answer. Errors keep a quarter of it.
+fn fit(stdout: &mut Vec<u8>, stderr: &mut Vec<u8>) {
+    let room = OUTPUT_LIMIT as usize - 1024;
+    stderr.truncate(room.saturating_sub(stdout.len()).max(room / 4));
+    stdout.truncate(room - stderr.len());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_fit_into_a_message() {
+        let mib = 1 << 20;
+        for (out, err, want) in [
+            (mib, mib, (mib, mib)),
+            (16 * mib, 0, (16 * mib - 1024, 0)),
+            (16 * mib, 16 * mib, (12 * mib - 768, 4 * mib - 256)),
+            (mib, 16 * mib, (mib, 15 * mib - 1024)),
+        ] {
+            let (mut stdout, mut stderr) = (vec![0; out], vec![0; err]);
+            fit(&mut stdout, &mut stderr);
+            assert_eq!((stdout.len(), stderr.len()), want);
+        }
     }
 }

@@ -12,9 +12,11 @@ use orlop_proto::cri;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::timeout;
 
 use super::netns;
+use super::remote::Activity;
 use super::spdy::{Event, Writer, connection};
 use super::websocket::{self, Codec, Socket};
 use crate::network::netns_path;
@@ -22,6 +24,9 @@ use crate::runtime::Runtime;
 
 /// Data waiting for one forwarded connection, in frames.
 const QUEUE: usize = 16;
+/// How long a full queue may stay full before its connection is given up. Its session's others, new ones and pings wait meanwhile:
+/// SPDY as Kubernetes speaks it has no flow control of single streams, and what a process in the pod never reads must stop somewhere.
+const STALL: Duration = Duration::from_secs(10);
 /// How long connecting inside the pod may take. Its own loopback answers at once or never.
 const CONNECT: Duration = Duration::from_secs(10);
 /// Streams whose pair is still missing.
@@ -59,6 +64,7 @@ async fn copy<F, Fut>(
     mut from_client: mpsc::Receiver<Bytes>,
     mut send: F,
     idle: Duration,
+    session: &Activity,
 ) -> io::Result<()>
 where
     F: FnMut(Bytes) -> Fut,
@@ -68,8 +74,9 @@ where
     let moved = tokio::sync::Notify::new();
     let inwards = async {
         while let Some(data) = from_client.recv().await {
-            moved.notify_one();
             to_pod.write_all(&data).await?;
+            moved.notify_one();
+            session.note();
         }
         // The client has half-closed.
         to_pod.shutdown().await
@@ -77,8 +84,9 @@ where
     let outwards = async {
         let mut buffer = BytesMut::with_capacity(16 << 10);
         while from_pod.read_buf(&mut buffer).await? > 0 {
-            moved.notify_one();
             send(buffer.split().freeze()).await?;
+            moved.notify_one();
+            session.note();
             buffer.reserve(16 << 10);
         }
         Ok::<_, io::Error>(())
@@ -101,9 +109,15 @@ where
 /// The two streams of one forwarded connection.
 #[derive(Default)]
 struct Pair {
-    port: u16,
     data: Option<u32>,
     error: Option<u32>,
+}
+
+/// How long a session and each of its connections may be silent, and how long a full queue may stay full.
+#[derive(Clone, Copy)]
+struct Limits {
+    idle: Duration,
+    stall: Duration,
 }
 
 /// Port-forward over SPDY: a pair of streams, data and error, per connection (`portforward.k8s.io`).
@@ -111,68 +125,124 @@ pub(super) async fn spdy<I>(runtime: &Arc<Runtime>, request: &cri::PortForwardRe
 where
     I: AsyncRead + AsyncWrite + Send + 'static,
 {
+    let limits = Limits { idle: runtime.config.streaming_idle_timeout, stall: STALL };
+    let dial = |port| {
+        let (runtime, sandbox) = (runtime.clone(), request.pod_sandbox_id.clone());
+        async move { dial(&runtime, &sandbox, port).await }
+    };
+    spdy_session(io, limits, dial).await;
+}
+
+/// Connections that are being forwarded, by the number of their data stream.
+struct Forwards {
+    tasks: JoinSet<u32>,
+    inputs: HashMap<u32, mpsc::Sender<Bytes>>,
+    running: HashMap<u32, Running>,
+}
+
+struct Running {
+    error: u32,
+    task: AbortHandle,
+}
+
+impl Forwards {
+    /// Takes ended ones off.
+    fn tidy(&mut self) {
+        while let Some(ended) = self.tasks.try_join_next() {
+            if let Ok(data) = ended {
+                self.running.remove(&data);
+                self.inputs.remove(&data);
+            }
+        }
+    }
+
+    /// Ends a connection at once; `why` tells the client, which waits for the error stream's end.
+    async fn abort(&mut self, data: u32, why: Option<&str>, writer: &Writer) {
+        self.inputs.remove(&data);
+        let Some(running) = self.running.remove(&data) else { return };
+        running.task.abort();
+        // The client may be gone.
+        if let Some(text) = why {
+            let _ = writer.data(running.error, Bytes::copy_from_slice(text.as_bytes())).await;
+            let _ = writer.reset(data).await;
+        }
+        let _ = writer.end(running.error).await;
+    }
+}
+
+const UNREAD: &str = "the process in the pod does not read what it is sent";
+
+async fn spdy_session<I, D, F>(io: I, limits: Limits, dial: D)
+where
+    I: AsyncRead + AsyncWrite + Send + 'static,
+    D: Fn(u16) -> F,
+    F: Future<Output = io::Result<TcpStream>> + Send + 'static,
+{
     let (mut reader, writer, writing) = match connection(io) {
         Ok(c) => c,
         Err(e) => return tracing::warn!(error = %e, "could not set up a SPDY connection"),
     };
-    let idle = runtime.config.streaming_idle_timeout;
+    let activity = Arc::new(Activity::new());
     let serve = async move {
         let mut halves: HashMap<String, Pair> = HashMap::new();
-        let mut inputs: HashMap<u32, mpsc::Sender<Bytes>> = HashMap::new();
         let mut waiting: HashMap<u32, mpsc::Receiver<Bytes>> = HashMap::new();
-        let mut forwards = JoinSet::new();
-        while let Ok(Some(event)) = tokio::time::timeout(idle, reader.next()).await {
-            // Take ended ones off the set.
-            while forwards.try_join_next().is_some() {}
+        let mut forwards =
+            Forwards { tasks: JoinSet::new(), inputs: HashMap::new(), running: HashMap::new() };
+        loop {
+            let event = tokio::select! {
+                event = reader.next() => event,
+                // The session ends; what the reader was about to say is for nobody.
+                () = activity.idle(limits.idle) => None,
+            };
+            let Some(event) = event else { break };
+            activity.note();
+            forwards.tidy();
             match event {
                 Event::Open { id, headers } => {
-                    let header =
-                        |name: &str| headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str());
-                    let port = header("port").and_then(|p| p.parse::<u16>().ok()).filter(|p| *p > 0);
-                    let kind = header("streamtype").unwrap_or_default().to_owned();
-                    let (Some(port), true) = (port, matches!(kind.as_str(), "data" | "error")) else {
+                    let Some((key, port, is_data)) = half_of(id, &headers) else {
                         let _ = writer.reset(id).await;
                         continue;
                     };
-                    // Clients before request ids number a pair's streams one after the other.
-                    let key = header("requestid").map_or_else(
-                        || if kind == "error" { id.to_string() } else { id.saturating_sub(2).to_string() },
-                        str::to_owned,
-                    );
                     if halves.len() >= MAX_HALVES && !halves.contains_key(&key) {
                         let _ = writer.reset(id).await;
                         continue;
                     }
                     let pair = halves.entry(key.clone()).or_default();
-                    pair.port = port;
-                    if kind == "data" {
+                    if is_data {
                         pair.data = Some(id);
                         // Data may come before the pair is complete.
                         let (tx, rx) = mpsc::channel(QUEUE);
-                        inputs.insert(id, tx);
+                        forwards.inputs.insert(id, tx);
                         waiting.insert(id, rx);
                     } else {
                         pair.error = Some(id);
                     }
-                    if let (Some(data), Some(error)) = (pair.data, pair.error) {
-                        halves.remove(&key);
-                        if let Some(rx) = waiting.remove(&data) {
-                            let (runtime, writer) = (runtime.clone(), writer.clone());
-                            let sandbox = request.pod_sandbox_id.clone();
-                            forwards.spawn(async move {
-                                forward(&runtime, &sandbox, port, data, error, rx, writer, idle).await;
-                            });
-                        }
+                    let (Some(data), Some(error)) = (pair.data, pair.error) else { continue };
+                    halves.remove(&key);
+                    if let Some(rx) = waiting.remove(&data) {
+                        let (dialled, writer, activity) = (dial(port), writer.clone(), activity.clone());
+                        let task = forwards.tasks.spawn(async move {
+                            let stream = dialled.await.map_err(|e| refusal(port, &e));
+                            forward(stream, data, error, rx, writer, limits.idle, &activity).await;
+                            data
+                        });
+                        forwards.running.insert(data, Running { error, task });
                     }
                 }
                 Event::Data { id, data } => {
-                    if let Some(tx) = inputs.get(&id) {
-                        // Dropping what a finished connection no longer reads; waiting is the flow control.
-                        let _ = tx.send(data).await;
+                    let Some(tx) = forwards.inputs.get(&id) else { continue };
+                    // Dropping what a finished connection no longer reads; waiting is the flow control.
+                    if timeout(limits.stall, tx.send(data)).await.is_err() {
+                        waiting.remove(&id);
+                        forwards.abort(id, Some(UNREAD), &writer).await;
                     }
                 }
-                Event::End { id } | Event::Reset { id } => {
-                    inputs.remove(&id);
+                Event::End { id } => drop(forwards.inputs.remove(&id)),
+                // It wants no more of the answer either.
+                Event::Reset { id } => {
+                    waiting.remove(&id);
+                    halves.retain(|_, p| p.data != Some(id) && p.error != Some(id));
+                    forwards.abort(id, None, &writer).await;
                 }
             }
         }
@@ -183,27 +253,39 @@ where
     tokio::join!(writing, serve);
 }
 
-#[allow(clippy::too_many_arguments)] // The ends of one connection, which nothing else holds together.
+/// What a new stream is half of, by its headers: the connection's name, its port, and whether this is the half with its data.
+fn half_of(id: u32, headers: &[(String, String)]) -> Option<(String, u16, bool)> {
+    let header = |name: &str| headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str());
+    let port = header("port").and_then(|p| p.parse::<u16>().ok()).filter(|p| *p > 0)?;
+    let is_data = match header("streamtype")? {
+        "data" => true,
+        "error" => false,
+        _ => return None,
+    };
+    // Clients before request ids number a pair's streams one after the other.
+    let numbered = || if is_data { id.saturating_sub(2).to_string() } else { id.to_string() };
+    Some((header("requestid").map_or_else(numbered, str::to_owned), port, is_data))
+}
+
 async fn forward(
-    runtime: &Runtime,
-    sandbox: &str,
-    port: u16,
+    stream: Result<TcpStream, Bytes>,
     data: u32,
     error: u32,
     from_client: mpsc::Receiver<Bytes>,
     writer: Writer,
     idle: Duration,
+    session: &Activity,
 ) {
-    let done = match dial(runtime, sandbox, port).await {
+    let done = match stream {
         Ok(stream) => {
             let gone = || io::Error::from(io::ErrorKind::BrokenPipe);
             let send = |bytes| {
                 let writer = writer.clone();
                 async move { writer.data(data, bytes).await.map_err(|_| gone()) }
             };
-            copy(stream, from_client, send, idle).await.map_err(|e| Bytes::from(e.to_string()))
+            copy(stream, from_client, send, idle, session).await.map_err(|e| Bytes::from(e.to_string()))
         }
-        Err(e) => Err(refusal(port, &e)),
+        Err(text) => Err(text),
     };
     // From here on the client may be gone; nothing more is to be done for it.
     if let Err(text) = done {
@@ -233,6 +315,7 @@ pub(super) async fn websocket(
     let (out_tx, mut out_rx) = mpsc::channel(QUEUE);
     let mut inputs = Vec::new();
     let mut forwards = JoinSet::new();
+    let activity = Arc::new(Activity::new());
     let idle = runtime.config.streaming_idle_timeout;
     for (i, port) in ports.iter().copied().enumerate() {
         let (data, error) = (2 * i as u8, 2 * i as u8 + 1);
@@ -242,9 +325,9 @@ pub(super) async fn websocket(
             }
         }
         let (tx, rx) = mpsc::channel(QUEUE);
-        inputs.push(tx);
         let (runtime, sandbox, out) = (runtime.clone(), request.pod_sandbox_id.clone(), out_tx.clone());
-        forwards.spawn(async move {
+        let activity = activity.clone();
+        let task = forwards.spawn(async move {
             let gone = || io::Error::from(io::ErrorKind::BrokenPipe);
             let done = match dial(&runtime, &sandbox, port).await {
                 Ok(stream) => {
@@ -252,7 +335,7 @@ pub(super) async fn websocket(
                         let out = out.clone();
                         async move { out.send(codec.encode(data, &bytes)).await.map_err(|_| gone()) }
                     };
-                    copy(stream, rx, send, idle).await.map_err(|e| Bytes::from(e.to_string()))
+                    copy(stream, rx, send, idle, &activity).await.map_err(|e| Bytes::from(e.to_string()))
                 }
                 Err(e) => Err(refusal(port, &e)),
             };
@@ -261,6 +344,7 @@ pub(super) async fn websocket(
                 let _ = out.send(codec.encode(error, &text)).await;
             }
         });
+        inputs.push(Some((tx, task)));
     }
     drop(out_tx);
     let outwards = async {
@@ -279,9 +363,12 @@ pub(super) async fn websocket(
             }
             if let Some((channel, data)) = codec.decode(message)
                 && let Some(at) = input_of(channel, inputs.len())
-                && let Some(tx) = inputs.get(at)
+                && let Some(Some((tx, task))) = inputs.get(at)
+                && timeout(STALL, tx.send(data)).await.is_err()
             {
-                let _ = tx.send(data).await;
+                tracing::info!("ended a forwarded connection: {UNREAD}");
+                task.abort();
+                inputs[at] = None;
             }
         }
     };
@@ -289,5 +376,167 @@ pub(super) async fn websocket(
         () = outwards => {}
         // Dropping the set ends what is still forwarded.
         () = inwards => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::DuplexStream;
+    use tokio::net::TcpListener;
+
+    use super::super::spdy::{Decoder, Encoder, Frame, plain};
+    use super::*;
+
+    /// A client of a session whose pod is this machine's loopback.
+    struct Client {
+        io: DuplexStream,
+        encoder: Encoder,
+        decoder: Decoder,
+        buffer: BytesMut,
+    }
+
+    impl Client {
+        async fn send(&mut self, frame: Frame) {
+            let bytes = match &frame {
+                Frame::SynStream { .. } => self.encoder.encode(&frame).unwrap(),
+                other => plain(other),
+            };
+            self.io.write_all(&bytes).await.unwrap();
+        }
+
+        /// Opens error and data stream, which get the numbers `id` and `id + 2`.
+        async fn open(&mut self, id: u32, port: u16) {
+            for (id, kind) in [(id, "error"), (id + 2, "data")] {
+                let headers = [("streamtype", kind.to_owned()), ("port", port.to_string())];
+                let headers = headers.into_iter().map(|(n, v)| (n.to_owned(), v)).collect();
+                self.send(Frame::SynStream { id, fin: false, headers }).await;
+            }
+        }
+
+        async fn data(&mut self, id: u32, data: &'static [u8]) {
+            self.send(Frame::Data { id, fin: false, data: Bytes::from_static(data) }).await;
+        }
+
+        async fn next(&mut self) -> Option<Frame> {
+            loop {
+                if let Some(frame) = self.decoder.next(&mut self.buffer).unwrap() {
+                    return Some(frame);
+                }
+                if self.io.read_buf(&mut self.buffer).await.unwrap() == 0 {
+                    return None;
+                }
+            }
+        }
+
+        async fn until(&mut self, what: impl Fn(&Frame) -> bool) {
+            while !what(&self.next().await.expect("the session ended")) {}
+        }
+    }
+
+    fn session(limits: Limits) -> (Client, impl Future<Output = ()>) {
+        let (near, far) = tokio::io::duplex(64 << 10);
+        let dial = |port| TcpStream::connect((Ipv4Addr::LOCALHOST, port));
+        let client = Client {
+            io: far,
+            encoder: Encoder::new().unwrap(),
+            decoder: Decoder::default(),
+            buffer: BytesMut::new(),
+        };
+        (client, spdy_session(near, limits, dial))
+    }
+
+    async fn listen() -> (TcpListener, u16) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        (listener, port)
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    async fn within_reason(all: impl Future) {
+        timeout(LONG, all).await.expect("it ends");
+    }
+
+    #[tokio::test]
+    async fn a_download_is_no_silence() {
+        let idle = Duration::from_secs(2);
+        let (mut client, serve) = session(Limits { idle, stall: LONG });
+        let (listener, port) = listen().await;
+        let pod = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            for _ in 0..12 {
+                tokio::time::sleep(idle / 8).await;
+                stream.write_all(b"x").await.unwrap();
+            }
+        };
+        let talk = async {
+            client.open(1, port).await;
+            let mut got = 0;
+            loop {
+                match client.next().await.expect("the session ended") {
+                    Frame::Data { id: 3, fin: true, .. } => break,
+                    Frame::Data { id: 3, data, .. } => got += data.len(),
+                    _ => {}
+                }
+            }
+            assert_eq!(got, 12);
+            // And silence is: the session ends by itself.
+            while client.next().await.is_some() {}
+        };
+        within_reason(async { tokio::join!(serve, pod, talk) }).await;
+    }
+
+    #[tokio::test]
+    async fn a_process_that_does_not_read_stops_itself_alone() {
+        let (mut client, serve) = session(Limits { idle: LONG, stall: Duration::from_millis(200) });
+        let (deaf, deaf_port) = listen().await;
+        let (listener, port) = listen().await;
+        let pod = async {
+            let (_held, _) = deaf.accept().await.unwrap();
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut got = [0; 2];
+            stream.read_exact(&mut got).await.unwrap();
+            stream.write_all(&got).await.unwrap();
+            stream.shutdown().await.unwrap();
+        };
+        let talk = async {
+            static CHUNK: [u8; 32 << 10] = [0; 32 << 10];
+            client.open(1, deaf_port).await;
+            // More than the kernel's buffers take.
+            for _ in 0..1000 {
+                client.data(3, &CHUNK).await;
+            }
+            client.until(|f| matches!(f, Frame::RstStream { id: 3, .. })).await;
+            client.open(5, port).await;
+            client.send(Frame::Ping(1)).await;
+            client.data(7, b"hi").await;
+            client.until(|f| matches!(f, Frame::Ping(1))).await;
+            client.until(|f| matches!(f, Frame::Data { id: 7, data, .. } if data == "hi")).await;
+            drop(client);
+        };
+        within_reason(async { tokio::join!(serve, pod, talk) }).await;
+    }
+
+    #[tokio::test]
+    async fn a_reset_ends_an_endless_answer() {
+        let (mut client, serve) = session(Limits { idle: LONG, stall: LONG });
+        let (listener, port) = listen().await;
+        let pod = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            while stream.write_all(&[0; 4096]).await.is_ok() {}
+        };
+        let talk = async {
+            client.open(1, port).await;
+            client.until(|f| matches!(f, Frame::Data { id: 3, .. })).await;
+            client.send(Frame::RstStream { id: 3, status: 5 }).await;
+            // Clients wait for it.
+            client.until(|f| matches!(f, Frame::Data { id: 1, fin: true, .. })).await;
+            client
+        };
+        let ended = async { tokio::join!(pod, talk) };
+        tokio::select! {
+            () = serve => panic!("the session goes on"),
+            () = within_reason(ended) => {}
+        }
     }
 }

@@ -139,19 +139,23 @@ fn verdict(version: Version, end: &Result<i32>) -> Option<Bytes> {
 }
 
 /// When something last moved, for the idle timeout.
-struct Activity {
+pub(super) struct Activity {
     start: Instant,
     last_ms: AtomicU64,
 }
 
 impl Activity {
-    fn note(&self) {
+    pub fn new() -> Activity {
+        Activity { start: Instant::now(), last_ms: AtomicU64::new(0) }
+    }
+
+    pub fn note(&self) {
         self.last_ms
             .store(u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     /// Returns once nothing has moved for `limit`.
-    async fn idle(&self, limit: Duration) {
+    pub async fn idle(&self, limit: Duration) {
         loop {
             let quiet = self
                 .start
@@ -195,7 +199,7 @@ async fn drive(
     let (mut reader, mut writer) = (connection.reader, connection.writer);
     let attach = matches!(session, Session::Attach(_));
     let wants = session.wants();
-    let activity = Activity { start: Instant::now(), last_ms: AtomicU64::new(0) };
+    let activity = Activity::new();
     let from_client = async {
         let mut deaf = false;
         while let Some(item) = input.recv().await {

@@ -113,7 +113,10 @@ async fn an_exec_that_floods_is_cut() {
     let mut client = node.client().await.max_decoding_message_size(64 << 20);
     let script = ["sh", "-c", "yes | head -c 20000000; yes | head -c 20000000 >&2; exit 3"];
     let done = exec(&mut client, &id, &script, 60).await.unwrap();
-    assert_eq!((done.stdout.len(), done.stderr.len(), done.exit_code), (16 << 20, 16 << 20, 3));
+    // The kubelet takes no larger message.
+    let (out, err) = (done.stdout.len(), done.stderr.len());
+    assert!(out > 8 << 20 && err >= (4 << 20) - 1024 && out + err < 16 << 20, "{out} {err}");
+    assert_eq!(done.exit_code, 3);
     node.purge_and_check();
 }
 

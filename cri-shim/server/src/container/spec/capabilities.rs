@@ -6,8 +6,6 @@ use std::str::FromStr;
 use oci_spec::runtime::{Capability, LinuxCapabilities};
 use orlop_proto::cri;
 
-use super::invalid;
-use crate::error::Result;
 use crate::facts::CAPABILITIES;
 
 /// What a container has unless it says otherwise; the set that Docker and containerd agreed on.
@@ -28,11 +26,15 @@ const DEFAULT: [Capability; 14] = [
     Capability::AuditWrite,
 ];
 
-/// `SYS_ADMIN`, `sys_admin` and `CAP_SYS_ADMIN` are the same.
-fn parse(name: &str) -> Result<Capability> {
+/// `SYS_ADMIN`, `sys_admin` and `CAP_SYS_ADMIN` are the same. One that is not known changes nothing, as with upstream's runtimes: it may
+/// be a newer kernel's.
+fn parse(name: &String) -> Option<Capability> {
     let upper = name.to_ascii_uppercase();
-    Capability::from_str(upper.strip_prefix("CAP_").unwrap_or(&upper))
-        .map_err(|_| invalid(format!("capability {name:?} is not known")))
+    let known = Capability::from_str(upper.strip_prefix("CAP_").unwrap_or(&upper)).ok();
+    if known.is_none() {
+        tracing::warn!(name, "ignoring a capability that is not known");
+    }
+    known
 }
 
 fn is_all(name: &str) -> bool {
@@ -44,30 +46,28 @@ fn is_all(name: &str) -> bool {
 pub(super) fn capabilities(
     security: &cri::LinuxContainerSecurityContext,
     available: &HashSet<Capability>,
-) -> Result<LinuxCapabilities> {
+) -> LinuxCapabilities {
     let given = security.capabilities.clone().unwrap_or_default();
     let mut set: HashSet<Capability> = HashSet::new();
     let mut ambient: HashSet<Capability> = HashSet::new();
     if security.privileged {
         set.extend(CAPABILITIES);
     } else {
-        let add_all = given.add_capabilities.iter().any(|c| is_all(c));
-        let drop_all = given.drop_capabilities.iter().any(|c| is_all(c));
-        if add_all {
+        // In upstream's order: what is dropped is gone, whoever adds it.
+        let drops = &given.drop_capabilities;
+        if drops.iter().any(|c| is_all(c)) {
+            // Single ones can be added to nothing.
+        } else if given.add_capabilities.iter().any(|c| is_all(c)) {
             set.extend(CAPABILITIES);
-        } else if !drop_all {
+        } else {
             set.extend(DEFAULT);
         }
-        for name in given.drop_capabilities.iter().filter(|c| !is_all(c)) {
-            set.remove(&parse(name)?);
-        }
-        for name in given.add_capabilities.iter().filter(|c| !is_all(c)) {
-            set.insert(parse(name)?);
-        }
-        for name in &given.add_ambient_capabilities {
-            let c = parse(name)?;
-            set.insert(c);
-            ambient.insert(c);
+        set.extend(given.add_capabilities.iter().filter(|c| !is_all(c)).filter_map(parse));
+        ambient.extend(given.add_ambient_capabilities.iter().filter_map(parse));
+        set.extend(&ambient);
+        for dropped in drops.iter().filter(|c| !is_all(c)).filter_map(parse) {
+            set.remove(&dropped);
+            ambient.remove(&dropped);
         }
     }
     set.retain(|c| available.contains(c));
@@ -79,5 +79,5 @@ pub(super) fn capabilities(
         .set_permitted(Some(set))
         .set_inheritable(Some(ambient.clone()))
         .set_ambient(Some(ambient));
-    Ok(out)
+    out
 }

@@ -180,7 +180,7 @@ fn id_mappings(maps: &[cri::IdMapping]) -> Result<Vec<LinuxIdMapping>> {
 /// Hides what a container should not see, unless the pod has a user namespace, where `procMount: Unmasked` sends empty lists
 /// (the API allows it only there). Elsewhere empty lists mean that a simple client did not fill them in.
 fn path_lists(security: &cri::LinuxContainerSecurityContext, userns: bool) -> (Vec<String>, Vec<String>) {
-    const MASKED: [&str; 11] = [
+    const MASKED: [&str; 12] = [
         "/proc/asound",
         "/proc/acpi",
         "/proc/interrupts",
@@ -192,6 +192,7 @@ fn path_lists(security: &cri::LinuxContainerSecurityContext, userns: bool) -> (V
         "/proc/sched_debug",
         "/proc/scsi",
         "/sys/firmware",
+        "/sys/devices/virtual/powercap",
     ];
     const READONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
     if security.privileged {

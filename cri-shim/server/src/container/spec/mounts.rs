@@ -98,6 +98,14 @@ fn cgroup_mounts(input: &Input, access: &str, out: &mut Vec<Mount>) {
     }
 }
 
+/// The kubelet's choice of what is at `destination` replaces ours, and below its /dev or /sys nothing of ours may appear: it would be
+/// made in the host's. The pod's shared memory stays the pod's.
+fn hides(destination: &Path, ours: &Mount) -> bool {
+    let at = ours.destination();
+    let whole = destination.starts_with("/dev") || destination.starts_with("/sys");
+    at == destination || (whole && at.starts_with(destination) && at != Path::new("/dev/shm"))
+}
+
 pub(super) fn mounts(input: &Input, security: &cri::LinuxContainerSecurityContext) -> Result<Vec<Mount>> {
     let access = if security.privileged { "rw" } else { "ro" };
     let mut out = vec![
@@ -129,8 +137,9 @@ pub(super) fn mounts(input: &Input, security: &cri::LinuxContainerSecurityContex
         let access = if security.readonly_rootfs { "ro" } else { "rw" };
         out.push(mount(at, "bind", file, &["rbind", "rprivate", access]));
     }
+    out.retain(|ours| !input.mounts.iter().any(|m| hides(&m.destination, ours)));
     for m in input.mounts {
-        // The kubelet's choice replaces ours.
+        // Of two for one place the last counts.
         out.retain(|o| o.destination() != &m.destination);
         out.push(mount(&m.destination, "bind", &m.source, &m.options()));
     }

@@ -109,7 +109,7 @@ pub(super) fn process(input: &Input, security: &cri::LinuxContainerSecurityConte
         .set_args(Some(args(input.config, entrypoint, cmd)?))
         .set_env(Some(env(image_env, input.hostname, input.config, input.config.tty)?))
         .set_cwd(cwd.into())
-        .set_capabilities(Some(capabilities::capabilities(security, &input.facts.capabilities)?))
+        .set_capabilities(Some(capabilities::capabilities(security, &input.facts.capabilities)))
         .set_rlimits(None)
         .set_no_new_privileges(Some(security.no_new_privs))
         .set_oom_score_adj(Some(oom.max(input.facts.least_oom_score_adj)))

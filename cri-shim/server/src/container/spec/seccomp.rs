@@ -67,7 +67,7 @@ pub(super) fn choose(
         None | Some(ProfileType::Unconfined) => Ok(None),
         Some(ProfileType::Localhost) => Ok(input.localhost_seccomp.clone()),
         Some(ProfileType::RuntimeDefault) => {
-            let held = super::capabilities::capabilities(security, &input.facts.capabilities)?;
+            let held = super::capabilities::capabilities(security, &input.facts.capabilities);
             runtime_default(held.bounding().as_ref().unwrap_or(&HashSet::new())).map(Some)
         }
     }

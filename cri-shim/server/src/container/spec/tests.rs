@@ -191,7 +191,11 @@ fn capability_sets() {
     assert_eq!(add(&["cap_sys_time"], &["CHOWN"], false, &[]).unwrap().len(), 14);
     assert_eq!(add(&["ALL"], &["SYS_ADMIN"], false, &[]).unwrap().len(), 40);
     assert_eq!(add(&[], &[], true, &[Capability::SysResource]).unwrap().len(), 40);
-    assert!(add(&["NO_SUCH"], &[], false, &[]).is_none());
+    // Upstream's: what is dropped is gone, and what is not known changes nothing.
+    assert_eq!(add(&["NET_ADMIN"], &["NET_ADMIN", "CHOWN"], false, &[]).unwrap().len(), 13);
+    assert_eq!(add(&["NET_ADMIN"], &["ALL", "NET_ADMIN"], false, &[]).unwrap().len(), 0);
+    assert_eq!(add(&["ALL"], &["ALL"], false, &[]).unwrap().len(), 0);
+    assert_eq!(add(&["NO_SUCH"], &["NO_SUCH"], false, &[]).unwrap().len(), 14);
 }
 
 #[test]
@@ -235,6 +239,26 @@ fn mounts_of_the_kubelet_replace_ours_and_parents_come_first() {
     assert_eq!(list.iter().filter(|m| m.destination() == Path::new("/etc/hosts")).count(), 1);
     assert_eq!(list[at("/etc/hosts")].source(), &Some("/h3".into()));
     assert_eq!(list[at("/a/b")].options().clone().unwrap(), strings(&["rbind", "rprivate", "ro"]));
+}
+
+#[test]
+fn nothing_of_ours_is_made_in_the_hosts_dev_and_sys() {
+    for (at, gone, stays) in [
+        ("/dev", &["/dev/pts", "/dev/mqueue"][..], &["/dev/shm", "/sys/fs/cgroup", "/proc"][..]),
+        ("/sys", &["/sys/fs/cgroup"], &["/dev/pts", "/proc"]),
+        ("/sys/fs", &["/sys/fs/cgroup"], &["/sys", "/dev/pts"]),
+        ("/etc", &[], &["/etc/hosts", "/dev/pts"]),
+    ] {
+        let mut case = Case::default();
+        let given = cri::Mount { container_path: at.into(), ..Default::default() };
+        case.mounts = vec![Resolved::new(&given, at.into()).unwrap()];
+        let spec = case.spec();
+        let all: Vec<&Path> =
+            spec.mounts().as_ref().unwrap().iter().map(|m| m.destination().as_path()).collect();
+        let below = |d: &&&str| all.iter().any(|a| a.starts_with(d));
+        assert!(!gone.iter().any(|d| below(&d)), "{at}: {all:?}");
+        assert!(stays.iter().all(|d| below(&d)), "{at}: {all:?}");
+    }
 }
 
 #[test]

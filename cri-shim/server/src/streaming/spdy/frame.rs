@@ -18,7 +18,7 @@ pub(crate) enum Error {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Frame {
+pub(in crate::streaming) enum Frame {
     SynStream {
         id: u32,
         fin: bool,
@@ -64,7 +64,7 @@ const MAX_CONTROL: usize = 64 << 10;
 
 /// Turns bytes into frames.
 #[derive(Default)]
-pub(super) struct Decoder {
+pub(in crate::streaming) struct Decoder {
     inflater: Inflater,
 }
 
@@ -127,7 +127,7 @@ impl Decoder {
 }
 
 /// Turns frames into bytes.
-pub(super) struct Encoder {
+pub(in crate::streaming) struct Encoder {
     deflater: Deflater,
 }
 
@@ -168,7 +168,7 @@ fn control(kind: u16, fin: bool, length: usize) -> BytesMut {
 }
 
 /// The bytes of a frame without headers.
-pub(super) fn plain(frame: &Frame) -> Bytes {
+pub(in crate::streaming) fn plain(frame: &Frame) -> Bytes {
     match frame {
         Frame::Data { id, fin, data } => {
             let mut out = BytesMut::with_capacity(8 + data.len());

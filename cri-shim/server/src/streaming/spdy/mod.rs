@@ -10,3 +10,5 @@ pub(super) mod remote;
 #[cfg(test)]
 pub(super) use connection::samples;
 pub(super) use connection::{Event, Reader, Writer, connection};
+#[cfg(test)]
+pub(super) use frame::{Decoder, Encoder, Frame, plain};
