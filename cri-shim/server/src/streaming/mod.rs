@@ -161,6 +161,21 @@ mod tests {
     }
 
     #[test]
+    fn a_token_expires() {
+        let sessions = Sessions::new(([127, 0, 0, 1], 4000).into());
+        let session = || Session::Attach(Default::default());
+        let old = Instant::now().checked_sub(TOKEN_LIFE).unwrap();
+        sessions.waiting.lock().insert("old".into(), (old, session()));
+        assert!(sessions.redeem("old").is_none());
+        // Those that nobody fetches take no place.
+        for i in 0..MAX_TOKENS {
+            sessions.waiting.lock().insert(i.to_string(), (old, session()));
+        }
+        sessions.offer(session()).unwrap();
+        assert_eq!(sessions.waiting.lock().len(), 1);
+    }
+
+    #[test]
     fn tokens_are_bounded() {
         let sessions = Sessions::new(([127, 0, 0, 1], 4000).into());
         for _ in 0..MAX_TOKENS {

@@ -284,6 +284,28 @@ async fn containers_of_a_dead_monitor_are_lost_and_cleaned_up() {
     node.purge_and_check();
 }
 
+#[tokio::test]
+async fn the_end_of_the_input_is_no_end_of_the_output() {
+    let node = Node::start("halfclose", &[]).await;
+    let config = sandbox_config(&node, "halfclose", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    let id = node.run_container(&pod, container_config("main", &["sleep", "1000"]), &config).await;
+    let text = "0123456789abcde\n".repeat(20_000);
+    for transport in ["spdy", "websocket"] {
+        let exec =
+            |script| ["exec", "-i", "--transport", transport, &id, "sh", "-c", script].map(str::to_owned);
+        let run = |script| {
+            let args = exec(script);
+            node.try_crictl(&args.each_ref().map(String::as_str), &text)
+        };
+        let (ok, out) = run("cat; sleep 0.2; echo end");
+        assert!(ok && out == format!("{text}end\n"), "{transport}: {ok}, {} bytes", out.len());
+        let (ok, out) = run("cat > /dev/null; exit 7");
+        assert!(!ok && out.contains("exit code 7"), "{transport}: {out}");
+    }
+    node.purge_and_check();
+}
+
 fn signal_monitor(node: &Node, pod: &str, signal: nix::sys::signal::Signal) {
     let file = node.dir.join("run/s").join(pod).join("monitor.pid");
     let pid: i32 = fs::read_to_string(file).unwrap().trim().parse().unwrap();
