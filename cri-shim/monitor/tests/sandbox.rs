@@ -247,7 +247,9 @@ fn nothing_of_a_container_sticks_to_the_monitor() {
         wait_until(|| !pod.log(&id).is_empty());
         assert_eq!(pod.log(&id)[0].2, "0077");
         assert_eq!(fs::read_to_string(format!("/proc/{init}/oom_score_adj")).unwrap().trim(), "1000");
-        // Signals are as a fresh process expects them.
+        // Signals are as a fresh process expects them; the shell had some of its own.
+        let line = || fs::read(format!("/proc/{init}/cmdline")).unwrap();
+        wait_until(|| line().starts_with(b"sleep"));
         let status = fs::read_to_string(format!("/proc/{init}/status")).unwrap();
         for mask in ["SigBlk:\t0000000000000000", "SigIgn:\t0000000000000000"] {
             assert!(status.contains(mask), "{status}");

@@ -120,20 +120,25 @@ impl Monitor {
 mod tests {
     use super::*;
 
+    /// A shell that was started as the monitor of `dir` would be.
+    async fn shell(script: &str, dir: &Path) -> tokio::process::Child {
+        let mut command = tokio::process::Command::new("sh");
+        command.args(["-c", script, "sh", "--dir"]).arg(dir).arg("end");
+        let child = command.stdin(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+        let pid = child.id().unwrap() as i32;
+        // The caller goes on before the kernel has noted the new program's arguments.
+        let limit = Duration::from_secs(20);
+        orlop_base::testkit::wait_until("its arguments", limit, || async { is_for(pid, dir).then_some(()) })
+            .await;
+        child
+    }
+
     #[tokio::test]
     async fn a_stopped_process_lives_and_a_killed_one_does_not() {
         let dir = tempfile::tempdir().unwrap();
         let monitor = Monitor::at(dir.path().to_owned());
         assert!(monitor.process().is_none());
-        let script = "kill -STOP $$; read line";
-        let mut child = tokio::process::Command::new("sh")
-            .args(["-c", script, "sh", "--dir"])
-            .arg(dir.path())
-            .arg("end")
-            .stdin(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
+        let mut child = shell("kill -STOP $$; read line", dir.path()).await;
         let pid = child.id().unwrap();
         assert!(monitor.process().is_none(), "it has told nothing");
         let told = dir.path().join("monitor.pid");
@@ -154,14 +159,7 @@ mod tests {
     #[tokio::test]
     async fn one_that_is_just_starting_is_found() {
         let dir = tempfile::tempdir().unwrap();
-        let mut child = tokio::process::Command::new("sh")
-            .args(["-c", "read line", "sh", "--dir"])
-            .arg(dir.path())
-            .arg("end")
-            .stdin(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
+        let mut child = shell("read line", dir.path()).await;
         Monitor::at(dir.path().to_owned()).end().await.unwrap();
         assert!(!child.wait().await.unwrap().success());
     }
