@@ -106,6 +106,9 @@ async fn same_view(node: &Node, when: &str) {
     }
 }
 
+/// What the short-lived containers of [`busy`] end with.
+const SHORT_CODE: i32 = 37;
+
 /// Makes, uses and removes pods until the server is gone.
 async fn busy(node: &Node, worker: usize) {
     let Ok(channel) = node.channel().await else { return };
@@ -120,17 +123,40 @@ async fn busy(node: &Node, worker: usize) {
             config: Some(container_config("main", &["sleep", "1000"])),
             sandbox_config: Some(config),
         };
-        let Ok(c) = client.create_container(create).await else { return };
-        let id = c.into_inner().container_id;
-        let start = cri::StartContainerRequest { container_id: id.clone() };
-        if client.start_container(start).await.is_err() || exec(&mut client, &id, &["true"], 5).await.is_err()
-        {
+        let short = cri::CreateContainerRequest {
+            config: Some(container_config("short", &["sh", "-c", &format!("sleep 0.1; exit {SHORT_CODE}")])),
+            ..create.clone()
+        };
+        let mut ids = Vec::new();
+        for request in [short, create] {
+            let Ok(c) = client.create_container(request).await else { return };
+            let container_id = c.into_inner().container_id;
+            ids.push(container_id.clone());
+            if client.start_container(cri::StartContainerRequest { container_id }).await.is_err() {
+                return;
+            }
+        }
+        if exec(&mut client, &ids[1], &["true"], 5).await.is_err() {
             return;
         }
         let stop = cri::StopPodSandboxRequest { pod_sandbox_id: pod.clone() };
         let remove = cri::RemovePodSandboxRequest { pod_sandbox_id: pod };
         if client.stop_pod_sandbox(stop).await.is_err() || client.remove_pod_sandbox(remove).await.is_err() {
             return;
+        }
+    }
+}
+
+/// Those of pods that nobody has begun to stop have the code that they ended with.
+async fn ended_as_they_did(node: &Node, when: &str) {
+    let ready: BTreeSet<String> =
+        node.pods().await.into_iter().filter(|p| p.state == READY).map(|p| p.id).collect();
+    for c in node.list(None).await.iter().filter(|c| ready.contains(&c.pod_sandbox_id)) {
+        let status = node.status(&c.id).await;
+        let short = status.metadata.as_ref().is_some_and(|m| m.name == "short");
+        assert!(short || status.state != EXITED, "{when}: {status:?}");
+        if status.state == EXITED {
+            assert_eq!(status.exit_code, SHORT_CODE, "{when}: {status:?}");
         }
     }
 }
@@ -155,20 +181,24 @@ async fn kills_at_random_moments_lose_nothing() {
     let counter =
         node.run_container(&steady, container_config("counter", &["sh", "-c", script]), &config).await;
     let (pid, log) = (node.pid_of(&counter).await, node.status(&counter).await.log_path);
-    let rounds: u32 = std::env::var("ORLOP_KILL_ROUNDS").ok().and_then(|r| r.parse().ok()).unwrap_or(25);
+    let setting = |name: &str, usual| std::env::var(name).ok().and_then(|r| r.parse().ok()).unwrap_or(usual);
+    let (rounds, workers) = (setting("ORLOP_KILL_ROUNDS", 25), setting("ORLOP_KILL_PODS", 3));
     let start = Instant::now();
     let mut done = 0;
     while done < rounds && (start.elapsed() < Duration::from_secs(35) || rounds > 25) {
         let moment = Duration::from_millis(rand::rng().random_range(1..600));
         {
-            let work = async { tokio::join!(busy(&node, 0), busy(&node, 1), busy(&node, 2)) };
+            let work = futures::future::join_all((0..workers).map(|n| busy(&node, n)));
             // Dropped in the middle, as a client whose server dies.
             let _ = tokio::time::timeout(moment, work).await;
         }
         node.kill();
+        // Some end while nobody looks.
+        tokio::time::sleep(Duration::from_millis(rand::rng().random_range(0..300))).await;
         node.restart(&[]).await;
         let when = format!("round {done}, killed after {moment:?}");
         same_view(&node, &when).await;
+        ended_as_they_did(&node, &when).await;
         assert_eq!(node.pid_of(&counter).await, pid, "{when}");
         for pod in node.pods().await.into_iter().filter(|p| p.id != steady) {
             let request = cri::RemovePodSandboxRequest { pod_sandbox_id: pod.id };
