@@ -24,9 +24,9 @@ use crate::runtime::Runtime;
 
 /// Data waiting for one forwarded connection, in frames.
 const QUEUE: usize = 16;
-/// How long a full queue may stay full before its connection is given up. Its session's others, new ones and pings wait meanwhile:
-/// SPDY as Kubernetes speaks it has no flow control of single streams, and what a process in the pod never reads must stop somewhere.
-const STALL: Duration = Duration::from_secs(10);
+/// How long a full queue may stay full before its connection is given up for the session's others, which wait meanwhile as do new ones
+/// and pings: SPDY as Kubernetes speaks it has no flow control of single streams. One that is alone may take its time.
+const STALL: Duration = Duration::from_secs(30);
 /// How long connecting inside the pod may take. Its own loopback answers at once or never.
 const CONNECT: Duration = Duration::from_secs(10);
 /// Streams whose pair is still missing.
@@ -232,7 +232,8 @@ where
                 Event::Data { id, data } => {
                     let Some(tx) = forwards.inputs.get(&id) else { continue };
                     // Dropping what a finished connection no longer reads; waiting is the flow control.
-                    if timeout(limits.stall, tx.send(data)).await.is_err() {
+                    let patience = if forwards.running.len() > 1 { limits.stall } else { limits.idle };
+                    if timeout(patience, tx.send(data)).await.is_err() {
                         waiting.remove(&id);
                         forwards.abort(id, Some(UNREAD), &writer).await;
                     }
@@ -361,10 +362,11 @@ pub(super) async fn websocket(
             if message.is_close() {
                 return;
             }
+            let patience = if inputs.iter().flatten().count() > 1 { STALL } else { idle };
             if let Some((channel, data)) = codec.decode(message)
                 && let Some(at) = input_of(channel, inputs.len())
                 && let Some(Some((tx, task))) = inputs.get(at)
-                && timeout(STALL, tx.send(data)).await.is_err()
+                && timeout(patience, tx.send(data)).await.is_err()
             {
                 tracing::info!("ended a forwarded connection: {UNREAD}");
                 task.abort();
@@ -493,6 +495,7 @@ mod tests {
         let (listener, port) = listen().await;
         let pod = async {
             let (_held, _) = deaf.accept().await.unwrap();
+            let (_other, _) = listener.accept().await.unwrap();
             let (mut stream, _) = listener.accept().await.unwrap();
             let mut got = [0; 2];
             stream.read_exact(&mut got).await.unwrap();
@@ -502,16 +505,17 @@ mod tests {
         let talk = async {
             static CHUNK: [u8; 32 << 10] = [0; 32 << 10];
             client.open(1, deaf_port).await;
+            client.open(5, port).await;
             // More than the kernel's buffers take.
             for _ in 0..1000 {
                 client.data(3, &CHUNK).await;
             }
             client.until(|f| matches!(f, Frame::RstStream { id: 3, .. })).await;
-            client.open(5, port).await;
+            client.open(9, port).await;
             client.send(Frame::Ping(1)).await;
-            client.data(7, b"hi").await;
+            client.data(11, b"hi").await;
             client.until(|f| matches!(f, Frame::Ping(1))).await;
-            client.until(|f| matches!(f, Frame::Data { id: 7, data, .. } if data == "hi")).await;
+            client.until(|f| matches!(f, Frame::Data { id: 11, data, .. } if data == "hi")).await;
             drop(client);
         };
         within_reason(async { tokio::join!(serve, pod, talk) }).await;
