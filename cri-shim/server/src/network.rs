@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+use orlop_api::quantity::Amount;
 use orlop_cni_invoke::{Attachment, Bandwidth, Cni, DnsConfig, PodNetwork, PortMapping};
 use orlop_proto::cri;
 
@@ -135,42 +136,9 @@ fn bandwidth(config: &cri::PodSandboxConfig) -> Result<Option<Bandwidth>> {
     }))
 }
 
-/// A Kubernetes quantity in whole bits, rounded up; `None` when it is none or too large to tell. This crate knows no more of
-/// Kubernetes' vocabulary than the CRI.
+/// A Kubernetes quantity in whole bits, rounded up.
 fn bits(quantity: &str) -> Option<u64> {
-    let text = quantity.strip_prefix('+').unwrap_or(quantity);
-    let at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, suffix) = text.split_at(at);
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    let digits = format!("{whole}{fraction}");
-    if digits.is_empty() || digits.len() > 20 || fraction.contains('.') {
-        return None;
-    }
-    let ten = |n: i32| 10u128.checked_pow(n.unsigned_abs());
-    let (up, down) = match suffix {
-        "n" => (1, ten(9)?),
-        "u" => (1, ten(6)?),
-        "m" => (1, ten(3)?),
-        "" => (1, 1),
-        "k" => (ten(3)?, 1),
-        "M" => (ten(6)?, 1),
-        "G" => (ten(9)?, 1),
-        "T" => (ten(12)?, 1),
-        "P" => (ten(15)?, 1),
-        "E" => (ten(18)?, 1),
-        "Ki" => (1 << 10, 1),
-        "Mi" => (1 << 20, 1),
-        "Gi" => (1 << 30, 1),
-        "Ti" => (1 << 40, 1),
-        "Pi" => (1 << 50, 1),
-        "Ei" => (1 << 60, 1),
-        _ => match suffix.strip_prefix(['e', 'E'])?.parse::<i32>().ok()? {
-            n if n >= 0 => (ten(n)?, 1),
-            n => (1, ten(n)?),
-        },
-    };
-    let scale = down.checked_mul(ten(i32::try_from(fraction.len()).ok()?)?)?;
-    digits.parse::<u128>().ok()?.checked_mul(up)?.div_ceil(scale).try_into().ok()
+    u64::try_from(quantity.parse::<Amount>().ok()?.units()).ok()
 }
 
 /// resolv.conf(5) of a pod. Without a DNS config the host's is taken over.
@@ -234,7 +202,8 @@ mod tests {
             ("1.2.3", None),
             ("-1M", None),
             ("1MB", None),
-            ("99999999999E", None),
+            // As many as can be told; the caller's limit is lower.
+            ("99999999999E", Some(i64::MAX as u64)),
         ] {
             assert_eq!(bits(text), want, "{text}");
         }
