@@ -1,4 +1,4 @@
-# Starts the CRI server; the steps after this one use it.
+# Starts the CRI server with the flags of the file that the test left; the steps after this one use it.
 # shellcheck shell=sh
 set -eu
 mkdir -p /etc/cni/net.d
@@ -13,8 +13,8 @@ image-endpoint: unix:///run/orlop/cri.sock
 timeout: 60
 YAML
 orlop image import /vm/busybox.tar
-echo "no_bus=$(orlop cri --cgroup-driver systemd 2>&1 | tail -n 1)"
-orlop cri --runtime-handler crun=/usr/local/bin/crun >/var/log/cri.log 2>&1 &
+# shellcheck disable=SC2046
+orlop cri $(cat /vm/cri-flags) >/var/log/cri.log 2>&1 &
 echo $! >/run/cri.pid
 for _ in $(seq 300); do
     [ -S /run/orlop/cri.sock ] && break

@@ -40,6 +40,7 @@ fn guest() -> Result<Outcome, String> {
     guest.file("/vm/busybox.tar", &busybox_image(dir.path())?)?;
     guest.file("/vm/policy", &policy(dir.path()))?;
     guest.step("policy", include_str!("../guest/policy.sh"))?;
+    guest.text("/vm/cri-flags", "--runtime-handler crun=/usr/local/bin/crun")?;
     guest.step("cri", include_str!("../guest/cri.sh"))?;
     guest.step("selinux", include_str!("../guest/selinux.sh"))?;
     guest.step("up", include_str!("../guest/selinux_up.sh"))?;

@@ -19,6 +19,8 @@ fn guest() -> Result<Outcome, String> {
     guest.file("/vm/busybox.tar", &busybox_image(dir.path())?)?;
     guest.file("/vm/demo-web.tar", &root().join("target/demo/demo-web.tar"))?;
     guest.file("/vm/demo.yaml", &root().join("deploy/demo/demo.yaml"))?;
+    guest.text("/vm/cri-flags", "--cgroup-driver systemd")?;
+    guest.step("cri", include_str!("../guest/cri.sh"))?;
     guest.step("pods", include_str!("../guest/systemd/pods.sh"))?;
     guest.step("up", include_str!("../guest/systemd/up.sh"))?;
     guest.run(LIMIT)

@@ -4,24 +4,6 @@
 set -eu
 failed() { echo "systemd: $*"; tail -n 30 /var/log/cri.log; exit 1; }
 systemctl --version | head -n 1
-mkdir -p /etc/cni/net.d
-cat >/etc/cni/net.d/10-orlop.conflist <<'JSON'
-{"cniVersion": "1.1.0", "name": "orlop", "plugins": [
-  {"type": "orlop-cni", "mtu": 1500, "capabilities": {"ips": true, "mac": true},
-   "ipam": {"ranges": ["10.244.0.0/24"], "dataDir": "/var/lib/orlop/cni"}}]}
-JSON
-cat >/etc/crictl.yaml <<'YAML'
-runtime-endpoint: unix:///run/orlop/cri.sock
-image-endpoint: unix:///run/orlop/cri.sock
-timeout: 60
-YAML
-orlop image import /vm/busybox.tar
-orlop cri --cgroup-driver systemd >/var/log/cri.log 2>&1 &
-echo $! >/run/cri.pid
-for _ in $(seq 300); do
-    [ -S /run/orlop/cri.sock ] && break
-    sleep 0.1
-done
 # As the kubelet does: the pod's slice is there before its sandbox.
 systemctl start kubepods-burstable-podx.slice
 slice=kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podx.slice
