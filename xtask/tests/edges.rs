@@ -14,7 +14,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("orlop-images", &["orlop-base"]),
     ("orlop-oci", &["orlop-base"]),
     ("orlop-monitor", &["orlop-proto", "orlop-base", "orlop-oci"]),
-    ("orlop-cri", &["orlop-proto", "orlop-base", "orlop-images", "orlop-cni-types", "orlop-cni-invoke"]),
+    (
+        "orlop-cri",
+        &["orlop-proto", "orlop-base", "orlop-api", "orlop-images", "orlop-cni-types", "orlop-cni-invoke"],
+    ),
     ("orlop-cni-types", &[]),
     ("orlop-cni-invoke", &["orlop-base", "orlop-cni-types"]),
     ("orlop-cni", &["orlop-base", "orlop-cni-types"]),
