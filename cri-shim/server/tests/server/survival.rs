@@ -92,17 +92,21 @@ async fn same_view(node: &Node, when: &str) {
         assert!(left.is_empty(), "{when}: cgroups left in {}: {left:?}", group.display());
     }
     for c in &containers {
-        let request = cri::ContainerStatusRequest { container_id: c.id.clone(), verbose: true };
-        let status = client.container_status(request).await.unwrap().into_inner();
-        let info: serde_json::Value = serde_json::from_str(&status.info["info"]).unwrap();
-        let pid = info["pid"].as_u64().unwrap_or(0);
-        let lives = status.status.unwrap().state != EXITED;
-        assert_eq!(
-            lives,
-            pid > 0 && Path::new(&format!("/proc/{pid}")).exists(),
-            "{when}: {} pid {pid}",
-            c.id
-        );
+        // One may end between the two looks; the server hears of it a moment later.
+        let start = Instant::now();
+        loop {
+            let request = cri::ContainerStatusRequest { container_id: c.id.clone(), verbose: true };
+            let status = client.container_status(request).await.unwrap().into_inner();
+            let info: serde_json::Value = serde_json::from_str(&status.info["info"]).unwrap();
+            let pid = info["pid"].as_u64().unwrap_or(0);
+            let (status, runs) =
+                (status.status.unwrap(), pid > 0 && Path::new(&format!("/proc/{pid}")).exists());
+            if runs == (status.state != EXITED) {
+                break;
+            }
+            assert!(start.elapsed() < Duration::from_secs(30), "{when}: pid {pid}: {status:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 }
 

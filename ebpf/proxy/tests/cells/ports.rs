@@ -3,13 +3,12 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use aya::maps::{HashMap, Map, MapData};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, connect, listen, setsockopt, socket,
-    sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket, sockopt,
 };
 use orlop_ebpf_common::{CtKey, CtValue, LAYOUT, UDP, addr_from, config_flags, counters, ct_dir};
 use orlop_ebpf_loader::Datapath;
@@ -84,21 +83,6 @@ fn hold(net: &Net, address: &'static str) {
     ready.recv().unwrap();
 }
 
-/// A connection from a port that others of this client may have too.
-fn from_port(port: u16, to: SocketAddr) -> std::io::Result<TcpStream> {
-    let (family, any): (_, IpAddr) = match to {
-        SocketAddr::V4(_) => (AddressFamily::Inet, [0; 4].into()),
-        SocketAddr::V6(_) => (AddressFamily::Inet6, [0; 16].into()),
-    };
-    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
-    bind(fd.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(any, port)))?;
-    connect(fd.as_raw_fd(), &SockaddrStorage::from(to))?;
-    let s = TcpStream::from(fd);
-    s.set_read_timeout(Some(PATIENCE))?;
-    Ok(s)
-}
-
 /// The source that the backend sees.
 fn seen(s: &mut TcpStream) -> SocketAddr {
     let (mut text, mut byte) = (String::new(), [0]);
@@ -116,10 +100,13 @@ fn echoes(s: &mut TcpStream, text: &[u8]) {
     assert_eq!(back, text);
 }
 
-/// Ends a connection as load balancers' checks do.
+/// Ends a connection as load balancers' checks do, and at once: closing does nothing as long as a program that another
+/// test is starting has a copy of the descriptor.
 fn reset(s: TcpStream) {
-    let now = libc::linger { l_onoff: 1, l_linger: 0 };
-    setsockopt(&s.as_fd(), sockopt::Linger, &now).unwrap();
+    let nobody = libc::sockaddr { sa_family: libc::AF_UNSPEC as u16, sa_data: [0; 14] };
+    // SAFETY: an address of the size that is given.
+    let done = unsafe { libc::connect(s.as_raw_fd(), &nobody, size_of_val(&nobody) as u32) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }
 
 /// The connections' table, as the programs have it.
@@ -203,7 +190,7 @@ fn two_names_of_one_backend_do_not_meet() {
         let client = SocketAddr::new(OUTSIDE[v].parse().unwrap(), 20_001);
         w.outside
             .run(move || {
-                let mut all = names.map(|to| from_port(client.port(), to).unwrap());
+                let mut all = names.map(|to| from_port(client.port(), to, PATIENCE).unwrap());
                 let sources: Vec<SocketAddr> = all.iter_mut().map(seen).collect();
                 assert_eq!(sources[0], client);
                 let node: IpAddr = NODE[v].parse().unwrap();
@@ -217,7 +204,8 @@ fn two_names_of_one_backend_do_not_meet() {
                 // What is reset by its client makes room for the next one at once.
                 let [first, ..] = all;
                 reset(first);
-                let mut next = from_port(client.port(), SocketAddr::new(node, s.node_port(false))).unwrap();
+                let again = SocketAddr::new(node, s.node_port(false));
+                let mut next = from_port(client.port(), again, PATIENCE).unwrap();
                 assert_eq!(seen(&mut next), client);
                 echoes(&mut next, b"from the same port");
             })
@@ -330,7 +318,7 @@ fn reset_connections_are_forgotten_where_answers_come_from() {
         .run(move || {
             for round in 0..3 {
                 for to in names {
-                    let mut s = from_port(client.port(), to).unwrap();
+                    let mut s = from_port(client.port(), to, PATIENCE).unwrap();
                     assert_eq!(seen(&mut s), client, "round {round}: {to}");
                     echoes(&mut s, b"by itself");
                     reset(s);

@@ -4,6 +4,8 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
+use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
+use nix::unistd::Pid;
 use orlop_ebpf_common::{
     FrontendKey, SCOPE_EXTERNAL, TCP, Uplink, addr_from, config_flags, counters, uplink_flags,
 };
@@ -407,6 +409,10 @@ fn evicted_connections_go_on() {
     w.outside
         .run(move || {
             let patience = Duration::from_secs(10);
+            // A CPU's newest entries are not evicted for the sake of another's.
+            let mut only = CpuSet::new();
+            only.set(sched_getcpu().unwrap()).unwrap();
+            sched_setaffinity(Pid::from_raw(0), &only).unwrap();
             let silent = tcp.map(|to| TcpStream::connect_timeout(&to, patience).unwrap());
             for i in 0..2 * TABLE as usize {
                 let s = UdpSocket::bind(["0.0.0.0:0", "[::]:0"][i % 2]).unwrap();

@@ -3,11 +3,17 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
 use orlop_base::testkit::unique_name;
 
 pub const BACKEND_PORT: u16 = 8080;
@@ -215,25 +221,46 @@ mod libc_errno {
     pub const EHOSTUNREACH: i32 = 113;
 }
 
-fn ask_tcp(to: SocketAddr, patience: Duration) -> std::io::Result<String> {
-    let mut s = TcpStream::connect_timeout(&to, patience)?;
+fn any(to: SocketAddr) -> IpAddr {
+    if to.is_ipv4() { "0.0.0.0".parse().unwrap() } else { "::".parse().unwrap() }
+}
+
+/// A connection from a port that others of this client may have too.
+pub fn from_port(port: u16, to: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
+    let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    // It holds for connecting too.
+    setsockopt(&fd, sockopt::SendTimeout, &TimeVal::microseconds(patience.as_micros() as i64))?;
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(any(to), port)))?;
+    match connect(fd.as_raw_fd(), &SockaddrStorage::from(to)) {
+        Err(Errno::EINPROGRESS) => return Err(Errno::ETIMEDOUT.into()),
+        other => other?,
+    }
+    let s = TcpStream::from(fd);
     s.set_read_timeout(Some(patience))?;
+    Ok(s)
+}
+
+fn ask_tcp(to: SocketAddr, patience: Duration) -> std::io::Result<String> {
+    let mut s = from_port(next_port(), to, patience)?;
     let mut text = String::new();
     s.read_to_string(&mut text)?;
     Ok(text)
 }
 
-/// A port that no other question has: nothing tells the end of a datagram flow, and one that meets another's tail gets
-/// another source. The helper's ports begin elsewhere, as it shares namespaces with us.
+/// A port that no other question has. The kernel may give one port to two connections to different addresses, and the
+/// first one goes on while a program that is just starting has a copy of it: the second has another source. Nothing
+/// tells the end of a datagram flow at all. The helper's ports begin elsewhere, as it shares namespaces with us; node ports and the backends' are nobody's.
 fn next_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    let first = if std::env::var_os(crate::HELPER).is_some() { 2_000 } else { 33_000 };
-    first + NEXT.fetch_add(1, Ordering::Relaxed) % 27_000
+    let (first, many) =
+        if std::env::var_os(crate::HELPER).is_some() { (9_000, 20_000) } else { (33_000, 27_000) };
+    first + NEXT.fetch_add(1, Ordering::Relaxed) % many
 }
 
 fn ask_udp(to: SocketAddr, patience: Duration) -> std::io::Result<String> {
-    let any: IpAddr = if to.is_ipv4() { "0.0.0.0".parse().unwrap() } else { "::".parse().unwrap() };
-    let s = UdpSocket::bind((any, next_port()))?;
+    let s = UdpSocket::bind((any(to), next_port()))?;
     s.set_read_timeout(Some(patience))?;
     s.connect(to)?;
     s.send(b"?")?;
