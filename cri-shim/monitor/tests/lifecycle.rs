@@ -87,8 +87,8 @@ fn failures_leave_nothing() {
     let pod = Pod::new("fail");
     let mut c = pod.client();
     // Whether there is such a program shows at the start, as with other CRI runtimes.
-    for id in ["nocmd", "nocmd-libcontainer"] {
-        let more = if id == "nocmd" { json!({}) } else { by_libcontainer() };
+    for id in ["nocmd", "nocmd-hooks"] {
+        let more = if id == "nocmd" { json!({}) } else { with_hooks() };
         pod.create(&mut c, id, &["no-such-program"], more);
         assert_eq!(c.container(id).phase, ContainerPhase::Created as i32);
         let f = c.failure(Ask::StartContainer(StartContainer { container_id: id.into() }));

@@ -150,11 +150,11 @@ fn cve_2024_21626_no_descriptor_leaks() {
     pod.finish();
 }
 
-/// As pods' containers are set up, and as libcontainer sets up those that ask for something rare.
+/// Without hooks and with some.
 fn both_ways(name: &str, try_in: impl Fn(&Pod)) {
-    for rare in [false, true] {
+    for hooked in [false, true] {
         let mut pod = Pod::new(name);
-        pod.rare = rare;
+        pod.hooked = hooked;
         try_in(&pod);
         pod.finish();
     }

@@ -1,11 +1,8 @@
-//! Pure: what is taken out of a runtime spec before libcontainer sees it, because this crate does it itself, and what is refused.
-//!
-//! Taken out: who the process becomes (user, capabilities, no_new_privs, seccomp), its limits and score, and the hooks that run
-//! at the start. libcontainer would do these before it waits for the start and knows no seccomp as it is built here.
+//! Pure: what of a runtime spec is changed or taken apart before it is carried out, and what is refused at once.
 
 use std::path::PathBuf;
 
-use oci_spec::runtime::{Hook, LinuxNamespaceType, LinuxSeccomp, Process, ProcessBuilder, Spec};
+use oci_spec::runtime::{Hook, LinuxNamespaceType, LinuxSeccomp, Process, Spec};
 
 use crate::{Error, Kind};
 
@@ -43,7 +40,7 @@ pub(crate) fn take(spec: &mut Spec, id: &str, tty: bool) -> Result<(Taken, Vec<A
     if spec.root().is_none() {
         return Err(invalid("the spec has no root"));
     }
-    let Some(mut linux) = spec.linux().clone() else { return Err(invalid("the spec has no linux section")) };
+    let Some(linux) = spec.linux().clone() else { return Err(invalid("the spec has no linux section")) };
     let own = |t| linux.namespaces().iter().flatten().any(|n| n.typ() == t && n.path().is_none());
     let joined = |t| linux.namespaces().iter().flatten().any(|n| n.typ() == t && n.path().is_some());
     if own(LinuxNamespaceType::User) {
@@ -73,9 +70,8 @@ pub(crate) fn take(spec: &mut Spec, id: &str, tty: bool) -> Result<(Taken, Vec<A
     }
     let cgroup_path = linux.cgroups_path().clone().unwrap_or_else(|| PathBuf::from("/").join(id));
     let seccomp = linux.seccomp().clone();
-    linux.set_seccomp(None);
     let start_hooks = take_hooks(spec)?;
-    spec.set_process(Some(for_libcontainer(&process)?)).set_linux(Some(linux));
+    spec.set_process(Some(process.clone()));
     Ok((Taken { process, seccomp, start_hooks, uid_map, cgroup_path }, done))
 }
 
@@ -104,29 +100,7 @@ pub(crate) fn label_mounts(spec: &mut Spec, selinux: bool) {
     spec.set_mounts(Some(mounts));
 }
 
-/// For libcontainer, which would give the label to mounts that refuse it. They have theirs by [`label_mounts`].
-pub(crate) fn forget_mount_label(spec: &mut Spec) {
-    if let Some(linux) = spec.linux_mut() {
-        linux.set_mount_label(None);
-    }
-}
-
-/// root with all rights; HOME is there so that nobody looks it up through the container's files.
-fn for_libcontainer(p: &Process) -> Result<Process, Error> {
-    let mut out = ProcessBuilder::default()
-        .terminal(p.terminal().unwrap_or(false))
-        .cwd(p.cwd().clone())
-        .args(p.args().clone().unwrap_or_default())
-        .env(vec!["HOME=/".to_owned()])
-        .build()
-        .map_err(|e| invalid(e.to_string()))?;
-    out.set_capabilities(None).set_rlimits(None).set_no_new_privileges(None).set_oom_score_adj(None);
-    out.set_console_size(p.console_size()).set_apparmor_profile(None).set_selinux_label(None);
-    out.set_io_priority(*p.io_priority()).set_scheduler(p.scheduler().clone());
-    Ok(out)
-}
-
-/// Leaves those that libcontainer's steps run at creation.
+/// Leaves those that run at creation.
 fn take_hooks(spec: &mut Spec) -> Result<Vec<Hook>, Error> {
     let Some(mut hooks) = spec.hooks().clone() else { return Ok(Vec::new()) };
     let some = |h: &Option<Vec<Hook>>| h.as_ref().is_some_and(|h| !h.is_empty());
@@ -180,10 +154,8 @@ mod tests {
         assert_eq!((taken.process.user().uid(), taken.process.no_new_privileges()), (7, Some(true)));
         assert!(taken.seccomp.is_some() && taken.process.rlimits().is_some());
         assert_eq!(taken.cgroup_path, PathBuf::from("/id"));
-        let p = s.process().as_ref().unwrap();
-        assert_eq!((p.user().uid(), p.user().gid(), p.cwd().to_str()), (0, 0, Some("/w")));
-        assert!(p.capabilities().is_none() && p.no_new_privileges().is_none() && p.rlimits().is_none());
-        assert!(s.linux().as_ref().unwrap().seccomp().is_none() && s.hooks().is_none());
+        assert_eq!(s.process().as_ref().unwrap().terminal(), Some(false));
+        assert!(s.hooks().is_none());
         assert!(has_own_pid_namespace(&s));
     }
 
@@ -207,8 +179,6 @@ mod tests {
                 m.options().iter().flatten().find_map(|o| o.strip_prefix("context=").map(str::to_owned))
             };
             let got: Vec<_> = s.mounts().iter().flatten().map(context).collect();
-            forget_mount_label(&mut s);
-            assert_eq!(s.linux().as_ref().unwrap().mount_label(), &None);
             got
         };
         let own = || Some("u:r:t:s0:c1,c2".to_owned());

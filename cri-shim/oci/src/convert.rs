@@ -5,26 +5,16 @@ use libcontainer::process::container_main_process::ProcessError;
 
 use crate::{Error, Kind};
 
-/// `details` are the error lines that libcontainer's child processes wrote: their own errors reach us as text only.
-pub(crate) fn libcontainer(e: &L, details: &str) -> Error {
+pub(crate) fn libcontainer(e: &L) -> Error {
     let (kind, stage) = classify(e);
-    let out = from_text(&chain(e), details);
+    let out = from_text(chain(e));
     let errno = errno_in_chain(e).unwrap_or(out.errno);
     Error { kind, stage: stage.map_or(out.stage, str::to_owned), errno, ..out }
 }
 
-/// An error of which only text is left, because it came from another process.
-pub(crate) fn from_text(message: &str, details: &str) -> Error {
-    let mut message = message.to_owned();
-    let detail = details.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>();
-    // The first line comes from the innermost place; the later ones repeat it on the way up.
-    if let Some(first) = detail.first()
-        && !message.contains(first)
-    {
-        message.push_str(": ");
-        message.push_str(first);
-    }
-    let errno = errno_in_text(details).or_else(|| errno_in_text(&message)).unwrap_or(0);
+/// An error of which only text is left.
+fn from_text(message: String) -> Error {
+    let errno = errno_in_text(&message).unwrap_or(0);
     let stage = stage_in_text(&message).unwrap_or("runtime");
     Error::new(Kind::Runtime, stage, message, errno)
 }
@@ -135,11 +125,11 @@ mod tests {
 
     #[test]
     fn stages_are_told_apart() {
-        let e = libcontainer(&L::OtherCgroup("no".into()), "");
+        let e = libcontainer(&L::OtherCgroup("no".into()));
         assert_eq!((e.kind, e.stage.as_str()), (Kind::Runtime, "cgroup"));
-        let e = libcontainer(&L::Exist, "");
+        let e = libcontainer(&L::Exist);
         assert_eq!((e.kind, e.stage.as_str()), (Kind::WrongState, "state"));
-        let e = libcontainer(&L::Other("x".into()), "failed to prepare rootfs err=Nix(ENOENT)\nlater");
+        let e = libcontainer(&L::Other("failed to prepare rootfs err=Nix(ENOENT)".into()));
         assert_eq!((e.stage.as_str(), e.errno), ("rootfs", 2));
         assert!(e.message.contains("prepare rootfs"));
     }

@@ -1,38 +1,27 @@
 //! OCI "create". The helper process prepares what needs the host's rights and forks the container's first process, which sets
-//! itself up: namespaces, root file system, mounts, devices, masked paths, terminal. What pods ask for is done by [`crate::init`];
-//! specs with more than that (hooks, sysctls, rare mount options) by libcontainer.
-//!
-//! libcontainer's own builder is not used: it forks three times, keeps its state in files that it reads again at every step,
-//! and moves processes between cgroups in a way that waits (see [`cgroup::Entry`]).
+//! itself up ([`crate::init`]): namespaces, root file system, mounts, devices, masked paths, terminal. A spec that asks for more than
+//! that is refused, since a second way to set containers up would need the same care: libcontainer's goes by path where a volume's
+//! other users can exchange links, and mounts, links and nodes then land on the host's files or on the container's /proc.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use libcgroups::common::CgroupConfig;
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::hooks::run_hooks;
-use libcontainer::notify_socket::NotifyListener;
-use libcontainer::process::args::{ContainerArgs, ContainerType};
-use libcontainer::process::channel::{
-    self, ChannelError, InitReceiver, InitSender, MainReceiver, MainSender,
-};
-use libcontainer::process::init::container_init_process;
-use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::validator::Validator;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::Pid;
-use oci_spec::runtime::{Hook, LinuxNamespace, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{Hook, Hooks, LinuxNamespace, LinuxNamespaceType, Spec};
 use serde::{Deserialize, Serialize};
 
 use crate::adapt::{self, Adaptation, Taken};
 use crate::console::{self, Console};
 use crate::executor::{Init, Program};
 use crate::identity::{Identity, become_root};
-use crate::init::{First, Opened, Plan, wait_ready};
+use crate::init::{First, Heard, Hooking, Opened, Plan, hear};
 use crate::lsm::{self, Confinement};
 use crate::ops::{Outcome, Stdio, check_id, filter_path, set_oom_score_adj};
 use crate::rlimits::Rlimits;
@@ -96,19 +85,19 @@ pub fn create(c: CreateSpec<'_>) -> Result<Helper, Error> {
     check_id(c.id)?;
     let mut keep = c.stdio.fds();
     keep.push(c.channel.as_raw_fd());
-    helper::run(&keep, |details| match in_helper(&c, details) {
+    helper::run(&keep, || match in_helper(&c) {
         Ok((created, console)) => (Ok(Outcome::Created(created)), console),
         Err(e) => (Err(e), None),
     })
 }
 
-fn in_helper(c: &CreateSpec<'_>, details: &dyn Fn() -> String) -> Result<(Created, Option<OwnedFd>), Error> {
+fn in_helper(c: &CreateSpec<'_>) -> Result<(Created, Option<OwnedFd>), Error> {
     let path = c.bundle.join("config.json");
     let mut spec = Spec::load(&path)
         .map_err(|e| Error::new(Kind::Invalid, "spec", format!("cannot read {}: {e}", path.display()), 0))?;
     let (taken, mut adapted) = adapt::take(&mut spec, c.id, c.tty)?;
     adapt::label_mounts(&mut spec, lsm::selinux_is_on());
-    Validator::validate_spec(&spec).map_err(|e| convert::libcontainer(&e.into(), ""))?;
+    Validator::validate_spec(&spec).map_err(|e| convert::libcontainer(&e.into()))?;
     let filter = taken.seccomp.as_ref().map(seccomp::compile).transpose()?.flatten();
     let context = Context {
         uid_map: taken.uid_map.clone(),
@@ -130,7 +119,7 @@ fn in_helper(c: &CreateSpec<'_>, details: &dyn Fn() -> String) -> Result<(Create
     }
     let own_pid_namespace = adapt::has_own_pid_namespace(&spec);
     let mut made = Made::default();
-    match make(c, spec, taken, filter, &mut made, details) {
+    match make(c, spec, taken, filter, &mut made) {
         Ok(console) => {
             adapted.extend(made.clamped.into_iter().map(Adaptation::RlimitClamped));
             let adapted = adapted.iter().map(|a| format!("{a:?}")).collect();
@@ -168,7 +157,7 @@ fn take_back(c: &CreateSpec<'_>, made: &Made) {
     let _ = cgroup::remove_within(&made.cgroups, Duration::from_secs(2));
 }
 
-/// What the fork of the first process starts from, whoever sets it up.
+/// What the fork of the first process starts from.
 struct Parts<'a> {
     c: &'a CreateSpec<'a>,
     spec: Spec,
@@ -179,7 +168,6 @@ struct Parts<'a> {
     limits: Rlimits,
     /// The user namespace to join.
     users: Option<LinuxNamespace>,
-    cgroup_path: PathBuf,
 }
 
 fn make(
@@ -188,8 +176,8 @@ fn make(
     taken: Taken,
     filter: Option<Filter>,
     made: &mut Made,
-    details: &dyn Fn() -> String,
 ) -> Result<Option<OwnedFd>, Error> {
+    let plan = Plan::of(&spec)?;
     let rootfs = spec.root().as_ref().map(|r| r.path().clone()).unwrap_or_default();
     let rootfs = fs::canonicalize(c.bundle.join(&rootfs))
         .map_err(|e| Error::io("rootfs", &format!("cannot use {}", rootfs.display()), &e))?;
@@ -209,12 +197,8 @@ fn make(
     made.clamped = limits.clamped().to_vec();
     let users = namespace(&spec, LinuxNamespaceType::User);
     let tty = Console::new(c.tty)?;
-    let parts =
-        Parts { c, spec, rootfs, entry, tty, init, limits, users, cgroup_path: taken.cgroup_path.clone() };
-    let tty = match Plan::of(&parts.spec) {
-        Some(plan) => parts.by_plan(&plan, made)?,
-        None => parts.by_libcontainer(state, made, details)?,
-    };
+    let parts = Parts { c, spec, rootfs, entry, tty, init, limits, users };
+    let tty = parts.by_plan(&plan, state.as_ref(), made)?;
     let uid = taken.process.user().uid();
     tty.map(Console::receive).transpose().inspect(|master| {
         if let Some(m) = master {
@@ -249,11 +233,31 @@ impl Parts<'_> {
         Ok(pid)
     }
 
-    fn by_plan(mut self, plan: &Plan, made: &mut Made) -> Result<Option<Console>, Error> {
+    fn by_plan(
+        mut self,
+        plan: &Plan,
+        state: Option<&Container>,
+        made: &mut Made,
+    ) -> Result<Option<Console>, Error> {
+        let failed = |e: nix::Error| Error::io("helper", "cannot make a pipe", &e.into());
         let opened = Opened::new(plan, self.users.is_some())?;
-        let (ready, report) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
-            .map_err(|e| Error::io("helper", "cannot make a pipe", &e.into()))?;
-        if self.fork(made)?.is_none() {
+        let (ready, report) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(failed)?;
+        let (resumed, resume) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(failed)?;
+        let at_creation = self.spec.hooks().as_ref().zip(state);
+        if at_creation.is_some() && self.users.is_some() {
+            let text = "hooks cannot run for a container with a user namespace";
+            return Err(Error::new(Kind::Invalid, "hook", text, 0));
+        }
+        let here = fs::File::open("/proc/self/ns/pid")
+            .map_err(|e| Error::io("namespace", "/proc/self/ns/pid", &e))?;
+        let Some(pid) = self.fork(made)? else {
+            // So that the helper's end is an end of file here.
+            drop(resume);
+            let hooks = at_creation.map(|(hooks, state)| Hooking {
+                resumed: resumed.as_raw_fd(),
+                hooks: hooks.create_container(),
+                state: &state.state,
+            });
             let limits = self.users.is_none().then_some(self.limits);
             let first = First {
                 plan,
@@ -264,64 +268,47 @@ impl Parts<'_> {
                 stdio: &self.c.stdio,
                 tty: self.tty.as_ref(),
                 init: self.init,
+                hooks,
                 report: report.as_raw_fd(),
             };
             first.go();
-        }
+        };
         // So that the end of the first process is an end of file here.
-        drop(report);
-        wait_ready(ready.as_fd())?;
+        drop((report, resumed));
+        if let Heard::Hooks = hear(ready.as_fd())? {
+            if let Some((hooks, state)) = at_creation {
+                run_creation_hooks(hooks, state, pid, &here)?;
+            }
+            nix::unistd::write(&resume, b"+")
+                .map_err(|e| Error::io("hook", "the first process is gone", &e.into()))?;
+            hear(ready.as_fd())?;
+        }
         Ok(self.tty.take())
     }
+}
 
-    fn by_libcontainer(
-        mut self,
-        state: Option<Container>,
-        made: &mut Made,
-        details: &dyn Fn() -> String,
-    ) -> Result<Option<Console>, Error> {
-        let channels = Channels::new()?;
-        let here = fs::File::open("/proc/self/ns/pid")
-            .map_err(|e| Error::io("namespace", "/proc/self/ns/pid", &e))?;
-        let notify_listener = open_gate(self.c)?;
-        adapt::forget_mount_label(&mut self.spec);
-        let Some(pid) = self.fork(made)? else {
-            let raw = |f: &Option<OwnedFd>| f.as_ref().map(AsRawFd::as_raw_fd);
-            let limits = self.users.is_none().then_some(self.limits);
-            let args = ContainerArgs {
-                container_type: ContainerType::InitContainer,
-                syscall: SyscallType::default(),
-                spec: Rc::new(self.spec),
-                rootfs: self.rootfs,
-                console_socket: self.tty.as_ref().map(Console::theirs),
-                notify_listener,
-                preserve_fds: 0,
-                container: state,
-                user_ns_config: None,
-                cgroup_config: CgroupConfig {
-                    cgroup_path: self.cgroup_path,
-                    systemd_cgroup: self.c.systemd_cgroup,
-                    container_name: self.c.id.to_owned(),
-                },
-                detached: true,
-                executor: Box::new(self.init),
-                no_pivot: false,
-                stdin: raw(&self.c.stdio.stdin),
-                stdout: raw(&self.c.stdio.stdout),
-                stderr: raw(&self.c.stdio.stderr),
-                as_sibling: false,
-                pid_file: None,
-            };
-            first_process(&args, &self.entry, channels, limits)
-        };
-        channels.follow(&self.spec, state.as_ref(), pid, &here, self.users.is_some(), details)?;
-        Ok(self.tty)
-    }
+/// Those that run in the runtime's namespaces, once the container's mounts are made.
+fn run_creation_hooks(hooks: &Hooks, state: &Container, pid: Pid, here: &fs::File) -> Result<(), Error> {
+    setns(here, CloneFlags::CLONE_NEWPID)
+        .map_err(|e| Error::io("hook", "cannot leave the container's PID namespace", &e.into()))?;
+    let run = |h: &Option<Vec<Hook>>| {
+        run_hooks(
+            h.as_ref(),
+            Some(&state.state),
+            None,
+            Some(nix29::unistd::Pid::from_raw(pid.as_raw())),
+            None,
+        )
+        .map_err(|e| Error::new(Kind::Runtime, "hook", convert::chain(&e), 0))
+    };
+    #[allow(deprecated)]
+    run(hooks.prestart())?;
+    run(hooks.create_runtime())
 }
 
 fn container(c: &CreateSpec<'_>) -> Result<Container, Error> {
     Container::new(c.id, ContainerStatus::Creating, None, c.bundle, c.root)
-        .map_err(|e| convert::libcontainer(&e, ""))
+        .map_err(|e| convert::libcontainer(&e))
 }
 
 fn group<'a>(c: &CreateSpec<'a>, path: &'a Path, folders: &'a [PathBuf]) -> limits::Group<'a> {
@@ -376,98 +363,4 @@ fn enter(n: &LinuxNamespace, flag: CloneFlags) -> Result<(), Error> {
         None => unshare(flag)
             .map_err(|e| Error::io("namespace", &format!("cannot make a {} namespace", n.typ()), &e.into())),
     }
-}
-
-/// libcontainer waits for a connection to a socket of its own before it calls our last step, which waits for the start
-/// itself: this connection is there from the beginning.
-fn open_gate(c: &CreateSpec<'_>) -> Result<NotifyListener, Error> {
-    let name = format!("{}.sock", c.id);
-    let io = |e: std::io::Error| Error::io("state", "cannot make the start socket", &e);
-    let listener = NotifyListener::new(&c.root.join(&name))
-        .map_err(|e| Error::new(Kind::Runtime, "state", convert::chain(&e), 0))?;
-    // By a relative name: an absolute one may exceed what a socket address holds.
-    std::env::set_current_dir(c.root).map_err(io)?;
-    let connected = UnixStream::connect(&name);
-    let _ = fs::remove_file(&name);
-    std::env::set_current_dir("/").map_err(io)?;
-    connected.map_err(io)?;
-    Ok(listener)
-}
-
-/// libcontainer's channels between the helper and the first process.
-struct Channels {
-    to_main: MainSender,
-    from_init: MainReceiver,
-    to_init: InitSender,
-    from_main: InitReceiver,
-}
-
-impl Channels {
-    fn new() -> Result<Channels, Error> {
-        let error = |e: ChannelError| Error::new(Kind::Runtime, "helper", convert::chain(&e), 0);
-        let (to_main, from_init) = channel::main_channel().map_err(error)?;
-        let (to_init, from_main) = channel::init_channel().map_err(error)?;
-        Ok(Channels { to_main, from_init, to_init, from_main })
-    }
-
-    /// The helper's side, until the first process waits for its start.
-    fn follow(
-        mut self,
-        spec: &Spec,
-        container: Option<&Container>,
-        pid: Pid,
-        here: &fs::File,
-        in_user_namespace: bool,
-        details: &dyn Fn() -> String,
-    ) -> Result<(), Error> {
-        let failed = |e: &dyn std::error::Error| convert::from_text(&convert::chain(e), &details());
-        // So that the end of the first process is an end of file here.
-        let _ = (self.to_main.close(), self.from_main.close());
-        if let Some(hooks) = spec.hooks() {
-            self.from_init.wait_for_hook_request().map_err(|e| failed(&e))?;
-            let state = container.map(|c| &c.state);
-            if in_user_namespace {
-                return Err(Error::new(
-                    Kind::Invalid,
-                    "hook",
-                    "hooks cannot run for a container with a user namespace",
-                    0,
-                ));
-            }
-            // Hooks run in the runtime's namespaces.
-            setns(here, CloneFlags::CLONE_NEWPID)
-                .map_err(|e| Error::io("hook", "cannot leave the container's PID namespace", &e.into()))?;
-            let run = |h: &Option<Vec<Hook>>| {
-                run_hooks(h.as_ref(), state, None, Some(nix29::unistd::Pid::from_raw(pid.as_raw())), None)
-                    .map_err(|e| Error::new(Kind::Runtime, "hook", convert::chain(&e), 0))
-            };
-            #[allow(deprecated)]
-            run(hooks.prestart())?;
-            run(hooks.create_runtime())?;
-            self.to_init.hook_done().map_err(|e| failed(&e))?;
-        }
-        self.from_init.wait_for_init_ready().map_err(|e| failed(&e))
-    }
-}
-
-/// The container's first process. Never returns: it executes the user's program or ends.
-fn first_process(
-    args: &ContainerArgs,
-    entry: &cgroup::Entry,
-    mut channels: Channels,
-    limits: Option<Rlimits>,
-) -> ! {
-    let _ = (channels.from_init.close(), channels.to_init.close());
-    let prepared = entry
-        .enter()
-        .map_err(|e| format!("cannot enter the cgroup: {e}"))
-        .and_then(|()| limits.map_or(Ok(()), |l| l.set()).map_err(|e| e.to_string()));
-    let result = prepared.and_then(|()| {
-        container_init_process(args, &mut channels.to_main, &mut channels.from_main)
-            .map_err(|e| convert::chain(&e))
-    });
-    if let Err(text) = result {
-        let _ = channels.to_main.exec_failed(text);
-    }
-    helper::leave(255)
 }

@@ -50,7 +50,7 @@ pub fn exec(e: ExecSpec<'_>) -> Result<Helper, Error> {
         .map_err(|err| Error::io("state", "cannot find the container's process", &err.into()))?;
     let mut keep = e.stdio.fds();
     keep.extend([init.as_raw_fd(), e.report.as_raw_fd()]);
-    helper::run(&keep, |_| match in_helper(&e, init.as_fd()) {
+    helper::run(&keep, || match in_helper(&e, init.as_fd()) {
         Ok((pid, console)) => (Ok(Outcome::Executed { pid }), console),
         Err(err) => (Err(err), None),
     })
@@ -216,8 +216,8 @@ impl Begun<'_> {
 /// Only if it is what its name says.
 fn null_of_container() -> Option<OwnedFd> {
     use std::os::unix::fs::OpenOptionsExt;
-    let file =
-        OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/null").ok()?;
+    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_NOCTTY;
+    let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open("/dev/null").ok()?;
     let m = file.metadata().ok()?;
     (m.file_type().is_char_device() && m.rdev() == libc::makedev(1, 3)).then_some(file.into())
 }

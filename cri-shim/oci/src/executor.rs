@@ -6,14 +6,13 @@ use std::fs;
 use std::io::Read;
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use libcontainer::container::State;
-use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use nix::errno::Errno;
-use oci_spec::runtime::{Hook, Process, Spec};
+use oci_spec::runtime::{Hook, Process};
 
 use crate::identity::{Identity, home_of};
 use crate::lsm::{self, Confinement};
@@ -121,8 +120,12 @@ impl Program {
 /// The start of the container's user list; its length is the container's to decide.
 fn passwd() -> String {
     let mut text = Vec::new();
-    if let Ok(f) = fs::File::open("/etc/passwd") {
-        // What cannot be read counts as not there.
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = fs::File::options().read(true).custom_flags(flags).open("/etc/passwd");
+    // A FIFO or a device in its place, which might never end, is not read; what cannot be read counts as not there.
+    if let Ok(f) = file
+        && f.metadata().is_ok_and(|m| m.is_file())
+    {
         let _ = f.take(1 << 20).read_to_end(&mut text);
     }
     String::from_utf8_lossy(&text).into_owned()
@@ -157,36 +160,15 @@ fn parse_report(bytes: &[u8]) -> Report {
     split.unwrap_or((0, text.into_owned()))
 }
 
-/// The end of a container's first process; libcontainer can call it, too.
-#[derive(Clone)]
+/// The end of a container's first process.
 pub(crate) struct Init {
     pub program: Program,
     pub identity: Identity,
     pub confinement: Option<Rc<Confinement>>,
     /// Close-on-exec; brings [`GO`], takes a report.
     pub channel: RawFd,
-    /// startContainer hooks, which run here because libcontainer is told to start at once.
+    /// startContainer hooks.
     pub hooks: Option<(Vec<Hook>, State)>,
-}
-
-impl Executor for Init {
-    /// The last step that can still refuse the creation. Whether there is such a program shows at the start.
-    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        let bad = |m: String| ExecutorValidationError::ArgValidationError(m);
-        crate::propagation::set(spec).map_err(|(errno, m)| bad(format!("{m} (os error {errno})")))?;
-        self.confine().map_err(|e| bad(e.to_string()))?;
-        self.identity.assume().map_err(|e| bad(format!("{e} (os error {})", e.errno)))
-    }
-
-    /// The program is given its own; the process keeps what it has.
-    fn setup_envs(&self, _: std::collections::HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
-        Ok(())
-    }
-
-    fn exec(&self, _: &Spec) -> Result<(), ExecutorError> {
-        // Not back to libcontainer: its channel to the helper is closed by now.
-        self.wait_and_run()
-    }
 }
 
 impl Init {

@@ -129,7 +129,7 @@ impl<'a> External<'a> {
         work: impl FnOnce() -> Result<(Outcome, Option<OwnedFd>), Error>,
     ) -> Result<Helper, Error> {
         check_id(self.id)?;
-        helper::run(&keep.fds(), |_| {
+        helper::run(&keep.fds(), || {
             // Whoever made the caller may have told it to ignore the end of children.
             helper::default_signals();
             match work() {

@@ -5,7 +5,6 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicI32, Ordering};
 
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::socket::{
@@ -14,7 +13,6 @@ use nix::sys::socket::{
 };
 use nix::unistd::{ForkResult, Pid};
 use serde::{Deserialize, Serialize};
-use tracing::field::{Field, Visit};
 
 use crate::cgroup::Entry;
 use crate::ops::Outcome;
@@ -117,69 +115,6 @@ impl Helper {
     }
 }
 
-/// Where libcontainer's error events go while a helper runs: a memfd, shared with the processes it forks.
-pub(crate) struct Details {
-    fd: OwnedFd,
-}
-
-static DETAILS_FD: AtomicI32 = AtomicI32::new(-1);
-
-impl Details {
-    fn start() -> Option<Details> {
-        let fd = rustix::fs::memfd_create("orlop-errors", rustix::fs::MemfdFlags::CLOEXEC).ok()?;
-        DETAILS_FD.store(fd.as_raw_fd(), Ordering::Relaxed);
-        let _ = tracing::subscriber::set_global_default(ErrorsOnly);
-        Some(Details { fd })
-    }
-
-    fn text(&self) -> String {
-        let mut buf = vec![0u8; 4096];
-        let n = rustix::io::pread(&self.fd, &mut buf, 0).unwrap_or(0);
-        String::from_utf8_lossy(&buf[..n]).into_owned()
-    }
-}
-
-struct ErrorsOnly;
-
-struct Line(String);
-
-impl Visit for Line {
-    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
-        use std::fmt::Write;
-        let _ = match field.name() {
-            "message" => write!(self.0, "{value:?} "),
-            name => write!(self.0, "{name}={value:?} "),
-        };
-    }
-}
-
-impl tracing::Subscriber for ErrorsOnly {
-    fn enabled(&self, m: &tracing::Metadata<'_>) -> bool {
-        m.is_event() && *m.level() == tracing::Level::ERROR
-    }
-    fn max_level_hint(&self) -> Option<tracing::level_filters::LevelFilter> {
-        Some(tracing::level_filters::LevelFilter::ERROR)
-    }
-    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
-        tracing::span::Id::from_u64(1)
-    }
-    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
-    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
-    fn event(&self, event: &tracing::Event<'_>) {
-        let fd = DETAILS_FD.load(Ordering::Relaxed);
-        if fd < 0 {
-            return;
-        }
-        let mut line = Line(String::new());
-        event.record(&mut line);
-        line.0.truncate(line.0.floor_char_boundary(900));
-        line.0.push('\n');
-        let _ = nix::unistd::write(borrow(fd), line.0.as_bytes());
-    }
-    fn enter(&self, _: &tracing::span::Id) {}
-    fn exit(&self, _: &tracing::span::Id) {}
-}
-
 /// Borrows a descriptor number that this process tree is known to hold.
 pub(crate) fn borrow(fd: RawFd) -> BorrowedFd<'static> {
     // SAFETY: callers pass descriptors that stay open until this process executes another program or ends.
@@ -253,7 +188,7 @@ pub fn leave(code: i32) -> ! {
 /// Runs `work` in a fork. `keep` are the descriptors that `work` uses.
 pub(crate) fn run(
     keep: &[RawFd],
-    work: impl FnOnce(&dyn Fn() -> String) -> (Result<Outcome, Error>, Option<OwnedFd>),
+    work: impl FnOnce() -> (Result<Outcome, Error>, Option<OwnedFd>),
 ) -> Result<Helper, Error> {
     let (ours, theirs) =
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
@@ -266,8 +201,7 @@ pub(crate) fn run(
         Ok(None) => {
             let (result, console) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 std::panic::set_hook(Box::new(|_| {}));
-                let details = Details::start();
-                work(&|| details.as_ref().map(Details::text).unwrap_or_default())
+                work()
             }))
             .unwrap_or_else(|p| {
                 let text = p
@@ -275,7 +209,7 @@ pub(crate) fn run(
                     .cloned()
                     .or_else(|| p.downcast_ref::<&str>().map(|s| s.to_string()))
                     .unwrap_or_default();
-                (Err(Error::new(Kind::Runtime, "helper", format!("libcontainer panicked: {text}"), 0)), None)
+                (Err(Error::new(Kind::Runtime, "helper", format!("the helper panicked: {text}"), 0)), None)
             });
             send(&theirs, result, console);
             leave(0)

@@ -1,8 +1,8 @@
 //! Containers by the OCI runtime spec: the only crate that names libcontainer.
 //!
-//! What touches the container's processes runs in a short-lived fork of the caller (no `exec`): see [`helper`]. libcontainer
-//! changes the process that calls it, leaks descriptors and memory when it fails, and may wait without end on a broken file
-//! system. The caller must be single-threaded, must be a sub-reaper (the container's process becomes its child) and stays free
+//! What touches the container's processes runs in a short-lived fork of the caller (no `exec`): see [`helper`]. It changes the
+//! process that does it, leaks descriptors and memory when it fails, and may wait without end on a broken file system. Of
+//! libcontainer, limits, hooks and the check of specs are used; containers are set up here. The caller must be single-threaded, must be a sub-reaper (the container's process becomes its child) and stays free
 //! to serve others meanwhile.
 
 mod adapt;
@@ -20,7 +20,6 @@ mod init;
 mod limits;
 mod lsm;
 mod ops;
-mod propagation;
 mod rlimits;
 mod seccomp;
 mod sys;
@@ -44,7 +43,7 @@ pub enum Kind {
     Invalid,
     /// The container is in a state in which the operation is not legal.
     WrongState,
-    /// The kernel or libcontainer refused.
+    /// The kernel refused.
     Runtime,
 }
 

@@ -102,7 +102,7 @@ pub fn update(
     check_id(id)?;
     let resources: LinuxResources = serde_json::from_slice(resources)
         .map_err(|e| Error::new(Kind::Invalid, "spec", format!("the resources do not parse: {e}"), 0))?;
-    helper::run(&[], |_| {
+    helper::run(&[], || {
         let group =
             limits::Group { path: &context.cgroup_path, id, systemd: systemd_cgroup, folders: cgroups };
         (group.apply(&resources, false).map(|()| Outcome::Done), None)
@@ -122,7 +122,7 @@ pub fn delete_now(root: &Path, id: &str, cgroups: &[PathBuf]) -> Result<bool, Er
 /// Kills what is left in the cgroup and removes cgroup and state. Idempotent.
 pub fn delete(root: &Path, id: &str, cgroups: &[PathBuf]) -> Result<Helper, Error> {
     check_id(id)?;
-    helper::run(&[], |_| (delete_in_place(root, id, cgroups).map(|()| Outcome::Done), None))
+    helper::run(&[], || (delete_in_place(root, id, cgroups).map(|()| Outcome::Done), None))
 }
 
 /// The same in the calling process, for cleaning up after a monitor that is gone.

@@ -66,6 +66,26 @@ pub(crate) fn take_terminal() -> io::Result<()> {
     if unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Of the calling process's UTS namespace.
+pub(crate) fn set_host_name(name: &str) -> io::Result<()> {
+    // SAFETY: the kernel reads as many bytes as is said.
+    if unsafe { libc::sethostname(name.as_ptr().cast(), name.len()) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// The NIS domain name of the calling process's UTS namespace.
+pub(crate) fn set_domain_name(name: &str) -> io::Result<()> {
+    // SAFETY: the kernel reads as many bytes as is said.
+    if unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// Every descriptor from this number on is closed by execve.
 pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
     // SAFETY: changes a flag of descriptors, closes none.

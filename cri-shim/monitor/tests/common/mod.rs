@@ -213,17 +213,18 @@ fn merge(a: &mut Value, b: Value) {
     }
 }
 
-/// Makes libcontainer set a container up: it asks for something rare.
-pub fn by_libcontainer() -> Value {
-    json!({"linux": {"personality": {"domain": "LINUX"}}})
+/// Hooks as a device's vendor has them run while a container is created.
+pub fn with_hooks() -> Value {
+    let hook = json!([{"path": "/bin/busybox", "args": ["true"]}]);
+    json!({"hooks": {"createRuntime": hook, "createContainer": hook}})
 }
 
 /// A monitor with its folder and a busybox root file system.
 pub struct Pod {
     pub dir: PathBuf,
     pub name: String,
-    /// Containers ask for something that only libcontainer does.
-    pub rare: bool,
+    /// Its containers have hooks.
+    pub hooked: bool,
 }
 
 impl Pod {
@@ -249,7 +250,7 @@ impl Pod {
         ] {
             std::os::unix::fs::symlink("busybox", bin.join(a)).unwrap();
         }
-        Pod { dir, name, rare: false }
+        Pod { dir, name, hooked: false }
     }
 
     pub fn new(test: &str) -> Pod {
@@ -310,8 +311,8 @@ impl Pod {
             },
         });
         merge(&mut spec, extra);
-        if self.rare {
-            merge(&mut spec, by_libcontainer());
+        if self.hooked {
+            merge(&mut spec, with_hooks());
         }
         fs::write(bundle.join("config.json"), serde_json::to_vec_pretty(&spec).unwrap()).unwrap();
         CreateContainer {

@@ -69,6 +69,11 @@ fn make_node(root: &Root, dev: &OwnedFd, n: &Node) -> io::Result<()> {
         // In a user namespace nobody makes devices: the host's is shown instead.
         Err(Errno::PERM) => {
             let host = open_source(&n.at, false)?;
+            // By its path in the container: what is there on the host may be another device.
+            let s = rustix::fs::fstat(&host)?;
+            if FileType::from_raw_mode(s.st_mode) != kind || s.st_rdev != number {
+                return Err(Errno::NODEV.into());
+            }
             return Ok(attach(&host, root.file(&n.at)?)?);
         }
         // The image has one, or a volume lies there.
@@ -84,7 +89,7 @@ fn make_node(root: &Root, dev: &OwnedFd, n: &Node) -> io::Result<()> {
 
 /// The container's null device, checked to be one.
 pub(super) fn null() -> io::Result<OwnedFd> {
-    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_NOCTTY | libc::O_CLOEXEC;
     let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open("/dev/null")?;
     let m = file.metadata()?;
     if !m.file_type().is_char_device() || m.rdev() != libc::makedev(1, 3) {

@@ -1,4 +1,4 @@
-//! The first process of a container, from its fork to its start, for specs that have a [`Plan`].
+//! The first process of a container, from its fork to its start.
 
 mod dev;
 mod mount;
@@ -9,15 +9,18 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 
+use libcontainer::container::State;
+use libcontainer::hooks::run_hooks;
 use nix::sched::{setns, unshare};
 use nix::sys::stat::{Mode, umask};
+use oci_spec::runtime::Hook;
 pub(crate) use plan::Plan;
 
 use crate::console::Console;
 use crate::executor::Init;
 use crate::ops::Stdio;
 use crate::rlimits::Rlimits;
-use crate::{Error, Kind, cgroup, helper, sys};
+use crate::{Error, Kind, cgroup, convert, helper, sys};
 
 /// What failed in the first process, for its helper.
 #[derive(Debug)]
@@ -76,11 +79,41 @@ pub(crate) struct First<'a> {
     pub stdio: &'a Stdio,
     pub tty: Option<&'a Console>,
     pub init: Init,
-    /// Takes a [`Failure`], or [`READY`].
+    /// Hooks that run while the container is created.
+    pub hooks: Option<Hooking<'a>>,
+    /// Takes a [`Failure`], or [`READY`]; before that [`HOOKS`], if there are any.
     pub report: RawFd,
 }
 
 const READY: &[u8] = b"+";
+/// All mounts are made: the helper's hooks may run.
+const HOOKS: &[u8] = b"h";
+
+/// The first process's part of the hooks at creation.
+pub(crate) struct Hooking<'a> {
+    /// Brings a byte when the helper has run its own.
+    pub resumed: RawFd,
+    /// createContainer: in the container's namespaces, before its root changes.
+    pub hooks: &'a Option<Vec<Hook>>,
+    pub state: &'a State,
+}
+
+impl Hooking<'_> {
+    fn run(&self, report: RawFd) -> Result<(), Failure> {
+        let failed = |message: String| Failure { stage: "hook", message, errno: 0 };
+        nix::unistd::write(helper::borrow(report), HOOKS).map_err(|e| failed(e.to_string()))?;
+        let mut byte = [0u8; 1];
+        loop {
+            match nix::unistd::read(helper::borrow(self.resumed), &mut byte) {
+                Err(nix::errno::Errno::EINTR) => {}
+                Ok(1) => break,
+                other => return Err(failed(format!("the hooks of the runtime did not end: {other:?}"))),
+            }
+        }
+        run_hooks(self.hooks.as_ref(), Some(self.state), None, None, None)
+            .map_err(|e| failed(format!("createContainer hook: {}", convert::chain(&e))))
+    }
+}
 
 impl First<'_> {
     /// Never returns: it executes the user's program or ends.
@@ -114,6 +147,12 @@ impl First<'_> {
             })?;
         }
         unshare(plan.make).map_err(nix("namespace", "cannot make the namespaces"))?;
+        if let Some(name) = &plan.hostname {
+            sys::set_host_name(name).map_err(io("namespace", "cannot set the host name"))?;
+        }
+        if let Some(name) = &plan.domainname {
+            sys::set_domain_name(name).map_err(io("namespace", "cannot set the domain name"))?;
+        }
         self.file_system()?;
         self.close_off()?;
         self.init.confine().map_err(|e| Failure {
@@ -162,6 +201,9 @@ impl First<'_> {
         {
             return Err(Failure::io("cwd", format!("cannot use {}", plan.cwd.display()), &e.into()));
         }
+        if let Some(h) = &self.hooks {
+            h.run(self.report)?;
+        }
         mount::enter(&root, plan.host_propagation).map_err(failed("cannot change the root"))?;
         if let Some(p) = plan.root_propagation {
             rustix::mount::mount_change("/", p)
@@ -190,8 +232,16 @@ impl First<'_> {
     }
 }
 
-/// Waits until the first process is ready to be started.
-pub(crate) fn wait_ready(from: BorrowedFd<'_>) -> Result<(), Error> {
+/// A word of the first process.
+pub(crate) enum Heard {
+    /// It is ready to be started.
+    Ready,
+    /// The helper is to run its hooks now, and to say when they have ended.
+    Hooks,
+}
+
+/// Waits for the next word of the first process.
+pub(crate) fn hear(from: BorrowedFd<'_>) -> Result<Heard, Error> {
     let mut buf = [0u8; 4096];
     let n = loop {
         match nix::unistd::read(from, &mut buf) {
@@ -202,7 +252,8 @@ pub(crate) fn wait_ready(from: BorrowedFd<'_>) -> Result<(), Error> {
         }
     };
     match &buf[..n] {
-        b"+" => Ok(()),
+        b"+" => Ok(Heard::Ready),
+        b"h" => Ok(Heard::Hooks),
         [b'-', rest @ ..] => {
             let text = String::from_utf8_lossy(rest);
             let mut parts = text.splitn(3, '\t');

@@ -93,10 +93,10 @@ impl Root {
 
     fn place(&self, m: &Mount, folder: bool) -> io::Result<OwnedFd> {
         let is_kernels = matches!(&m.source, Source::New { kind, .. } if kind == "proc" || kind == "sysfs");
-        let at = if folder { self.folder(&m.at)? } else { self.file(&m.at)? };
+        let mut at = if folder { self.folder(&m.at)? } else { self.file(&m.at)? };
         if is_kernels {
             // No funny business with links: what is looked for there by name must be there.
-            drop(self.find_with(&m.at, PLACE | OFlags::DIRECTORY, ResolveFlags::NO_SYMLINKS)?);
+            at = self.find_with(&m.at, PLACE | OFlags::DIRECTORY, ResolveFlags::NO_SYMLINKS)?;
         }
         let on_proc = rustix::fs::fstatfs(&at)?.f_type as i64 == PROC_SUPER_MAGIC;
         if on_proc && !is_kernels && !ALLOWED_ON_PROC.iter().any(|p| Path::new(p) == m.at) {
@@ -289,10 +289,13 @@ pub(super) fn make_root_readonly() -> io::Result<()> {
 }
 
 fn present(path: &Path) -> io::Result<Option<OwnedFd>> {
-    match rustix::fs::openat(CWD, path, PLACE, Mode::empty()) {
-        Ok(fd) => Ok(Some(fd)),
-        Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
-        Err(e) => Err(e.into()),
+    loop {
+        match rustix::fs::openat2(CWD, path, PLACE, Mode::empty(), ResolveFlags::NO_MAGICLINKS) {
+            Ok(fd) => return Ok(Some(fd)),
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
     }
 }
 

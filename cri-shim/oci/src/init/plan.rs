@@ -1,11 +1,12 @@
-//! Pure: what a container's first process will do, taken from its spec. A spec that asks for more than this crate does itself has
-//! no plan; libcontainer sets up such a container.
+//! Pure: what a container's first process will do, taken from its spec. A spec that asks for more than that is refused by name.
 
 use std::path::{Component, Path, PathBuf};
 
 use nix::sched::CloneFlags;
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, LinuxNamespaceType, Mount as SpecMount, Spec};
 use rustix::mount::{MountAttrFlags, MountPropagationFlags};
+
+use crate::{Error, Kind};
 
 /// How a mount passes mounts on, with all below it if `recursive`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,27 +74,31 @@ pub(crate) struct Plan {
     pub masked: Vec<PathBuf>,
     pub readonly: Vec<PathBuf>,
     pub cwd: PathBuf,
+    pub hostname: Option<String>,
+    pub domainname: Option<String>,
     /// The SELinux label of file systems that are made for the container alone.
     pub mount_label: Option<String>,
 }
 
 impl Plan {
-    /// `None`: for libcontainer.
-    pub(crate) fn of(spec: &Spec) -> Option<Plan> {
-        let linux = spec.linux().as_ref()?;
-        let process = spec.process().as_ref()?;
-        let rare = spec.hooks().is_some()
-            || spec.hostname().is_some()
-            || spec.domainname().is_some()
-            || linux.sysctl().as_ref().is_some_and(|s| !s.is_empty())
-            || linux.intel_rdt().is_some()
-            || linux.personality().is_some()
-            || linux.memory_policy().is_some()
-            || process.scheduler().is_some()
-            || process.io_priority().is_some()
-            || process.exec_cpu_affinity().is_some();
-        if rare {
-            return None;
+    pub(crate) fn of(spec: &Spec) -> Result<Plan, Error> {
+        let linux = spec.linux().as_ref().ok_or_else(|| refused("a spec without a linux section"))?;
+        let process = spec.process().as_ref().ok_or_else(|| refused("a spec without a process"))?;
+        let root = spec.root().as_ref().ok_or_else(|| refused("a spec without a root"))?;
+        for (asked, what) in [
+            (
+                linux.sysctl().as_ref().is_some_and(|s| !s.is_empty()),
+                "sysctls of a container, not its sandbox,",
+            ),
+            (linux.personality().is_some(), "a personality"),
+            (linux.memory_policy().is_some(), "a memory policy"),
+            (process.scheduler().is_some(), "a scheduler"),
+            (process.io_priority().is_some(), "an I/O priority"),
+            (process.exec_cpu_affinity().is_some(), "CPU affinity of execs"),
+        ] {
+            if asked {
+                return Err(refused(what));
+            }
         }
         let (host_propagation, root_propagation) = match linux.rootfs_propagation().as_deref() {
             None | Some("" | "slave" | "rslave") => (MountPropagationFlags::DOWNSTREAM, None),
@@ -102,16 +107,16 @@ impl Plan {
             Some("unbindable") => {
                 (MountPropagationFlags::DOWNSTREAM, Some(MountPropagationFlags::UNBINDABLE))
             }
-            Some(_) => return None,
+            Some(other) => return Err(refused(&format!("root propagation {other:?}"))),
         };
-        let mounts = spec.mounts().iter().flatten().map(mount).collect::<Option<Vec<_>>>()?;
+        let mounts = spec.mounts().iter().flatten().map(mount).collect::<Result<Vec<_>, _>>()?;
         let dev = mounts.iter().rfind(|m| m.at == Path::new("/dev"));
         if dev.is_some_and(|d| d.attributes.contains(MountAttrFlags::MOUNT_ATTR_RDONLY)) {
-            return None;
+            return Err(refused("a read-only /dev"));
         }
         // The host's own /dev, or a volume in its place, stays as it is.
         let own_dev = !dev.is_some_and(|d| matches!(d.source, Source::Bind { .. }));
-        let given = linux.devices().iter().flatten().map(node).collect::<Option<Vec<_>>>()?;
+        let given = linux.devices().iter().flatten().map(node).collect::<Result<Vec<_>, _>>()?;
         let mut nodes: Vec<Node> = standard_nodes().filter(|n| !given.iter().any(|g| g.at == n.at)).collect();
         nodes.extend(given);
         let mut plan = Plan {
@@ -122,17 +127,19 @@ impl Plan {
             mounts,
             own_dev,
             nodes,
-            readonly_root: spec.root().as_ref()?.readonly().unwrap_or(false),
+            readonly_root: root.readonly().unwrap_or(false),
             masked: paths(linux.masked_paths()),
             readonly: paths(linux.readonly_paths()),
             cwd: process.cwd().clone(),
+            hostname: spec.hostname().clone(),
+            domainname: spec.domainname().clone(),
             mount_label: linux.mount_label().clone().filter(|l| !l.is_empty()),
         };
         for n in linux.namespaces().iter().flatten() {
             let flag = match n.typ() {
                 // These are the helper's: they count for its fork.
                 LinuxNamespaceType::User | LinuxNamespaceType::Pid => continue,
-                LinuxNamespaceType::Time => return None,
+                LinuxNamespaceType::Time => return Err(refused("a time namespace")),
                 LinuxNamespaceType::Mount => CloneFlags::CLONE_NEWNS,
                 LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
                 LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
@@ -144,8 +151,12 @@ impl Plan {
                 None => plan.make |= flag,
             }
         }
-        Some(plan)
+        Ok(plan)
     }
+}
+
+fn refused(what: &str) -> Error {
+    Error::new(Kind::Invalid, "spec", format!("{what} is not supported"), libc::EINVAL)
 }
 
 fn paths(given: &Option<Vec<String>>) -> Vec<PathBuf> {
@@ -208,26 +219,32 @@ fn word(option: &str) -> Option<Word> {
         "rshared" => Word::Propagate(P::SHARED, true),
         "unbindable" => Word::Propagate(P::UNBINDABLE, false),
         "runbindable" => Word::Propagate(P::UNBINDABLE, true),
-        // Flags of the file system rather than of the mount, and what only libcontainer knows.
-        "idmap" | "ridmap" | "sync" | "async" | "dirsync" | "remount" | "mand" | "nomand" | "atime"
-        | "diratime" | "norelatime" | "nostrictatime" | "tmpcopyup" | "rrw" | "rsuid" | "rnosuid"
-        | "rdev" | "rnodev" | "rexec" | "rnoexec" | "ratime" | "rnoatime" | "rrelatime" | "rnorelatime"
-        | "rstrictatime" | "rnostrictatime" | "rdiratime" | "rnodiratime" | "rsymfollow" | "rnosymfollow"
-        | "symfollow" | "nosymfollow" | "silent" | "loud" | "lazytime" | "nolazytime" | "iversion"
-        | "noiversion" => {
+        "rnosuid" => Word::SetBelow(A::MOUNT_ATTR_NOSUID),
+        "rnodev" => Word::SetBelow(A::MOUNT_ATTR_NODEV),
+        "rnoexec" => Word::SetBelow(A::MOUNT_ATTR_NOEXEC),
+        "rnoatime" => Word::SetBelow(A::MOUNT_ATTR_NOATIME),
+        "rstrictatime" => Word::SetBelow(A::MOUNT_ATTR_STRICTATIME),
+        "rnodiratime" => Word::SetBelow(A::MOUNT_ATTR_NODIRATIME),
+        "nosymfollow" => Word::Set(A::MOUNT_ATTR_NOSYMFOLLOW),
+        "rnosymfollow" => Word::SetBelow(A::MOUNT_ATTR_NOSYMFOLLOW),
+        // What mounts are anyhow.
+        "symfollow" | "async" | "nomand" | "loud" | "silent" | "rrelatime" | "norelatime"
+        | "nostrictatime" | "diratime" | "nolazytime" | "noiversion" => Word::Nothing,
+        // Flags of the file system rather than of the mount, and what is done in no other way than by path.
+        "idmap" | "ridmap" | "sync" | "dirsync" | "remount" | "mand" | "atime" | "tmpcopyup" | "rrw"
+        | "rsuid" | "rdev" | "rexec" | "ratime" | "rnorelatime" | "rnostrictatime" | "rdiratime"
+        | "rsymfollow" | "lazytime" | "iversion" => {
             return None;
         }
         _ => Word::Option,
     })
 }
 
-fn mount(m: &SpecMount) -> Option<Mount> {
-    let at = clean(m.destination())?;
-    if at == Path::new("/") {
-        return None;
-    }
+fn mount(m: &SpecMount) -> Result<Mount, Error> {
+    let place = m.destination().display();
+    let at = clean(m.destination()).filter(|at| at != Path::new("/"));
     let mut out = Mount {
-        at,
+        at: at.ok_or_else(|| refused(&format!("a mount at {place}")))?,
         source: Source::Cgroup,
         attributes: MountAttrFlags::empty(),
         recursive_attributes: MountAttrFlags::empty(),
@@ -236,7 +253,7 @@ fn mount(m: &SpecMount) -> Option<Mount> {
     let mut bind = None;
     let mut options = Vec::new();
     for o in m.options().iter().flatten() {
-        match word(o)? {
+        match word(o).ok_or_else(|| refused(&format!("mount option {o:?} of {place}")))? {
             Word::Nothing => {}
             Word::Set(flag) => out.attributes |= flag,
             Word::SetBelow(flag) => out.recursive_attributes |= flag,
@@ -250,39 +267,43 @@ fn mount(m: &SpecMount) -> Option<Mount> {
         }
     }
     if m.uid_mappings().is_some() || m.gid_mappings().is_some() {
-        return None;
+        return Err(refused(&format!("an id mapping of the mount at {place}")));
     }
+    let no_options = |options: &[(String, Option<String>)]| match options.first() {
+        Some((o, _)) => Err(refused(&format!("mount option {o:?} of {place}"))),
+        None => Ok(()),
+    };
     let kind = m.typ().clone().unwrap_or_else(|| "bind".to_owned());
     if bind.is_some() || kind == "bind" {
-        if !options.is_empty() {
-            return None;
-        }
-        let path = m.source().clone().filter(|p| p.is_absolute())?;
+        no_options(&options)?;
+        let path = m.source().clone().filter(|p| p.is_absolute());
+        let path = path.ok_or_else(|| refused(&format!("a relative source of the mount at {place}")))?;
         out.source = Source::Bind { path, recursive: bind.unwrap_or(false) };
-        return Some(out);
+        return Ok(out);
     }
     if kind != "cgroup" {
         let source = m.source().as_ref().map_or(kind.clone(), |s| s.to_string_lossy().into_owned());
         out.source = Source::New { kind, source, options };
-    } else if !options.is_empty() {
-        return None;
+    } else {
+        no_options(&options)?;
     }
-    Some(out)
+    Ok(out)
 }
 
-fn node(d: &LinuxDevice) -> Option<Node> {
-    let at = clean(d.path()).filter(|p| p.starts_with("/dev") && p != Path::new("/dev"))?;
+fn node(d: &LinuxDevice) -> Result<Node, Error> {
+    let bad = || refused(&format!("device {}", d.path().display()));
+    let at = clean(d.path()).filter(|p| p.starts_with("/dev") && p != Path::new("/dev")).ok_or_else(bad)?;
     let (kind, standard_mode) = match d.typ() {
         LinuxDeviceType::C | LinuxDeviceType::U => (NodeKind::Character, 0o666),
         LinuxDeviceType::B => (NodeKind::Block, 0o666),
         LinuxDeviceType::P => (NodeKind::Fifo, 0o666),
-        LinuxDeviceType::A => return None,
+        LinuxDeviceType::A => return Err(bad()),
     };
-    Some(Node {
+    Ok(Node {
         at,
         kind,
-        major: u32::try_from(d.major()).ok()?,
-        minor: u32::try_from(d.minor()).ok()?,
+        major: u32::try_from(d.major()).map_err(|_| bad())?,
+        minor: u32::try_from(d.minor()).map_err(|_| bad())?,
         mode: d.file_mode().unwrap_or(standard_mode) & 0o7777,
         owner: (d.uid().unwrap_or(0), d.gid().unwrap_or(0)),
     })
@@ -326,7 +347,7 @@ mod tests {
         serde_json::from_value(all).expect("a spec")
     }
 
-    fn mount_of(m: Value) -> Option<Mount> {
+    fn mount_of(m: Value) -> Result<Mount, Error> {
         Plan::of(&spec(json!({"mounts": [m]}))).map(|mut p| p.mounts.remove(0))
     }
 
@@ -340,26 +361,42 @@ mod tests {
     }
 
     #[test]
-    fn what_is_rare_is_libcontainers() {
-        for rare in [
-            json!({"hostname": "h"}),
-            json!({"linux": {"sysctl": {"a": "b"}}}),
-            json!({"linux": {"personality": {"domain": "LINUX"}}}),
-            json!({"linux": {"rootfsPropagation": "odd"}}),
-            json!({"hooks": {"prestart": []}}),
-            json!({"mounts": [{"destination": "/a", "type": "tmpfs", "options": ["tmpcopyup"]}]}),
-            json!({"mounts": [{"destination": "/a", "source": "/b", "options": ["bind", "odd"]}]}),
-            json!({"mounts": [{"destination": "/a", "source": "/b", "options": ["bind", "ridmap"]}]}),
-            json!({"mounts": [{"destination": "a", "source": "/b", "options": ["bind"]}]}),
-            json!({"mounts": [{"destination": "/dev", "type": "tmpfs", "options": ["ro"]}]}),
-            json!({"linux": {"devices": [{"path": "/etc/x", "type": "c", "major": 1, "minor": 1}]}}),
+    fn what_is_rare_is_refused_by_name() {
+        for (rare, named) in [
+            (json!({"linux": {"sysctl": {"a": "b"}}}), "sysctl"),
+            (json!({"linux": {"personality": {"domain": "LINUX"}}}), "personality"),
+            (json!({"linux": {"rootfsPropagation": "odd"}}), "odd"),
+            (json!({"process": {"ioPriority": {"class": "IOPRIO_CLASS_BE", "priority": 1}}}), "I/O priority"),
+            (
+                json!({"mounts": [{"destination": "/a", "type": "tmpfs", "options": ["tmpcopyup"]}]}),
+                "tmpcopyup",
+            ),
+            (json!({"mounts": [{"destination": "/a", "source": "/b", "options": ["bind", "odd"]}]}), "odd"),
+            (
+                json!({"mounts": [{"destination": "/a", "source": "/b", "options": ["bind", "ridmap"]}]}),
+                "ridmap",
+            ),
+            (json!({"mounts": [{"destination": "/a", "source": "b", "options": ["bind"]}]}), "relative"),
+            (json!({"mounts": [{"destination": "a", "source": "/b", "options": ["bind"]}]}), "a mount at a"),
+            (
+                json!({"mounts": [{"destination": "/a/..", "source": "/b", "options": ["bind"]}]}),
+                "a mount at",
+            ),
+            (json!({"mounts": [{"destination": "/dev", "type": "tmpfs", "options": ["ro"]}]}), "/dev"),
+            (
+                json!({"linux": {"devices": [{"path": "/etc/x", "type": "c", "major": 1, "minor": 1}]}}),
+                "/etc/x",
+            ),
         ] {
-            assert_eq!(Plan::of(&spec(rare.clone())), None, "{rare}");
+            let e = Plan::of(&spec(rare.clone())).expect_err("refused");
+            assert!(e.kind == Kind::Invalid && e.message.contains(named), "{rare}: {e}");
         }
+        let named = Plan::of(&spec(json!({"hostname": "h", "domainname": "d"}))).unwrap();
+        assert_eq!((named.hostname.as_deref(), named.domainname.as_deref()), (Some("h"), Some("d")));
     }
 
     #[test]
-    fn labels_need_no_libcontainer() {
+    fn labels() {
         let p = Plan::of(&spec(
             json!({"linux": {"mountLabel": "u:r:t:s0"}, "process": {"selinuxLabel": "u:r:p:s0"}}),
         ));
