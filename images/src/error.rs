@@ -42,6 +42,10 @@ pub enum Error {
     Archive { archive: PathBuf, why: String },
     #[error("no image {0} in the store; pull or import it first")]
     NoImage(String),
+    #[error(
+        "layer {layer} of image {image} is not on disk any more, somebody deleted {path}; the image was dropped: pull it again", path = path.display()
+    )]
+    LayerLost { image: String, layer: String, path: PathBuf },
     #[error("no root file system {0} in the store")]
     NoRootfs(String),
     #[error("root file system {key} exists with another image ({image}); remove it first")]
@@ -112,7 +116,10 @@ impl Error {
                 crate::unpack::Error::Io { .. } => Kind::Internal,
                 _ => Kind::Corrupt,
             },
-            Error::DigestMismatch { .. } | Error::Malformed { .. } | Error::Archive { .. } => Kind::Corrupt,
+            Error::DigestMismatch { .. }
+            | Error::Malformed { .. }
+            | Error::Archive { .. }
+            | Error::LayerLost { .. } => Kind::Corrupt,
             Error::Refused { .. } => Kind::Refused,
             Error::Config { .. } => Kind::Misconfigured,
             Error::State(e) if matches!(**e, orlop_base::durable::Error::Locked { .. }) => {
@@ -194,6 +201,7 @@ mod tests {
             (Error::io("write", Path::new("p"))(io(io::ErrorKind::QuotaExceeded)), Kind::Full),
             (Error::io("write", Path::new("p"))(io(io::ErrorKind::NotFound)), Kind::Internal),
             (Error::NoImage("x".into()), Kind::NotFound),
+            (Error::LayerLost { image: "i".into(), layer: "l".into(), path: "p".into() }, Kind::Corrupt),
         ] {
             assert_eq!(error.kind(), kind, "{error}");
         }

@@ -142,6 +142,11 @@ impl Layout {
         self.layer(chain).join("fs")
     }
 
+    /// The lowest layer of `chain` whose files are gone as a whole.
+    pub fn lost(&self, chain: &[Digest]) -> Option<Digest> {
+        chain.iter().find(|c| !self.layer_fs(c).is_dir()).copied()
+    }
+
     pub fn rootfs(&self, key: &str) -> PathBuf {
         self.root.join("rootfs").join(key)
     }
@@ -160,10 +165,19 @@ impl Layout {
         self.next.fetch_add(1, Ordering::Relaxed).to_string()
     }
 
-    /// Keeps a small blob. Not synced: the next open verifies it by its digest.
+    /// A small blob; why not when it is not there as it was written.
+    pub fn read_content(&self, digest: &Digest) -> Result<Vec<u8>, String> {
+        let bytes = fs::read(self.content(digest)).map_err(|e| format!("{digest}: {e}"))?;
+        if digest.same_of(&bytes) != *digest {
+            return Err(format!("{digest} is damaged"));
+        }
+        Ok(bytes)
+    }
+
+    /// Keeps a small blob. Not synced: the next open verifies it by its digest. One that is damaged is replaced.
     pub fn write_content(&self, digest: &Digest, bytes: &[u8]) -> Result<()> {
         let path = self.content(digest);
-        if path.exists() {
+        if self.read_content(digest).is_ok() {
             return Ok(());
         }
         let temporary = self.ingest();

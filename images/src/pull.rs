@@ -105,6 +105,19 @@ fn present(inner: &Inner, reference: &Reference) -> Option<Arc<Image>> {
     reference.tagged().is_none_or(|t| found.repo_tags.contains(&t)).then_some(found)
 }
 
+/// What of an image is not on disk as it should be. Files in its layers are not looked at.
+async fn damage(inner: &Inner, image: &Image) -> Result<Option<String>> {
+    let record = inner.state.read().find(&image.id).map(|e| e.record.clone());
+    // Removed just now, which is no damage.
+    let Some(record) = record else { return Ok(None) };
+    let layout = inner.layout.clone();
+    blocking(move || {
+        let small = [record.manifest, record.id].iter().find_map(|d| layout.read_content(d).err());
+        Ok(small.or_else(|| layout.lost(&record.chain).map(|c| format!("layer {c} is missing"))))
+    })
+    .await
+}
+
 async fn pull(
     inner: &Arc<Inner>,
     reference: &Reference,
@@ -122,7 +135,12 @@ async fn pull(
         && let Some(now) = session.current_digest().await
         && image.repo_digests.contains(&reference.with_digest(&now))
     {
-        return Ok(image);
+        match damage(inner, &image).await? {
+            None => return Ok(image),
+            Some(why) => {
+                tracing::warn!(image = image.id, why, "the image is damaged on disk; pulling it again");
+            }
+        }
     }
     let text = reference.to_string();
     let (top, algorithm) = session.resolve().await?;
@@ -268,6 +286,14 @@ where
 {
     let lock = inner.layer_locks.lock(plan.chain).await;
     let here = inner.state.read().layers.get(&plan.chain).cloned();
+    let here = match here {
+        // Deleted by somebody else, or a part of it.
+        Some(_) if inner.layout.lost(&[plan.chain]).is_some() => {
+            inner.lose_layer(&plan.chain)?;
+            None
+        }
+        here => here,
+    };
     if let Some(record) = here {
         // Names of folders are cut-off digests.
         if record.diff != plan.diff {

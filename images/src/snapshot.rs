@@ -42,6 +42,11 @@ pub(crate) async fn prepare(
         user_namespace: options.user_namespace.clone(),
         owners_changed: false,
     };
+    if image.chain.iter().any(|c| !inner.state.read().layers.contains_key(c))
+        && let Some(lost) = inner.lost_layer(image).await?
+    {
+        return Err(lost);
+    }
     let old = {
         let mut state = inner.state.write();
         if image.chain.iter().any(|c| !state.layers.contains_key(c)) {
@@ -74,6 +79,11 @@ pub(crate) async fn prepare(
         // The first error is the one to report; a folder that stays has no record and goes at the next open.
         let _ = blocking(move || layout.discard(&layout.rootfs(&key2))).await;
         inner.state.write().rootfs.remove(key);
+    }
+    if result.is_err()
+        && let Some(lost) = inner.lost_layer(image).await?
+    {
+        return Err(lost);
     }
     result.map(drop).map_err(|e| e.name_full_disk(&inner.layout.root))
 }

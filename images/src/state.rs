@@ -198,17 +198,8 @@ fn load_image(
     if let Some(missing) = record.chain.iter().find(|c| !state.layers.contains_key(c)) {
         return Err(format!("its layer {missing} is missing"));
     }
-    let read = |digest: &Digest| {
-        let bytes = fs::read(layout.content(digest)).map_err(|e| format!("{digest}: {e}"))?;
-        if digest.same_of(&bytes) != *digest {
-            // Or the next pull would find it in place.
-            let _ = fs::remove_file(layout.content(digest));
-            return Err(format!("{digest} is damaged"));
-        }
-        Ok(bytes)
-    };
-    let manifest_len = read(&record.manifest)?.len();
-    let config = read(&record.id)?;
+    let manifest_len = layout.read_content(&record.manifest)?.len();
+    let config = layout.read_content(&record.id)?;
     let name = record.id.to_string();
     let (parsed, _) =
         manifest::parse_config(&config, record.chain.len(), &name).map_err(|e| e.to_string())?;

@@ -343,6 +343,44 @@ impl Inner {
         .await
     }
 
+    /// Forgets a layer that [`Layout::lost`] names. The caller holds its lock.
+    pub fn lose_layer(&self, chain: &Digest) -> Result<()> {
+        // Its name must be free for the next one.
+        self.layout.discard(&self.layout.layer(chain))?;
+        self.state.write().layers.remove(chain);
+        Ok(())
+    }
+
+    /// Why `image` cannot be mounted, if that is because a layer is not on disk any more. All images with that layer are dropped, as
+    /// the next open would do: whoever looks for one must not find it, but pull it again.
+    pub async fn lost_layer(&self, image: &Image) -> Result<Option<Error>> {
+        let known = |c: &Digest| self.state.read().layers.contains_key(c);
+        let lost = self.layout.lost(&image.chain);
+        let Some(chain) = lost.or_else(|| image.chain.iter().find(|c| !known(c)).copied()) else {
+            return Ok(None);
+        };
+        let _lock = self.layer_locks.lock(chain).await;
+        if known(&chain) {
+            if self.layout.lost(&[chain]).is_none() {
+                // A pull was faster.
+                return Ok(None);
+            }
+            self.lose_layer(&chain)?;
+        }
+        let dropped = self
+            .change(|state| {
+                let before = state.images.len();
+                state.images.retain(|_, e| !e.record.chain.contains(&chain));
+                before > state.images.len()
+            })
+            .await?;
+        // Otherwise it was removed, which is no loss.
+        Ok(dropped.then(|| {
+            let (image, layer) = (image.id.clone(), chain.to_string());
+            Error::LayerLost { image, layer, path: self.layout.layer_fs(&chain) }
+        }))
+    }
+
     pub fn pin(self: &Arc<Self>, chain: &[Digest]) -> Pins {
         let mut state = self.state.write();
         for c in chain {
