@@ -1,5 +1,5 @@
 //! Runs the CRI server alone: `cri --root DIR --monitor FILE [--cni-conf DIR] [--cni-bin DIR]...
-//! [--certs-dir DIR] [--cdi-dir DIR] [--cgroup-parent PATH] [--criu FILE] [--runtime-handler NAME=PROGRAM]... [--cni-timeout SECONDS] [--import ARCHIVE] [--purge]`. Everything is below the root folder; the socket is DIR/cri.sock.
+//! [--certs-dir DIR] [--cdi-dir DIR] [--cgroup-parent PATH] [--criu FILE] [--runtime-handler NAME=PROGRAM]... [--cni-timeout SECONDS] [--streaming-idle-timeout SECONDS] [--import ARCHIVE] [--purge]`. Everything is below the root folder; the socket is DIR/cri.sock.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -36,6 +36,10 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Asked, String> {
             "--cni-timeout" => {
                 let seconds = value.parse().map_err(|_| format!("{value} is no number of seconds"))?;
                 config.cni_timeout = Duration::from_secs(seconds);
+            }
+            "--streaming-idle-timeout" => {
+                let seconds = value.parse().map_err(|_| format!("{value} is no number of seconds"))?;
+                config.streaming_idle_timeout = Duration::from_secs(seconds);
             }
             "--certs-dir" => config.images.certs_dir = Some(value.into()),
             "--cdi-dir" => config.cdi_spec_dirs = vec![value.into()],

@@ -53,6 +53,8 @@ pub enum Error {
     ExecTimeout { id: String, seconds: i64 },
     #[error("{program} could not checkpoint container {id}: {message}", program = program.display())]
     Checkpoint { id: String, program: PathBuf, message: String },
+    #[error("nothing moved on the stream for {seconds} s")]
+    StreamIdle { seconds: u64 },
     #[error("the checkpoint of container {id} did not end within {seconds} s; the container goes on")]
     CheckpointTimeout { id: String, seconds: u64 },
     #[error("cannot listen on {at}; is another server using it?")]
@@ -139,7 +141,9 @@ fn code(e: &Error) -> Code {
         | Error::NoSystemBus { .. } => Code::FailedPrecondition,
         Error::Unimplemented(_) => Code::Unimplemented,
         Error::TooMany(_) => Code::ResourceExhausted,
-        Error::ExecTimeout { .. } | Error::CheckpointTimeout { .. } => Code::DeadlineExceeded,
+        Error::ExecTimeout { .. } | Error::StreamIdle { .. } | Error::CheckpointTimeout { .. } => {
+            Code::DeadlineExceeded
+        }
         Error::Monitor(m) => match m.kind() {
             Some(Kind::NotFound) => Code::NotFound,
             Some(Kind::AlreadyExists) => Code::AlreadyExists,

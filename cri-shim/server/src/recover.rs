@@ -149,10 +149,10 @@ impl Runtime {
         Ok(HalfMade { sandboxes, containers })
     }
 
-    /// A name that two records claim is the first one's; the other is there under its id, to be removed.
+    /// A name that two records claim is held by both: each is there under its id, to be removed.
     fn reserve_again(&self, name: &str, id: &str) {
-        if let Err(e) = self.store.names.reserve(name, id) {
-            tracing::error!(id, error = %e, "two records have the same name");
+        if let Some(other) = self.store.names.share(name, id) {
+            tracing::error!(id, other, name, "two records have the same name; remove one of them");
         }
     }
 
@@ -274,8 +274,7 @@ impl Runtime {
             .map(|s| s.id.clone())
             .collect();
         if let Err(e) = self.network.keep_only(&attached).await {
-            // A node whose network is not configured yet has nothing to reclaim.
-            tracing::debug!(error = %e, "could not reclaim network attachments");
+            tracing::warn!(error = %orlop_base::telemetry::chain(&e), "could not reclaim network attachments; the next start tries again");
         }
     }
 }

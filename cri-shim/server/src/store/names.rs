@@ -17,18 +17,30 @@ pub(crate) fn container_name(m: &ContainerMetadata, pod: &PodSandboxMetadata) ->
     format!("{}_{}_{}", m.name, sandbox_name(pod), m.attempt)
 }
 
-/// Name to id.
+/// Name to ids: one, but for records that claim the same.
 #[derive(Default)]
-pub(crate) struct Names(Mutex<HashMap<String, String>>);
+pub(crate) struct Names(Mutex<HashMap<String, Vec<String>>>);
 
 impl Names {
     pub fn reserve(&self, name: &str, id: &str) -> Result<()> {
         let mut names = self.0.lock();
-        if let Some(other) = names.get(name).filter(|other| *other != id) {
+        if let Some(other) = names.get(name).and_then(|ids| ids.iter().find(|other| *other != id)) {
             return Err(Error::NameTaken { name: name.to_owned(), id: other.clone() });
         }
-        names.insert(name.to_owned(), id.to_owned());
+        names.insert(name.to_owned(), vec![id.to_owned()]);
         Ok(())
+    }
+
+    /// For `id`, which is there and has this name, whoever else has it: the name is free when all of them are gone. Returns one of
+    /// the others.
+    pub fn share(&self, name: &str, id: &str) -> Option<String> {
+        let mut names = self.0.lock();
+        let ids = names.entry(name.to_owned()).or_default();
+        let other = ids.iter().find(|other| *other != id).cloned();
+        if !ids.iter().any(|held| held == id) {
+            ids.push(id.to_owned());
+        }
+        other
     }
 
     /// Does `then` if no name is held, before any can be.
@@ -41,7 +53,10 @@ impl Names {
 
     /// Releases every name that `id` holds.
     pub fn release(&self, id: &str) {
-        self.0.lock().retain(|_, holder| holder != id);
+        self.0.lock().retain(|_, ids| {
+            ids.retain(|held| held != id);
+            !ids.is_empty()
+        });
     }
 }
 
@@ -61,5 +76,18 @@ mod tests {
         names.if_none(|| none = true);
         assert!(none);
         names.reserve("a", "2").unwrap();
+    }
+
+    #[test]
+    fn a_shared_name_is_free_after_the_last_holder() {
+        for order in [["1", "2"], ["2", "1"]] {
+            let names = Names::default();
+            assert_eq!(names.share("a", "1"), None);
+            assert_eq!(names.share("a", "2").as_deref(), Some("1"));
+            names.release(order[0]);
+            assert!(matches!(names.reserve("a", "3"), Err(Error::NameTaken { id, .. }) if id == order[1]));
+            names.release(order[1]);
+            names.reserve("a", "3").unwrap();
+        }
     }
 }

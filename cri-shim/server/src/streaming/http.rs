@@ -90,7 +90,8 @@ async fn talk(runtime: &Arc<Runtime>, session: Session, speech: Speech, io: Upgr
         (Speech::Tunnel, Session::PortForward(r)) => {
             let (near, far) = tokio::io::duplex(64 << 10);
             let socket = websocket::open(io).await;
-            tokio::join!(websocket::tunnel(socket, far), portforward::spdy(runtime, &r, near));
+            let limit = runtime.config.streaming_idle_timeout;
+            remote::beside(portforward::spdy(runtime, &r, near), websocket::tunnel(socket, far), limit).await;
         }
         (Speech::WebSocketForward(codec), Session::PortForward(r)) => {
             portforward::websocket(runtime, &r, websocket::open(io).await, codec).await;

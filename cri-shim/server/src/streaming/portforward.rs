@@ -16,7 +16,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 
 use super::netns;
-use super::remote::Activity;
+use super::remote::{Activity, beside};
 use super::spdy::{Event, Writer, connection};
 use super::websocket::{self, Codec, Socket};
 use crate::network::netns_path;
@@ -249,9 +249,9 @@ where
         }
         // Dropping the set ends what is still forwarded.
         drop(forwards);
-        let _ = writer.go_away(reader.last_stream()).await;
+        let _ = timeout(limits.idle, writer.go_away(reader.last_stream())).await;
     };
-    tokio::join!(writing, serve);
+    beside(serve, writing, limits.idle).await;
 }
 
 /// What a new stream is half of, by its headers: the connection's name, its port, and whether this is the half with its data.

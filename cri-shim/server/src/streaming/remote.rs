@@ -8,6 +8,7 @@ use bytes::Bytes;
 use orlop_proto::monitor as proto;
 use serde_json::json;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use super::Session;
 use crate::error::{Error, Result};
@@ -169,8 +170,32 @@ impl Activity {
     }
 }
 
-/// Runs the session until the command ends, the client goes (its `input` closes), or nothing moves for too long. Only the first
-/// tells the client. Dropping the monitor's connection ends an exec's process.
+/// Runs a session beside what writes its output. A client that is connected and reads nothing keeps neither: what is left to write
+/// when the session has ended may take `limit`.
+pub(super) async fn beside(
+    session: impl Future<Output = ()>,
+    writing: impl Future<Output = ()>,
+    limit: Duration,
+) {
+    let ended = CancellationToken::new();
+    let guard = ended.clone().drop_guard();
+    let session = async {
+        session.await;
+        drop(guard);
+    };
+    let writing = async {
+        tokio::select! {
+            () = writing => {}
+            () = async { ended.cancelled().await; tokio::time::sleep(limit).await } => {
+                tracing::info!("gave up a client that does not read");
+            }
+        }
+    };
+    tokio::join!(session, writing);
+}
+
+/// Runs the session until the command ends, the client goes (its `input` closes), or nothing moves for too long. Only a client that
+/// went is not told. Dropping the monitor's connection ends an exec's process.
 pub(super) async fn run(
     runtime: &Arc<Runtime>,
     session: Session,
@@ -180,8 +205,9 @@ pub(super) async fn run(
 ) {
     let end = drive(runtime, session, input, &out).await;
     if let Some(end) = end {
-        // A client that is gone needs no verdict.
-        let _ = out.send(Out::End(verdict(version, &end))).await;
+        // A client that is gone needs no verdict, and one that does not read gets none.
+        let told = out.send(Out::End(verdict(version, &end)));
+        let _ = tokio::time::timeout(runtime.config.streaming_idle_timeout, told).await;
     }
 }
 
@@ -247,7 +273,7 @@ async fn drive(
         () = from_client => None,
         () = activity.idle(runtime.config.streaming_idle_timeout) => {
             tracing::info!("ended a stream that was idle");
-            None
+            Some(Err(Error::StreamIdle { seconds: runtime.config.streaming_idle_timeout.as_secs() }))
         }
     }
 }

@@ -103,11 +103,10 @@ pub(super) async fn remote(
     let (in_tx, in_rx) = mpsc::channel(QUEUE);
     let (out_tx, out_rx) = mpsc::channel(QUEUE);
     let wants = session.wants();
-    let work = async {
-        tokio::join!(remote::run(runtime, session, version, in_rx, out_tx), write(codec, wants, out_rx, sink),)
-    };
+    let limit = runtime.config.streaming_idle_timeout;
+    let session = remote::run(runtime, session, version, in_rx, out_tx);
     tokio::select! {
-        _ = work => {}
+        () = remote::beside(session, write(codec, wants, out_rx, sink), limit) => {}
         () = async { read(codec, version, stream, in_tx).await; std::future::pending().await } => {}
     }
 }

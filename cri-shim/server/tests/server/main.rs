@@ -2,11 +2,16 @@
 
 mod checkpoint;
 mod devices;
+mod images;
+mod namespaces;
+mod network;
 mod node;
 mod pods;
+mod records;
 mod rpcs;
 mod runtimes;
 mod security;
+mod streams;
 mod survival;
 mod upgrade;
 mod volumes;

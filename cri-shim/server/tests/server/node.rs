@@ -39,7 +39,7 @@ fn crictl_program() -> PathBuf {
 }
 
 /// A busybox image in an OCI archive: `change` alters its files and what its config says.
-fn make_image(
+pub fn make_image(
     dir: &Path,
     name: &str,
     change: impl FnOnce(&Path, oci_spec::image::ConfigBuilder) -> oci_spec::image::ConfigBuilder,
@@ -182,7 +182,15 @@ impl Node {
         }
     }
 
-    fn log(&self) -> String {
+    /// What a server says that does not start.
+    pub fn refusal(&self) -> String {
+        assert!(self.child.is_none(), "a server runs");
+        let out = self.server(&[]).output().unwrap();
+        assert!(!out.status.success(), "it started");
+        String::from_utf8_lossy(&out.stderr).into_owned()
+    }
+
+    pub fn log(&self) -> String {
         fs::read_to_string(self.dir.join("server.log")).unwrap_or_default()
     }
 
@@ -342,7 +350,17 @@ impl Node {
     pub fn try_crictl(&self, args: &[&str], stdin: &str) -> (bool, String) {
         let mut child = self.crictl_command(args).spawn().unwrap();
         child.stdin.take().unwrap().write_all(stdin.as_bytes()).unwrap();
-        let out = child.wait_with_output().unwrap();
+        Node::result(&child.wait_with_output().unwrap())
+    }
+
+    /// [`Node::try_crictl`] without input, while other things go on.
+    pub async fn crictl_in_background(&self, args: &[&str]) -> (bool, String) {
+        let child = self.crictl_command(args).stdin(Stdio::null()).spawn().unwrap();
+        let out = tokio::task::spawn_blocking(|| child.wait_with_output().unwrap()).await.unwrap();
+        Node::result(&out)
+    }
+
+    fn result(out: &std::process::Output) -> (bool, String) {
         let mut text = String::from_utf8_lossy(&out.stdout).into_owned();
         if !out.status.success() {
             text.push_str(&String::from_utf8_lossy(&out.stderr));

@@ -72,6 +72,89 @@ async fn pods_of_an_earlier_release_go_on() {
     node.purge_and_check();
 }
 
+/// A pod with all that a monitor keeps for it: a network, a PID namespace of its own for all containers, a terminal.
+#[tokio::test]
+async fn an_old_pod_with_everything_goes_on() {
+    use crate::streams::{Client, attach_url, exec_url};
+    let mut node = Node::start("upgrade-all", &[]).await;
+    node.network(false);
+    node.kill();
+    node.flags = vec!["--monitor".into(), previous_monitor().to_string_lossy().into_owned()];
+    node.restart(&[]).await;
+    let config = sandbox_config(&node, "all", false);
+    let pod = node.run_pod(&config).await.unwrap();
+    let echo = "trap 'exit 7' TERM; echo begun; while read line; do echo \"got $line\"; done";
+    let mut terminal = container_config("terminal", &["sh", "-c", echo]);
+    (terminal.tty, terminal.stdin) = (true, true);
+    let terminal = node.run_container(&pod, terminal, &config).await;
+    let counter = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.02; done";
+    let plain = node.run_container(&pod, container_config("plain", &["sh", "-c", counter]), &config).await;
+    let own = |what: &str, id: &str| {
+        let (path, node) = (what.to_owned(), &node);
+        let id = id.to_owned();
+        async move { std::fs::read_link(format!("/proc/{}/ns/{path}", node.pid_of(&id).await)).unwrap() }
+    };
+    let (pid_ns, net_ns) = (own("pid", &terminal).await, own("net", &terminal).await);
+    assert_eq!(own("pid", &plain).await, pid_ns);
+    node.kill();
+    node.flags = Vec::new();
+    node.restart(&[]).await;
+
+    let own = |what: &str, id: &str| {
+        let (path, node) = (what.to_owned(), &node);
+        let id = id.to_owned();
+        async move { std::fs::read_link(format!("/proc/{}/ns/{path}", node.pid_of(&id).await)).unwrap() }
+    };
+    let mut client = node.client().await;
+    let request = cri::PodSandboxStatusRequest { pod_sandbox_id: pod.clone(), verbose: false };
+    let status = client.pod_sandbox_status(request).await.unwrap().into_inner().status.unwrap();
+    assert_eq!((status.state, status.network.unwrap().ip.as_str()), (0, "10.99.0.7"));
+    let mut attached = Client::connect(&attach_url(&node, &terminal).await).await.unwrap();
+    attached.send("typed\n").await;
+    attached.until("got typed\r\n").await;
+    // A second look at the same terminal.
+    let mut second = Client::connect(&attach_url(&node, &terminal).await).await.unwrap();
+    second.send("again\n").await;
+    second.until("got again\r\n").await;
+    attached.until("got again\r\n").await;
+    drop((attached, second));
+    for tty in [false, true] {
+        // That release could lose what a command wrote to a terminal before its client was told that it runs.
+        let script = "read line; test -t 0 && echo terminal: $line || echo pipe: $line; exit 3";
+        let mut exec =
+            Client::connect(&exec_url(&node, &plain, &["sh", "-c", script], tty).await).await.unwrap();
+        exec.send("typed\n").await;
+        exec.until(if tty { "terminal: typed" } else { "pipe: typed" }).await;
+        let verdict = exec.verdict().await;
+        assert_eq!(verdict["details"]["causes"][0]["message"], "3", "{verdict}");
+    }
+    // A container of today is in the old pod's namespaces.
+    let added = node.run_container(&pod, container_config("added", &["sleep", "1000"]), &config).await;
+    assert_eq!((own("pid", &added).await, own("net", &added).await), (pid_ns, net_ns));
+    assert!(shell(&node, &added, "ps").await.contains("got $line"));
+
+    let request = cri::ReopenContainerLogRequest { container_id: plain.clone() };
+    client.reopen_container_log(request).await.unwrap();
+    let log = |name: &str| std::fs::read_to_string(node.dir.join(format!("logs/{name}.log"))).unwrap();
+    let before = log("plain").lines().count();
+    crate::node::wait_for("more of the log", || log("plain").lines().count() > before).await;
+    for (i, line) in log("plain").lines().enumerate() {
+        assert!(line.ends_with(&format!(" stdout F {i}")), "{i}: {line}");
+    }
+    let request = cri::StopContainerRequest { container_id: terminal.clone(), timeout: 10 };
+    client.stop_container(request).await.unwrap();
+    assert_eq!(node.ended(&terminal).await.exit_code, 7);
+    let text = log("terminal");
+    assert!(text.contains("begun") && text.contains("got typed"), "{text:?}");
+    client.remove_container(cri::RemoveContainerRequest { container_id: terminal }).await.unwrap();
+    assert_eq!(shell(&node, &plain, "echo on").await, "on");
+    client.stop_pod_sandbox(cri::StopPodSandboxRequest { pod_sandbox_id: pod.clone() }).await.unwrap();
+    assert_eq!(node.status(&plain).await.exit_code, 137);
+    client.remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id: pod }).await.unwrap();
+    assert_eq!(std::fs::read_to_string(node.dir.join("cni.log")).unwrap(), "ADD\nDEL\n");
+    node.purge_and_check();
+}
+
 /// An orderly end of an old pod that runs.
 #[tokio::test]
 async fn pods_of_an_earlier_release_can_be_removed() {

@@ -55,7 +55,8 @@ pub(in crate::streaming) async fn serve(
         Ok(c) => c,
         Err(e) => return tracing::warn!(error = %e, "could not set up a SPDY connection"),
     };
-    tokio::join!(writing, talk(runtime, session, version, reader, writer));
+    let limit = runtime.config.streaming_idle_timeout;
+    remote::beside(talk(runtime, session, version, reader, writer), writing, limit).await;
 }
 
 async fn talk(
@@ -84,15 +85,14 @@ async fn talk(
     let (in_tx, in_rx) = mpsc::channel(QUEUE);
     let (out_tx, out_rx) = mpsc::channel(QUEUE);
     let ids = [streams.id("stdout"), streams.id("stderr"), streams.id("error")];
-    let work = async {
-        tokio::join!(remote::run(runtime, session, version, in_rx, out_tx), send(out_rx, &writer, ids));
-    };
+    let limit = runtime.config.streaming_idle_timeout;
+    let session = remote::run(runtime, session, version, in_rx, out_tx);
     tokio::select! {
-        () = work => {}
+        () = remote::beside(session, send(out_rx, &writer, ids), limit) => {}
         () = async { receive(&mut reader, &mut streams, early, in_tx).await; std::future::pending().await } => {}
     }
-    // The client may be gone by now.
-    let _ = writer.go_away(reader.last_stream()).await;
+    // The client may be gone by now, or not read.
+    let _ = timeout(limit, writer.go_away(reader.last_stream())).await;
 }
 
 /// Hands what the client sends to the session; returns when the client is gone, which closes `to`.

@@ -1,0 +1,204 @@
+//! Exec and attach as sessions: their URLs, their end when nothing moves or nobody reads, and what becomes of the process.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use futures::{SinkExt, StreamExt};
+use orlop_proto::cri;
+use tokio::net::TcpStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::{Error, Message};
+
+use crate::node::{Node, container_config, sandbox_config, shell, wait_for};
+
+/// For what must come; a loaded machine takes its time.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+const STDIN: u8 = 0;
+const STDOUT: u8 = 1;
+const ERROR: u8 = 3;
+
+/// A client of a streaming URL.
+pub struct Client {
+    socket: WebSocketStream<TcpStream>,
+    address: SocketAddr,
+}
+
+impl Client {
+    /// The status code of a server that does not want it.
+    pub async fn connect(url: &str) -> Result<Client, u16> {
+        let mut request = url.replacen("http://", "ws://", 1).into_client_request().unwrap();
+        let protocol = "v5.channel.k8s.io".parse().unwrap();
+        request.headers_mut().insert("sec-websocket-protocol", protocol);
+        let stream = TcpStream::connect(request.uri().authority().unwrap().as_str()).await.unwrap();
+        let address = stream.local_addr().unwrap();
+        match tokio_tungstenite::client_async(request, stream).await {
+            Ok((socket, _)) => Ok(Client { socket, address }),
+            Err(Error::Http(response)) => Err(response.status().as_u16()),
+            Err(e) => panic!("{url}: {e}"),
+        }
+    }
+
+    pub async fn send(&mut self, text: &str) {
+        let message = [&[STDIN], text.as_bytes()].concat();
+        self.socket.send(Message::Binary(message.into())).await.unwrap();
+    }
+
+    /// The next message on `channel`; `None` after the end.
+    async fn next(&mut self, channel: u8) -> Option<String> {
+        loop {
+            let next = tokio::time::timeout(PATIENCE, self.socket.next()).await.expect("nothing comes");
+            match next?.ok()? {
+                Message::Binary(m) if m.first() == Some(&channel) && m.len() > 1 => {
+                    return Some(String::from_utf8_lossy(&m[1..]).into_owned());
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Reads output until it has `wanted`.
+    pub async fn until(&mut self, wanted: &str) {
+        let mut seen = String::new();
+        while !seen.contains(wanted) {
+            match self.next(STDOUT).await {
+                Some(more) => seen.push_str(&more),
+                None => panic!("no {wanted:?}: the stream ended after {seen:?}"),
+            }
+        }
+    }
+
+    /// What the error channel says at the end.
+    pub async fn verdict(&mut self) -> serde_json::Value {
+        let text = self.next(ERROR).await.expect("no verdict");
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// Whether the server's end of the connection is open, by the kernel's account.
+    fn is_served(&self) -> bool {
+        let SocketAddr::V4(me) = self.address else { panic!("no address of version 4") };
+        let me = format!("{:08X}:{:04X}", u32::from_ne_bytes(me.ip().octets()), me.port());
+        let table = fs::read_to_string("/proc/net/tcp").unwrap();
+        let mut lines = table.lines().map(|l| l.split_whitespace().collect::<Vec<_>>());
+        // Its remote end is ours, and its state ESTABLISHED.
+        lines.any(|f| f.get(2) == Some(&me.as_str()) && f.get(3) == Some(&"01"))
+    }
+}
+
+pub async fn exec_url(node: &Node, id: &str, command: &[&str], tty: bool) -> String {
+    let request = cri::ExecRequest {
+        container_id: id.to_owned(),
+        cmd: command.iter().map(|s| (*s).to_owned()).collect(),
+        tty,
+        stdin: true,
+        stdout: true,
+        stderr: false,
+    };
+    node.client().await.exec(request).await.unwrap().into_inner().url
+}
+
+pub async fn attach_url(node: &Node, id: &str) -> String {
+    let request =
+        cri::AttachRequest { container_id: id.to_owned(), stdin: true, stdout: true, ..Default::default() };
+    node.client().await.attach(request).await.unwrap().into_inner().url
+}
+
+/// Waits until a process whose command line has `word` runs in the container, or none.
+async fn runs(node: &Node, id: &str, word: &str, wanted: bool) {
+    let script = format!("ps | grep -v grep | grep -c '{word}' || true");
+    let start = std::time::Instant::now();
+    while (shell(node, id, &script).await != "0") != wanted {
+        assert!(start.elapsed() < PATIENCE, "{word} runs: {}", !wanted);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn sleeper(node: &Node) -> String {
+    let config = sandbox_config(node, "streams", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    node.run_container(&pod, container_config("main", &["sleep", "1000"]), &config).await
+}
+
+#[tokio::test]
+async fn a_streaming_url_works_once() {
+    let node = Node::start("once", &[]).await;
+    let id = sleeper(&node).await;
+    let url = exec_url(&node, &id, &["sh", "-c", "read line; echo got $line; exit 3"], false).await;
+    let mut client = Client::connect(&url).await.unwrap();
+    assert_eq!(Client::connect(&url).await.err(), Some(404), "while it is in use");
+    client.send("it\n").await;
+    client.until("got it\n").await;
+    let verdict = client.verdict().await;
+    assert_eq!(verdict["details"]["causes"][0]["message"], "3", "{verdict}");
+    assert_eq!(Client::connect(&url).await.err(), Some(404), "after its end");
+    // One that was asked for in a wrong way is used up, too, and one that was guessed never was there.
+    let url = exec_url(&node, &id, &["sleep", "4320"], false).await;
+    assert_eq!(Client::connect(&url.replace("/exec/", "/attach/")).await.err(), Some(404));
+    assert_eq!(Client::connect(&url).await.err(), Some(404));
+    let (front, token) = url.rsplit_once('/').unwrap();
+    assert_eq!(token.len(), 64);
+    assert_eq!(Client::connect(&format!("{front}/{}", "0".repeat(64))).await.err(), Some(404));
+    runs(&node, &id, "sleep 4320", false).await;
+    node.purge_and_check();
+}
+
+/// Both transports, with and without a terminal; upstream runtimes end the process of a client that is gone, too.
+#[tokio::test]
+async fn a_command_ends_with_its_client() {
+    let node = Node::start("gone", &[]).await;
+    let id = sleeper(&node).await;
+    for tty in [false, true] {
+        let url = exec_url(&node, &id, &["sleep", "4321"], tty).await;
+        let client = Client::connect(&url).await.unwrap();
+        runs(&node, &id, "sleep 4321", true).await;
+        // No farewell.
+        drop(client);
+        runs(&node, &id, "sleep 4321", false).await;
+    }
+    // Of an attach, nothing but the connection ends.
+    let client = Client::connect(&attach_url(&node, &id).await).await.unwrap();
+    drop(client);
+    assert_eq!(node.status(&id).await.state, cri::ContainerState::ContainerRunning as i32);
+    node.purge_and_check();
+}
+
+#[tokio::test]
+async fn a_session_without_traffic_ends() {
+    let mut node = Node::start("idle", &[]).await;
+    node.kill();
+    node.flags = ["--streaming-idle-timeout", "2"].map(str::to_owned).to_vec();
+    node.restart(&[]).await;
+    let id = sleeper(&node).await;
+    let silent = async {
+        for (transport, seconds) in [("spdy", "4322"), ("websocket", "4323")] {
+            let (ok, text) =
+                node.crictl_in_background(&["exec", "--transport", transport, &id, "sleep", seconds]).await;
+            assert!(!ok && text.contains("nothing moved on the stream for 2 s"), "{transport}: {text}");
+            runs(&node, &id, &format!("sleep {seconds}"), false).await;
+        }
+        let mut attached = Client::connect(&attach_url(&node, &id).await).await.unwrap();
+        let verdict = attached.verdict().await;
+        assert!(verdict["message"].to_string().contains("nothing moved"), "{verdict}");
+    };
+    // What talks now and then goes on for longer than that.
+    let talking = async {
+        let script = "i=0; while [ $i -lt 15 ]; do echo $i; i=$((i+1)); sleep 0.25; done; exit 9";
+        let mut client =
+            Client::connect(&exec_url(&node, &id, &["sh", "-c", script], false).await).await.unwrap();
+        let verdict = client.verdict().await;
+        assert_eq!(verdict["details"]["causes"][0]["message"], "9", "{verdict}");
+    };
+    // One that takes nothing of what it is sent is silent once all buffers are full; it costs neither a process nor a connection.
+    let deaf = async {
+        let client = Client::connect(&exec_url(&node, &id, &["yes", "4324"], false).await).await.unwrap();
+        runs(&node, &id, "yes 4324", true).await;
+        assert!(client.is_served());
+        runs(&node, &id, "yes 4324", false).await;
+        wait_for("the end of the deaf client's connection", || !client.is_served()).await;
+    };
+    tokio::join!(silent, talking, deaf);
+    assert_eq!(node.status(&id).await.state, cri::ContainerState::ContainerRunning as i32);
+    node.purge_and_check();
+}
