@@ -37,7 +37,7 @@ impl Setup {
     fn start() -> Setup {
         assert!(nix::unistd::geteuid().is_root(), "run this test as root");
         let dir = PathBuf::from("/tmp").join(unique_name("critest-"));
-        for d in ["cni-conf", "cni-bin", "certs.d"] {
+        for d in ["cni-conf", "cni-bin", "certs.d", "tmp"] {
             fs::create_dir_all(dir.join(d)).unwrap();
         }
         let registry = Registry::start(&dir);
@@ -134,6 +134,8 @@ impl Setup {
             .arg("--ginkgo.no-color")
             .args(args)
             .env("PATH", format!("{path}:{}", ginkgo.parent().unwrap().display()))
+            // The suite leaves folders there.
+            .env("TMPDIR", self.dir.join("tmp"))
             .current_dir(&self.dir)
             .stdout(log.try_clone().unwrap())
             .stderr(log)
