@@ -1,5 +1,6 @@
 //! Frames of the monitor protocol: a 4-byte big-endian length, then one protobuf message.
 
+use std::collections::VecDeque;
 use std::io;
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -17,15 +18,25 @@ const MAX_FRAME: usize = 36 << 20;
 pub(crate) struct FrameReader {
     from: OwnedReadHalf,
     buffer: BytesMut,
+    /// Comes before what is in the buffer.
+    early: VecDeque<ServerFrame>,
 }
 
 impl FrameReader {
     pub fn new(from: OwnedReadHalf) -> Self {
-        FrameReader { from, buffer: BytesMut::new() }
+        FrameReader { from, buffer: BytesMut::new(), early: VecDeque::new() }
+    }
+
+    /// Gives back what was read too early, in its order.
+    pub fn put_back(&mut self, frames: Vec<ServerFrame>) {
+        self.early.extend(frames);
     }
 
     /// The next frame; `None` at the end of the connection.
     pub async fn next(&mut self) -> Result<Option<ServerFrame>, Error> {
+        if let Some(frame) = self.early.pop_front() {
+            return Ok(Some(frame));
+        }
         loop {
             if let Some(frame) = take_frame(&mut self.buffer)? {
                 return Ok(Some(frame));

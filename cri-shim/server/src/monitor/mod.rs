@@ -25,6 +25,8 @@ pub(crate) use proto::server_frame::Body as Reply;
 
 /// The highest protocol version spoken here; all from 1 on are.
 const VERSION: u32 = 2;
+/// Frames of output that may come before the answer to the request for it.
+const MAX_EARLY: usize = 64;
 /// How long anything but an exec may take. Container creation on a machine under load is the slowest.
 const CALL_LIMIT: Duration = Duration::from_secs(120);
 /// How long a monitor may take to accept a connection and say Hello. It does nothing that takes that long.
@@ -286,11 +288,22 @@ impl Monitor {
         let work = async {
             let mut c = self.connect().await?;
             c.writer.send(1, request).await?;
-            match c.reader.next().await?.map(|f| f.body) {
-                Some(Some(Reply::StreamStarted(_) | Reply::Done(_))) => Ok(c),
-                Some(Some(Reply::Failure(f))) => Err(refused(f)),
-                other => Err(Error::Unexpected { to: what, got: format!("{other:?}") }),
+            let mut early = Vec::new();
+            loop {
+                let frame = c.reader.next().await?;
+                match frame.as_ref().and_then(|f| f.body.as_ref()) {
+                    Some(Reply::StreamStarted(_) | Reply::Done(_)) => break,
+                    // Monitors of the first release may tell a terminal's output before that.
+                    Some(Reply::Stdout(_) | Reply::Stderr(_)) if early.len() < MAX_EARLY => {
+                        early.extend(frame);
+                    }
+                    Some(Reply::Failure(f)) => return Err(refused(f.clone())),
+                    Some(other) => return Err(unexpected(what, other)),
+                    None => return Err(Error::Unexpected { to: what, got: "nothing".to_owned() }),
+                }
             }
+            c.reader.put_back(early);
+            Ok(c)
         };
         timeout(CALL_LIMIT, work).await.map_err(|_| Error::Timeout(what))?
     }

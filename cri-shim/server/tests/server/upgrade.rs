@@ -119,12 +119,13 @@ async fn an_old_pod_with_everything_goes_on() {
     attached.until("got again\r\n").await;
     drop((attached, second));
     for tty in [false, true] {
-        // That release could lose what a command wrote to a terminal before its client was told that it runs.
-        let script = "read line; test -t 0 && echo terminal: $line || echo pipe: $line; exit 3";
+        // That release may tell what a command wrote to a terminal before it tells that it runs.
+        let script = "test -t 0 && echo terminal || echo pipe; read line; echo \"got $line\"; exit 3";
         let mut exec =
             Client::connect(&exec_url(&node, &plain, &["sh", "-c", script], tty).await).await.unwrap();
+        exec.until(if tty { "terminal" } else { "pipe" }).await;
         exec.send("typed\n").await;
-        exec.until(if tty { "terminal: typed" } else { "pipe: typed" }).await;
+        exec.until("got typed").await;
         let verdict = exec.verdict().await;
         assert_eq!(verdict["details"]["causes"][0]["message"], "3", "{verdict}");
     }
