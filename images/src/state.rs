@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use orlop_base::durable::{self, Sync};
 
-use crate::layout::{ImageRecord, LayerRecord, Layout, RootfsRecord, VERSION, boot_id};
-use crate::{Digest, Error, Image, Reference, Result, manifest};
+use crate::layout::{ImageRecord, LayerRecord, Layout, RootfsRecord, VERSION, boot_id, measure};
+use crate::{Digest, Error, Image, Reference, Result, manifest, overlay};
 
 #[derive(Default)]
 pub(crate) struct State {
@@ -111,8 +111,9 @@ impl State {
 /// Reads everything and takes away what a crash or power cut damaged. Blocking code.
 pub(crate) fn load(layout: &Layout, pinned: &[String]) -> Result<State> {
     layout.clean()?;
-    let mut state = State { layers: load_layers(layout)?, rootfs: load_rootfs(layout)?, ..State::default() };
     let records: Vec<ImageRecord> = durable::read_json(&layout.images_file(), VERSION)?.unwrap_or_default();
+    let rootfs = load_rootfs(layout)?;
+    let mut state = State { layers: load_layers(layout, &records, &rootfs)?, rootfs, ..State::default() };
     let mut dropped = false;
     for record in records {
         let id = record.id;
@@ -141,7 +142,47 @@ fn entries(dir: &Path) -> Result<Vec<String>> {
         .collect()
 }
 
-fn load_layers(layout: &Layout) -> Result<HashMap<Digest, LayerRecord>> {
+/// What is to be done about a layer without a good record.
+enum Use {
+    /// Nobody has it mounted.
+    None,
+    /// It is as good as when it was mounted in this boot, and this is its record.
+    Known(Box<LayerRecord>),
+    /// It is mounted, and no image tells what it is.
+    Unknown,
+}
+
+fn use_of(
+    layout: &Layout,
+    name: &str,
+    images: &[ImageRecord],
+    rootfs: &BTreeMap<String, RootfsRecord>,
+) -> Result<Use> {
+    let mounted = rootfs.values().filter(|r| overlay::is_mounted(&r.target)).flat_map(|r| &r.chain);
+    let Some(chain) = mounted.into_iter().find(|c| Layout::layer_name(c) == name).copied() else {
+        return Ok(Use::None);
+    };
+    let files = layout.layer_fs(&chain);
+    if !files.is_dir() {
+        return Ok(Use::None);
+    }
+    let known = images.iter().find_map(|image| {
+        let at = image.chain.iter().position(|c| *c == chain)?;
+        let config = layout.read_content(&image.id).ok()?;
+        let (_, diffs) = manifest::parse_config(&config, image.chain.len(), name).ok()?;
+        Some((*diffs.get(at)?, at.checked_sub(1).map(|below| image.chain[below])))
+    });
+    let Some((diff, parent)) = known else { return Ok(Use::Unknown) };
+    let usage = measure(&files)?;
+    let record = LayerRecord { chain, diff, parent, usage, unsynced_since: Some(boot_id()) };
+    Ok(Use::Known(Box::new(record)))
+}
+
+fn load_layers(
+    layout: &Layout,
+    images: &[ImageRecord],
+    rootfs: &BTreeMap<String, RootfsRecord>,
+) -> Result<HashMap<Digest, LayerRecord>> {
     let boot = boot_id();
     let mut layers = HashMap::new();
     for name in entries(&layout.layers())? {
@@ -165,8 +206,20 @@ fn load_layers(layout: &Layout) -> Result<HashMap<Digest, LayerRecord>> {
             Err(e @ durable::Error::Version { .. }) => return Err(e.into()),
             Err(e) => e.to_string(),
         };
-        tracing::warn!(layer = name, why, "dropped a damaged layer");
-        layout.discard(&dir)?;
+        match use_of(layout, &name, images, rootfs)? {
+            Use::Known(record) => {
+                tracing::warn!(layer = name, why, "wrote the record of a layer in use anew");
+                durable::write_json(&dir.join("layer.json"), VERSION, &*record, Sync::PageCache)?;
+                layers.insert(record.chain, *record);
+            }
+            Use::Unknown => {
+                tracing::warn!(layer = name, why, "a damaged layer is in use; a later start drops it");
+            }
+            Use::None => {
+                tracing::warn!(layer = name, why, "dropped a damaged layer");
+                layout.discard(&dir)?;
+            }
+        }
     }
     Ok(layers)
 }

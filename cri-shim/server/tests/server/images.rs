@@ -130,6 +130,21 @@ async fn what_is_damaged_on_disk_is_named_and_pulled_again() {
             works(&node, &format!("started{n}{delete}")).await;
         }
     }
+    // A layer that somebody runs on stays, whatever happened to its record.
+    let runs = node.run_container(&pod, of(&reference, "runs"), &config).await;
+    for delete in [false, true] {
+        let file = layer.join("layer.json");
+        if delete {
+            fs::remove_file(file).unwrap()
+        } else {
+            flip(&file)
+        }
+        node.kill();
+        node.restart(&[]).await;
+        assert_eq!(shell(&node, &runs, "cat /name").await, "one");
+        assert!(is_here(&node, &reference).await);
+        works(&node, &format!("beside{delete}")).await;
+    }
     // Nobody else noticed.
     assert_eq!(shell(&node, &steady, "echo on").await, "on");
     drop(registry);
