@@ -264,6 +264,10 @@ pub struct RuntimeArgs {
     /// OCI runtime for pods whose RuntimeClass has this handler: NAME=/PROGRAM [ARGUMENT]..., as runc=/usr/sbin/runc (repeatable)
     #[arg(long = "runtime-handler", value_name = "NAME=PROGRAM")]
     pub runtime_handlers: Vec<orlop_cri::Handler>,
+
+    /// End exec, attach and port-forward sessions on which nothing has moved for this long, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 4 * 3600, value_parser = clap::value_parser!(u64).range(1..))]
+    pub streaming_idle_timeout: u64,
 }
 
 /// The service load balancer alone, or a look at what is in the kernel.

@@ -277,6 +277,7 @@ fn cri_config(
         cni_conf_dir: cni_conf_dir.to_owned(),
         cni_bin_dirs: vec![cni_bin_dir.to_owned(), programs],
         cni_cache_dir: data_dir.join("cri/cni"),
+        streaming_idle_timeout: Duration::from_secs(runtime.streaming_idle_timeout),
         runtimes: runtime.runtime_handlers.iter().map(|h| (h.0.clone(), h.1.clone())).collect(),
         cgroup_driver: match runtime.cgroup_driver {
             CgroupDriver::Cgroupfs => orlop_cri::CgroupDriver::Cgroupfs,
