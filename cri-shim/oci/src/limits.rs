@@ -42,6 +42,9 @@ pub(crate) struct Group<'a> {
 impl Group<'_> {
     /// `create`: the group is new and has no device rules yet.
     pub(crate) fn apply(&self, resources: &LinuxResources, create: bool) -> Result<(), Error> {
+        for l in resources.hugepage_limits().iter().flatten() {
+            check_page_size(l.page_size())?;
+        }
         if !self.systemd
             && !cgroup::is_unified()
             && let Some(wanted) = writes_of_v1(resources, create)
@@ -50,7 +53,14 @@ impl Group<'_> {
         }
         let options =
             ControllerOpt { resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None };
-        manager(self.path, self.id, self.systemd)?.apply(&options).map_err(error)
+        manager(self.path, self.id, self.systemd)?.apply(&options).map_err(error)?;
+        match self.folders.first() {
+            // libcgroups takes it for "not given". A kernel that does not count swap lacks the file.
+            Some(folder) if cgroup::is_unified() && no_swap(resources) && folder.join(SWAP_MAX).exists() => {
+                write_all(&folder.join(SWAP_MAX), &["0".to_owned()])
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Asks systemd for a scope around the calling process.
@@ -70,6 +80,9 @@ impl Group<'_> {
                 ));
             };
             let file = folder.join(&s.file);
+            if s.optional && !file.exists() {
+                continue;
+            }
             match write_all(&file, &s.values) {
                 // A shorter period with the old quota may be more than the parent allows; with the new one it is not.
                 Err(e) if e.errno == libc::EINVAL && s.file == "cpu.cfs_period_us" => again = Some((file, s)),
@@ -92,6 +105,27 @@ struct Setting {
     controller: &'static str,
     file: String,
     values: Vec<String>,
+    /// Not every kernel has the file.
+    optional: bool,
+}
+
+const SWAP_MAX: &str = "memory.swap.max";
+
+/// Pure: whether the group may not swap, which on cgroup v2 is a limit of 0.
+fn no_swap(r: &LinuxResources) -> bool {
+    let equal =
+        r.memory().as_ref().is_some_and(|m| m.limit().is_some_and(|l| l > 0) && m.limit() == m.swap());
+    equal && !r.unified().as_ref().is_some_and(|u| u.contains_key(SWAP_MAX))
+}
+
+/// As the kernel names them, `2MB` or `64KB`: it becomes part of a file's name.
+fn check_page_size(size: &str) -> Result<(), Error> {
+    let digits = size.trim_end_matches("KB").trim_end_matches("MB").trim_end_matches("GB");
+    if digits.len() + 2 == size.len() && !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()) {
+        return Ok(());
+    }
+    let text = format!("{size:?} is no size of huge pages, as 2MB and 1GB are");
+    Err(Error::new(Kind::Invalid, "cgroup", text, libc::EINVAL))
 }
 
 fn write_all(path: &Path, values: &[String]) -> Result<(), Error> {
@@ -123,7 +157,6 @@ fn writes_of_v1(r: &LinuxResources, create: bool) -> Option<Vec<Setting>> {
             && c.idle().is_none()
     });
     let rest_is_absent = r.block_io().is_none()
-        && r.hugepage_limits().as_ref().is_none_or(Vec::is_empty)
         && r.network().is_none()
         && r.rdma().as_ref().is_none_or(|m| m.is_empty())
         && r.unified().as_ref().is_none_or(|m| m.is_empty());
@@ -132,7 +165,8 @@ fn writes_of_v1(r: &LinuxResources, create: bool) -> Option<Vec<Setting>> {
     }
     let mut out = Vec::new();
     let mut set = |controller, file: &str, values: Vec<String>| {
-        out.push(Setting { controller, file: file.to_owned(), values });
+        let optional = file.ends_with("rsvd.limit_in_bytes");
+        out.push(Setting { controller, file: file.to_owned(), values, optional });
     };
     if let Some(c) = r.cpu() {
         if let Some(v) = c.shares().filter(|v| *v != 0) {
@@ -154,6 +188,12 @@ fn writes_of_v1(r: &LinuxResources, create: bool) -> Option<Vec<Setting>> {
     if let Some(p) = r.pids() {
         let limit = p.limit();
         set("pids", "pids.max", vec![if limit > 0 { limit.to_string() } else { "max".to_owned() }]);
+    }
+    for l in r.hugepage_limits().iter().flatten() {
+        // The second counts what is mapped, so that too much is refused rather than killed when it is touched.
+        for kind in ["limit_in_bytes", "rsvd.limit_in_bytes"] {
+            set("hugetlb", &format!("hugetlb.{}.{kind}", l.page_size()), vec![l.limit().to_string()]);
+        }
     }
     if create && let Some(rules) = r.devices() {
         for (allow, lines) in device_rules(rules) {
@@ -247,15 +287,46 @@ mod tests {
         assert_eq!(writes(json!({"cpu": {"shares": 0}, "memory": {"limit": 5}}), true), Some(vec![]));
         assert_eq!(writes(json!({"pids": {"limit": 7}}), false), Some(vec![one("pids.max", "7")]));
         assert_eq!(writes(json!({"pids": {"limit": -1}}), false), Some(vec![one("pids.max", "max")]));
+        assert_eq!(
+            writes(json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}]}), true),
+            Some(vec![
+                one("hugetlb.2MB.limit_in_bytes", "4194304"),
+                one("hugetlb.2MB.rsvd.limit_in_bytes", "4194304")
+            ])
+        );
         for left_to_libcgroups in [
             json!({"cpu": {"realtimePeriod": 5}}),
             json!({"memory": {"swappiness": 5}}),
             json!({"blockIO": {"weight": 10}}),
             json!({"unified": {"a": "b"}}),
-            json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 5}]}),
             json!({"network": {"classID": 5}}),
         ] {
             assert_eq!(writes(left_to_libcgroups.clone(), true), None, "{left_to_libcgroups}");
+        }
+    }
+
+    #[test]
+    fn sizes_of_huge_pages() {
+        for good in ["2MB", "1GB", "64KB"] {
+            assert_eq!(check_page_size(good), Ok(()), "{good}");
+        }
+        for bad in ["", "MB", "2", "2mb", "2/../x", "../2MB", "2MBMB", "2KBMB", "2TB"] {
+            assert!(check_page_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn memory_without_swap_on_v2() {
+        let of = |v: Value| no_swap(&serde_json::from_value(v).expect("resources"));
+        assert!(of(json!({"memory": {"limit": 5, "swap": 5}})));
+        for swaps in [
+            json!({}),
+            json!({"memory": {"limit": 5}}),
+            json!({"memory": {"limit": 5, "swap": 6}}),
+            json!({"memory": {"limit": -1, "swap": -1}}),
+            json!({"memory": {"limit": 5, "swap": 5}, "unified": {"memory.swap.max": "max"}}),
+        ] {
+            assert!(!of(swaps.clone()), "{swaps}");
         }
     }
 

@@ -154,10 +154,11 @@ fn has_hugetlb(v2: bool) -> bool {
 
 fn swap_accounting(v2: bool) -> bool {
     if v2 {
-        // The root group has no memory.* files; any child of it does when the controller is on.
-        fs::read_dir("/sys/fs/cgroup")
-            .map(|d| d.flatten().any(|e| e.path().join("memory.swap.max").exists()))
-            .unwrap_or(false)
+        // The root group has no memory.* files; any child of it does when the controller is on. Where there is no child yet, as
+        // without systemd, swap is counted like on all kernels since 5.8 that were not told otherwise.
+        let children = || fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+        let any = |file: &str| children().any(|e| e.path().join(file).exists());
+        any("memory.swap.max") || !any("memory.max")
     } else {
         Path::new("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes").exists()
     }
