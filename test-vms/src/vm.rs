@@ -96,7 +96,7 @@ pub fn busybox_image(dir: &Path) -> Result<PathBuf, String> {
         io(&path, fs::create_dir_all(&path))?;
     }
     io(Path::new(BUSYBOX), fs::copy(BUSYBOX, rootfs.join("bin/busybox")))?;
-    for applet in ["sh", "cat", "dd", "hostname", "mknod", "rm", "sleep"] {
+    for applet in ["sh", "cat", "dd", "fallocate", "hostname", "mknod", "rm", "sleep"] {
         let link = rootfs.join("bin").join(applet);
         io(&link, symlink("busybox", &link))?;
     }

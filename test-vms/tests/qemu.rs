@@ -1,6 +1,7 @@
 //! The node on Linux 6.1 with cgroup v2 only, which is what Debian 12 gives its users: one machine under QEMU, booted once; each
 //! test looks at what one of its steps said.
 
+use std::os::unix::fs::PermissionsExt;
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -8,6 +9,34 @@ use orlop_test_vms::vm::{Guest, Outcome, busybox_image, on_path};
 use orlop_test_vms::{program, root};
 
 const LIMIT: Duration = Duration::from_secs(480);
+
+/// A program that maps as many huge pages as it has arguments, itself the first, and touches each; it ends with the error number.
+/// (x86-64, without a C library.)
+fn maps_huge_pages() -> Vec<u8> {
+    let code: &[u8] = &[
+        0x8b, 0x34, 0x24, 0xc1, 0xe6, 0x15, // esi = arguments * 2 MiB
+        0xb8, 9, 0, 0, 0, 0x31, 0xff, 0xba, 3, 0, 0, 0, // mmap(0, esi, read and write,
+        0x41, 0xba, 0x22, 0x00, 0x04, 0x00, // private, anonymous, huge,
+        0x49, 0xc7, 0xc0, 0xff, 0xff, 0xff, 0xff, 0x45, 0x31, 0xc9, 0x0f, 0x05, // -1, 0)
+        0x48, 0x85, 0xc0, 0x78, 0x15, // failed?
+        0xc6, 0x00, 0x01, 0x48, 0x05, 0, 0, 0x20, 0, // touch, next page
+        0x81, 0xee, 0, 0, 0x20, 0, 0x75, 0xef, // until all are touched
+        0x31, 0xff, 0xeb, 0x04, // edi = 0
+        0xf7, 0xd8, 0x89, 0xc7, // failed: edi = -eax
+        0xb8, 60, 0, 0, 0, 0x0f, 0x05, // exit(edi)
+    ];
+    let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    elf.extend([2u16, 62].iter().flat_map(|v| v.to_le_bytes()));
+    elf.extend(1u32.to_le_bytes());
+    elf.extend([0x40_0078u64, 64, 0].iter().flat_map(|v| v.to_le_bytes()));
+    elf.extend(0u32.to_le_bytes());
+    elf.extend([64u16, 56, 1, 0, 0, 0].iter().flat_map(|v| v.to_le_bytes()));
+    elf.extend([1u32, 5].iter().flat_map(|v| v.to_le_bytes()));
+    let len = 0x78 + code.len() as u64;
+    elf.extend([0u64, 0x40_0000, 0x40_0000, len, len, 0x1000].iter().flat_map(|v| v.to_le_bytes()));
+    elf.extend(code);
+    elf
+}
 
 fn guest() -> Result<Outcome, String> {
     let mut guest = Guest::new()?;
@@ -34,6 +63,12 @@ fn guest() -> Result<Outcome, String> {
     guest.text("/vm/cri-flags", "--runtime-handler crun=/usr/local/bin/crun")?;
     guest.step("cri", include_str!("../guest/cri.sh"))?;
     guest.step("pod", include_str!("../guest/pod.sh"))?;
+    let huge = dir.path().join("huge");
+    std::fs::write(&huge, maps_huge_pages()).map_err(|e| e.to_string())?;
+    std::fs::set_permissions(&huge, PermissionsExt::from_mode(0o755)).map_err(|e| e.to_string())?;
+    guest.file("/vm/huge", &huge)?;
+    guest.kernel_word("hugepages=8");
+    guest.step("limits", include_str!("../guest/limits.sh"))?;
     guest.step("oom", include_str!("../guest/oom.sh"))?;
     guest.step("checkpoint", include_str!("../guest/checkpoint.sh"))?;
     guest.step("crun", include_str!("../guest/crun.sh"))?;
@@ -69,6 +104,41 @@ fn limits_are_in_the_cgroup_of_the_container() {
     assert_eq!(fact("pids.max"), "64");
     let weight: u32 = fact("cpu.weight").parse().unwrap();
     assert!((1..100).contains(&weight), "512 shares are less than the usual 1024: weight {weight}");
+}
+
+/// All in one call and one by one; what is not named stays, and there is never swap beyond the memory.
+#[test]
+fn limits_change_while_a_container_runs() {
+    let m = machine();
+    println!("{}", m.succeeded("limits"));
+    let mut weights = Vec::new();
+    for (step, quota, cpus, memory) in [
+        ("created", "50000 100000", "", 32),
+        ("all", "20000 50000", "0", 48),
+        ("share", "20000 50000", "0", 48),
+        ("quota", "40000 50000", "0", 48),
+        ("period", "40000 200000", "0", 48),
+        ("cpus", "40000 200000", "0-1", 48),
+        ("less", "40000 200000", "0-1", 24),
+        ("none", "max 200000", "0-1", 24),
+    ] {
+        let (weight, rest) = m.fact("limits", step).split_once(' ').unwrap();
+        assert_eq!(rest, format!("{quota} {cpus} {} 0", memory << 20), "{step}");
+        weights.push((step, weight.parse::<u32>().unwrap()));
+    }
+    // Of 512, 256 and 1024 shares.
+    assert!(weights[1].1 < weights[0].1 && weights[0].1 < weights[2].1, "{weights:?}");
+    assert!(weights[3..].iter().all(|w| w.1 == weights[2].1), "{weights:?}");
+}
+
+#[test]
+fn huge_pages_are_limited() {
+    let fact = |key| machine().fact("limits", key);
+    assert_eq!((fact("hugetlb.2MB.max"), fact("hugetlb.1GB.max")), ("4194304", "0"));
+    assert_eq!(fact("hugetlb.2MB.rsvd.max"), "4194304");
+    let pages = (fact("1_page"), fact("2_pages"), fact("3_pages"));
+    assert_eq!(pages, ("0", "0", "12"), "12 is ENOMEM");
+    assert_eq!((fact("file"), fact("larger"), fact("free")), ("allocated", "refused", "8"));
 }
 
 #[test]
