@@ -7,6 +7,7 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::{IpNet, Ipv4Net};
 
+use crate::datapath::{DatapathArgs, PrefixedDatapathArgs};
 use crate::values;
 
 /// What clap says of a mistake, without its usage lines.
@@ -178,6 +179,9 @@ pub struct NodeArgs {
     #[arg(long, default_value = "/sys/fs/bpf/orlop")]
     pub bpf_dir: PathBuf,
 
+    #[command(flatten)]
+    pub proxy: PrefixedDatapathArgs,
+
     /// Address of the node's DNS server
     #[arg(long, default_value = "169.254.20.10", value_parser = values::dns_address)]
     pub dns_address: IpAddr,
@@ -304,52 +308,8 @@ pub struct ProxyArgs {
     #[arg(long)]
     pub metrics_address: Option<Address>,
 
-    /// Addresses (CIDR) of this node where node ports answer [default: all] (repeatable)
-    #[arg(long = "nodeport-address", value_name = "CIDR")]
-    pub nodeport_addresses: Vec<IpNet>,
-
-    /// Interfaces that clients outside of the node come in by [default: found by their addresses] (repeatable)
-    #[arg(long = "uplink", value_name = "NAME")]
-    pub uplinks: Vec<String>,
-
-    /// Uplinks whose driver sends packets of known connections on by itself, if it can (repeatable)
-    #[arg(long, value_name = "NAME")]
-    pub xdp: Vec<String>,
-
-    /// Let the backend's node answer TCP clients of node ports and load balancers itself; all nodes must have it
-    #[arg(long)]
-    pub direct_return: bool,
-
-    /// Send established connections of clients outside of the node past the kernel's forwarding, packet filters and connection tracking
-    #[arg(long)]
-    pub host_routing: bool,
-
-    /// Leave packets of pods alone that no socket has translated, as of virtual machines; packets of pods cost less without
-    #[arg(long, conflicts_with = "host_routing")]
-    pub no_pod_packets: bool,
-
-    /// How backends are chosen for clients outside of the node, where a Service does not say: maglev or random
-    #[arg(long, value_name = "HOW", default_value = "maglev", value_parser = selection)]
-    pub selection: orlop_proxy::Selection,
-
-    /// Room in a table of the kernel's: frontends, slots, backends, connections, sockets, addresses or interfaces (repeatable)
-    #[arg(long = "map-size", value_name = "NAME=ENTRIES", value_parser = map_size)]
-    pub map_sizes: Vec<(String, u32)>,
-}
-
-fn selection(name: &str) -> Result<orlop_proxy::Selection, &'static str> {
-    orlop_proxy::Selection::named(name).ok_or("write maglev or random")
-}
-
-fn map_size(text: &str) -> Result<(String, u32), &'static str> {
-    let (name, entries) = text.split_once('=').ok_or("write NAME=ENTRIES")?;
-    if orlop_proxy::Sizes::default().named(name).is_none() {
-        return Err(
-            "the names are frontends, slots, backends, connections, sockets, addresses and interfaces",
-        );
-    }
-    let entries = entries.parse().ok().filter(|n| (1..=1 << 26).contains(n));
-    Ok((name.to_owned(), entries.ok_or("write a number of entries from 1 to 67108864")?))
+    #[command(flatten)]
+    pub datapath: DatapathArgs,
 }
 
 #[derive(Clone, Debug, Args)]

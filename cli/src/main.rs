@@ -2,6 +2,7 @@
 
 mod args;
 mod check;
+mod datapath;
 mod down;
 mod image;
 mod node;

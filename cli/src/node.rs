@@ -15,9 +15,7 @@ use orlop_cni_types::{OrlopNetwork, render_conflist};
 use orlop_proxy::Question;
 
 use crate::Failure;
-use crate::args::{
-    Address, AgentArgs, CgroupDriver, CriArgs, NodeArgs, ProxyArgs, ProxyCommand, RuntimeArgs,
-};
+use crate::args::{AgentArgs, CgroupDriver, CriArgs, NodeArgs, ProxyArgs, ProxyCommand, RuntimeArgs};
 use crate::server::{default_address, wait};
 use crate::values::socket_path;
 
@@ -175,7 +173,11 @@ impl Node {
 
     pub fn proxy_config(&self, kubeconfig: &Path) -> orlop_proxy::Config {
         let a = &self.args;
-        proxy_config(kubeconfig, &self.name, &a.bpf_dir, a.proxy_health_address, a.proxy_metrics_address)
+        let mut c = proxy_config(kubeconfig, &self.name, &a.bpf_dir);
+        c.health_address = a.proxy_health_address.0;
+        c.metrics_address = a.proxy_metrics_address.0;
+        a.proxy.0.apply(&mut c);
+        c
     }
 
     /// Starts the node's parts in `tasks`; returns once the agent is up.
@@ -287,17 +289,9 @@ fn cri_config(
     })
 }
 
-fn proxy_config(
-    kubeconfig: &Path,
-    node: &str,
-    bpf_dir: &Path,
-    health: Address,
-    metrics: Address,
-) -> orlop_proxy::Config {
+fn proxy_config(kubeconfig: &Path, node: &str, bpf_dir: &Path) -> orlop_proxy::Config {
     let mut c = orlop_proxy::Config::new(kubeconfig.to_owned(), node.to_owned());
     c.datapath.pins = bpf_dir.to_owned();
-    c.health_address = health.0;
-    c.metrics_address = metrics.0;
     c
 }
 
@@ -351,28 +345,14 @@ pub async fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
     let kubeconfig = args.kubeconfig.or(file.kubeconfig);
     let kubeconfig =
         kubeconfig.ok_or("--kubeconfig is missing, and clientConnection.kubeconfig in the file")?;
-    let mut config = orlop_proxy::Config::new(kubeconfig, name);
-    config.datapath.pins = args.pins.bpf_dir;
+    let mut config = proxy_config(&kubeconfig, &name, &args.pins.bpf_dir);
     config.datapath.cgroup = args.cgroup;
     config.health_address =
         args.health_address.map_or(file.health_address.or(config.health_address), |a| a.0);
     config.metrics_address =
         args.metrics_address.map_or(file.metrics_address.or(config.metrics_address), |a| a.0);
-    config.node_port_addresses = args.nodeport_addresses;
-    if config.node_port_addresses.is_empty() {
-        config.node_port_addresses = file.node_port_addresses;
-    }
-    config.uplinks = args.uplinks;
-    config.datapath.xdp = args.xdp;
-    config.direct_return = args.direct_return;
-    config.host_routing = args.host_routing;
-    config.pod_packets = !args.no_pod_packets;
-    config.selection = args.selection;
-    for (name, entries) in args.map_sizes {
-        if let Some(size) = config.datapath.sizes.named(&name) {
-            *size = entries;
-        }
-    }
+    config.node_port_addresses = file.node_port_addresses;
+    args.datapath.apply(&mut config);
     let stop = crate::shutdown::on_signal()?;
     Ok(orlop_proxy::run(config, Ready::default(), stop).await?)
 }
@@ -386,7 +366,7 @@ pub fn ask_proxy(command: ProxyCommand) -> Result<(), Failure> {
         ProxyCommand::Flows { service, pins } => (pins, Question::Flows { service }),
         ProxyCommand::Trace { to, udp, outside, pins } => (pins, Question::Trace { to, udp, outside }),
         ProxyCommand::Cleanup { kube_proxy, pins } => {
-            let config = proxy_config(Path::new(""), "", &pins.bpf_dir, Address(None), Address(None));
+            let config = proxy_config(Path::new(""), "", &pins.bpf_dir);
             orlop_proxy::purge(&config)?;
             if kube_proxy {
                 for removed in orlop_proxy::leftovers::remove()? {
