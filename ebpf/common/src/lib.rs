@@ -196,7 +196,7 @@ pub mod frontend_flags {
     pub const DROP_WHEN_EMPTY: u32 = 2;
     /// The set has a Maglev table.
     pub const MAGLEV: u32 = 4;
-    /// The set is listed in MEMBERS.
+    /// The set is listed in MEMBERS. Earlier versions did not list all.
     pub const MEMBERS: u32 = 8;
     /// Only sources in RANGES are served.
     pub const RANGES: u32 = 16;

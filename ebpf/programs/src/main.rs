@@ -1,6 +1,8 @@
 //! Orlop's service load balancer in the kernel. Built for bpfel-unknown-none by the loader's build script.
 #![no_std]
 #![no_main]
+// For changes by one instruction that two CPUs may make at a time.
+#![feature(asm_experimental_arch)]
 
 mod direct;
 mod icmp;
@@ -8,6 +10,7 @@ mod maps;
 mod packet;
 mod parse;
 mod plain;
+mod refuse;
 mod rewrite;
 mod select;
 mod short;

@@ -6,6 +6,7 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap};
+use core::arch::asm;
 use orlop_ebpf_common::*;
 
 #[map]
@@ -158,6 +159,30 @@ pub fn admits(service: u32, source: &Addr) -> bool {
     RANGES.get(&key).is_some()
 }
 
+/// Sets flags of a connection. Packets of its two directions are on two CPUs at a time, and neither may undo what the other
+/// has just said: a lost RESET would keep a source port for days. Looked at first, as most packets change nothing. The compiler has no
+/// atomic operations of 32 bits for the first version of BPF's instructions, which all other code is compiled to.
+#[inline(always)]
+pub fn set_flags(v: *mut CtValue, flags: u32) {
+    // SAFETY: a valid element.
+    unsafe {
+        if (*v).flags & flags != flags {
+            asm!("lock *(u32 *)(r1 + 0) |= w2", in("r1") &raw mut (*v).flags, in("r2") flags as u64);
+        }
+    }
+}
+
+/// Takes flags of a connection back; as above.
+#[inline(always)]
+pub fn clear_flags(v: *mut CtValue, flags: u32) {
+    // SAFETY: a valid element.
+    unsafe {
+        if (*v).flags & flags != 0 {
+            asm!("lock *(u32 *)(r1 + 0) &= w2", in("r1") &raw mut (*v).flags, in("r2") !flags as u64);
+        }
+    }
+}
+
 /// A TCP or UDP packet, or the ICMP error about one.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -195,6 +220,8 @@ pub struct Scratch {
     pub fib: FibLookup,
     /// A header as it was read.
     pub head: [u8; 40],
+    /// An ICMP error of ours.
+    pub error: [u8; 96],
 }
 
 #[map]

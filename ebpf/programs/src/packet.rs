@@ -21,6 +21,7 @@ use crate::icmp;
 use crate::maps::*;
 use crate::parse::{Kind, parse};
 use crate::plain;
+use crate::refuse;
 use crate::rewrite::{self, DROP, NEXT, Route, dropped};
 use crate::select;
 use crate::short;
@@ -79,16 +80,12 @@ fn ends(p: &Packet) -> bool {
 /// Notes an answer of a known connection.
 #[inline(always)]
 fn touch(e: *mut CtValue, p: &Packet, now: u64) {
-    // SAFETY: a valid element; racing writers store nearly the same time, and flags change a few times in a life.
-    let e = unsafe { &mut *e };
-    e.last_seen_ns = now;
-    let mut flags = e.flags & !ct_flags::NEW;
+    // SAFETY: a valid element; racing writers store nearly the same time.
+    unsafe { (*e).last_seen_ns = now };
     if ends(p) {
-        flags |= ct_flags::CLOSING | reset(p);
+        set_flags(e, ct_flags::CLOSING | reset(p));
     }
-    if flags != e.flags {
-        e.flags = flags;
-    }
+    clear_flags(e, ct_flags::NEW);
 }
 
 #[inline(always)]
@@ -100,20 +97,22 @@ fn reset(p: &Packet) -> u32 {
 #[inline(always)]
 fn follow(e: *mut CtValue, s: &mut Scratch, now: u64) -> bool {
     // SAFETY: as above.
-    let e = unsafe { &mut *e };
+    let (flags, last_seen) = unsafe { ((*e).flags, (*e).last_seen_ns) };
     let (opening, ending) = (opens(&s.packet), ends(&s.packet));
-    let tells = ending || due(e.last_seen_ns, now) || (!opening && e.flags & ct_flags::NEW != 0);
-    e.last_seen_ns = now;
+    let tells = ending || due(last_seen, now) || (!opening && flags & ct_flags::NEW != 0);
+    // SAFETY: as above.
+    unsafe { (*e).last_seen_ns = now };
     if !tells {
         return true;
     }
     if ending {
-        e.flags |= ct_flags::CLOSING;
+        set_flags(e, ct_flags::CLOSING);
     }
     if !opening {
-        e.flags &= !ct_flags::NEW;
+        clear_flags(e, ct_flags::NEW);
     }
-    tell(e, s, now)
+    // SAFETY: as above.
+    tell(unsafe { &*e }, s, now)
 }
 
 /// Tells the entry of a known connection's answers about a packet of the client's, or makes it anew: it may have been
@@ -135,14 +134,16 @@ fn tell(v: &CtValue, s: &mut Scratch, now: u64) -> bool {
     let set = reset(p) | if ends(p) { ct_flags::FAR_CLOSING } else { 0 };
     if let Some(r) = CONNECTIONS.get_ptr_mut(&s.rkey) {
         // SAFETY: as above.
-        let r = unsafe { &mut *r };
-        let named = same(&r.src, &p.dst) && r.sport == p.dport;
-        if !named || (has_port && !(same(&r.dst, &p.src) && r.dport == p.sport)) {
+        let of = unsafe { &*r };
+        let named = same(&of.src, &p.dst) && of.sport == p.dport;
+        if !named || (has_port && !(same(&of.dst, &p.src) && of.dport == p.sport)) {
             // Without a port of its own it is the newer connection's, as it was when that began.
             return !has_port;
         }
-        r.last_seen_ns = now;
-        r.flags = (r.flags & !clear) | set;
+        // SAFETY: as above.
+        unsafe { (*r).last_seen_ns = now };
+        set_flags(r, set);
+        clear_flags(r, clear);
         return true;
     }
     (s.reply.src, s.reply.sport) = (p.dst, p.dport);
@@ -189,6 +190,7 @@ fn ingress(ctx: &TcContext) -> i32 {
     let found = match kind {
         Kind::Transport => incoming(ctx, link, s),
         Kind::Error => icmp::find(ctx, s, true).ok_or(NEXT),
+        Kind::Foreign => return refuse::at_cluster_ip(ctx, s, false, refuse::OUT),
         Kind::Other => return NEXT,
     };
     carry_out(ctx, Some(link), s, kind, found)
@@ -202,6 +204,10 @@ fn egress(ctx: &TcContext) -> i32 {
     let found = match kind {
         Kind::Transport => outgoing(ctx, link, s),
         Kind::Error => icmp::find(ctx, s, false).ok_or(NEXT),
+        Kind::Foreign if link.flags & uplink_flags::POD == 0 => {
+            return refuse::at_cluster_ip(ctx, s, false, refuse::IN);
+        }
+        Kind::Foreign => return NEXT,
         Kind::Other => return NEXT,
     };
     carry_out(ctx, None, s, kind, found)
@@ -283,7 +289,11 @@ fn too_big(ctx: &TcContext, s: &mut Scratch, v: &CtValue) -> i32 {
 #[inline(always)]
 fn outgoing(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const CtValue, i32> {
     set_key(&mut s.key, &s.packet, ct_dir::REPLY);
-    let v = CONNECTIONS.get_ptr_mut(&s.key).ok_or(NEXT)?;
+    let Some(v) = CONNECTIONS.get_ptr_mut(&s.key) else {
+        // Something of the node's own, perhaps, that sockets have not decided about.
+        let own = link.flags & uplink_flags::POD == 0;
+        return Err(if own { refuse::at_cluster_ip(ctx, s, true, refuse::IN) } else { NEXT });
+    };
     // SAFETY: a valid element.
     if unsafe { (*v).flags } & ct_flags::REDIRECT != 0 {
         return Err(NEXT);
@@ -337,6 +347,7 @@ fn incoming(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const Ct
                 let gone = select::backend(known.backend).is_none()
                     || (front.flags & frontend_flags::MEMBERS != 0
                         && !select::is_member(front.set, known.backend));
+                // A first packet of TCP may be one that is sent again: it stays where the one before has gone.
                 let renew = if p.proto == UDP {
                     gone || quiet(known, now)
                 } else {
@@ -413,8 +424,7 @@ fn forget(key: &mut CtKey, p: &Packet) {
     (key.sport, key.dport) = (p.sport, port);
     key.dir = ct_dir::FORWARD;
     if let Some(v) = CONNECTIONS.get_ptr_mut(&*key) {
-        // SAFETY: a valid element.
-        unsafe { (*v).flags |= ct_flags::NEW };
+        set_flags(v, ct_flags::NEW);
     }
 }
 
@@ -423,8 +433,7 @@ fn forget(key: &mut CtKey, p: &Packet) {
 fn client_ends(key: &mut CtKey, p: &Packet) {
     set_answers_key(key, p);
     if let Some(v) = CONNECTIONS.get_ptr_mut(&*key) {
-        // SAFETY: a valid element.
-        unsafe { (*v).flags |= ct_flags::FAR_CLOSING | reset(p) };
+        set_flags(v, ct_flags::FAR_CLOSING | reset(p));
     }
 }
 

@@ -10,6 +10,8 @@ pub const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
 pub const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
+const ECHO: u8 = 8;
+const ECHOV6: u8 = 128;
 const IPV6_FRAGMENT: u8 = 44;
 const IPV6_HOP_BY_HOP: u8 = 0;
 const IPV6_DESTINATION: u8 = 60;
@@ -21,6 +23,8 @@ pub enum Kind {
     Transport,
     /// An ICMP error about a TCP or UDP packet.
     Error,
+    /// Neither of these, or a ping.
+    Foreign,
     Other,
 }
 
@@ -111,14 +115,20 @@ fn inner(ctx: &TcContext, l3: u32, v4: bool, s: &mut Scratch) -> Option<Kind> {
     };
     let proto = p.proto;
     if proto != TCP && proto != UDP {
-        if proto != (if v4 { ICMP } else { ICMPV6 }) || later || more {
-            return None;
+        p.headless = later;
+        if proto != (if v4 { ICMP } else { ICMPV6 }) || later {
+            return Some(Kind::Foreign);
         }
         load::<1>(ctx, p.l4, &mut s.head)?;
         let kind = s.head[0];
         // Unreachable, (too big,) time exceeded, parameter problem.
         let error = if v4 { kind == 3 || kind == 11 || kind == 12 } else { kind != 0 && kind <= 4 };
-        return if error { Some(Kind::Error) } else { None };
+        let asks = kind == if v4 { ECHO } else { ECHOV6 };
+        return match (error, asks) {
+            (true, _) if !more => Some(Kind::Error),
+            (_, true) => Some(Kind::Foreign),
+            _ => None,
+        };
     }
     if later || more {
         (s.fragment.src, s.fragment.dst) = (p.src, p.dst);

@@ -38,6 +38,14 @@ pub fn difference(old: &Addr, new: &Addr) -> u64 {
     unsafe { bpf_csum_diff(old.as_ptr().cast_mut(), 16, new.as_ptr().cast_mut(), 16, 0) as u64 }
 }
 
+/// The checksum that a sum of 32 bits stands for.
+#[inline(always)]
+pub fn folded(sum: u64) -> u16 {
+    let sum = (sum & 0xffff) + ((sum >> 16) & 0xffff);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    !(sum as u16)
+}
+
 /// Corrects a checksum that covers the pseudo header.
 #[inline(always)]
 pub fn pseudo(ctx: &TcContext, at: u32, diff: u64, v4: bool, mangled: u64) -> Option<()> {

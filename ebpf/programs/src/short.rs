@@ -93,8 +93,7 @@ pub fn leave(ctx: &TcContext, key: CtKey, l4: u32) -> i32 {
     }
     if flags & ct_flags::SHORT == 0 {
         if ct_flags::interface(flags) == 0 && index < ct_flags::INTERFACES {
-            // SAFETY: a valid element; a flag that another CPU sets at the same time and is lost comes with a later packet.
-            unsafe { (*v).flags = flags | ct_flags::CAME | (index << ct_flags::INTERFACE) };
+            set_flags(v, ct_flags::CAME | (index << ct_flags::INTERFACE));
         }
         return NEXT;
     }
@@ -119,7 +118,7 @@ pub fn leave(ctx: &TcContext, key: CtKey, l4: u32) -> i32 {
 #[inline(always)]
 pub fn confirm(ctx: &TcContext, link: &Uplink, s: &mut Scratch, v: *mut CtValue) {
     // SAFETY: a valid element, here and below.
-    let reply = unsafe { &mut *v };
+    let reply = unsafe { &*v };
     // SAFETY: the context is valid while the program runs.
     let came_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
     if reply.flags & (ct_flags::CAME | ct_flags::SHORT) != ct_flags::CAME
@@ -128,16 +127,16 @@ pub fn confirm(ctx: &TcContext, link: &Uplink, s: &mut Scratch, v: *mut CtValue)
     {
         return;
     }
-    reply.flags |= ct_flags::SHORT;
+    set_flags(v, ct_flags::SHORT);
     let p = &s.packet;
     (s.rkey.src, s.rkey.dst) = (p.dst, reply.src);
     (s.rkey.sport, s.rkey.dport) = (p.dport, reply.sport);
     (s.rkey.proto, s.rkey.dir, s.rkey.pad) = (p.proto, ct_dir::FORWARD, 0);
     if let Some(forward) = CONNECTIONS.get_ptr_mut(&s.rkey) {
         // SAFETY: as above.
-        let forward = unsafe { &mut *forward };
-        if same(&forward.dst, &p.src) && forward.dport == p.sport {
-            forward.flags |= ct_flags::SHORT;
+        let to = unsafe { &*forward };
+        if same(&to.dst, &p.src) && to.dport == p.sport {
+            set_flags(forward, ct_flags::SHORT);
         }
     }
 }

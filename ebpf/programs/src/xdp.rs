@@ -12,7 +12,7 @@ use orlop_ebpf_common::*;
 
 use crate::maps::*;
 use crate::packet::{TCP_FIN, TCP_RST, TCP_SYN};
-use crate::rewrite::{AF_INET, AF_INET6};
+use crate::rewrite::{AF_INET, AF_INET6, folded};
 use crate::select;
 
 const ETHERNET: usize = 14;
@@ -102,13 +102,6 @@ fn ipv6(ctx: &XdpContext, index: u32, ethernet: *mut [u8; ETHERNET], s: &mut Scr
 fn put(h: &mut [u8], at: usize, word: u32) {
     let b = word.to_ne_bytes();
     (h[at], h[at + 1], h[at + 2], h[at + 3]) = (b[0], b[1], b[2], b[3]);
-}
-
-#[inline(always)]
-fn folded(sum: u64) -> u16 {
-    let sum = (sum & 0xffff) + ((sum >> 16) & 0xffff);
-    let sum = (sum & 0xffff) + (sum >> 16);
-    !(sum as u16)
 }
 
 /// The interface that the packet with the addresses in the scratch's key leaves by; its new addresses are in the

@@ -29,8 +29,6 @@ pub struct Set {
     pub backends: Vec<Backend>,
     /// Wanted: a Maglev table, for packets from outside.
     pub maglev: bool,
-    /// Wanted: a list of members, for affinity and datagram sockets.
-    pub members: bool,
 }
 
 /// A frontend and the index of its set.
@@ -113,7 +111,7 @@ fn add_rest(d: &mut Desired, service: &Service) {
     for ip in &service.cluster_ips {
         let key = SetKey { port: first.port, proto: first.proto, v4: ip.is_ipv4(), local: false, rest: true };
         let set = d.sets.iter().position(|s| s.key == key).unwrap_or_else(|| {
-            d.sets.push(Set { key, backends: Vec::new(), maglev: false, members: false });
+            d.sets.push(Set { key, backends: Vec::new(), maglev: false });
             d.sets.len() - 1
         });
         d.frontends.push(Frontend {
@@ -177,8 +175,7 @@ fn add_port(
             Some(i) => first + i,
             None => {
                 let backends = if only_local { &local } else { &cluster };
-                let members = port.proto == orlop_ebpf_common::UDP || service.affinity_seconds > 0;
-                d.sets.push(Set { key, backends: backends.clone(), maglev: false, members });
+                d.sets.push(Set { key, backends: backends.clone(), maglev: false });
                 d.sets.len() - 1
             }
         };

@@ -233,7 +233,7 @@ impl Tables {
         for f in &mine {
             let set = &desired.sets[f.set];
             let Some((_, in_map)) = p.sets.iter().find(|(k, _)| *k == set.key) else { continue };
-            let mut flags = 0;
+            let mut flags = frontend_flags::MEMBERS;
             if desired.affinity_seconds > 0 {
                 flags |= frontend_flags::AFFINITY;
             }
@@ -242,9 +242,6 @@ impl Tables {
             }
             if set.maglev && in_map.maglev.is_some() {
                 flags |= frontend_flags::MAGLEV;
-            }
-            if set.members {
-                flags |= frontend_flags::MEMBERS;
             }
             if f.ranged {
                 flags |= frontend_flags::RANGES;
@@ -414,12 +411,10 @@ impl Tables {
         for b in &set.backends {
             ids.push(self.hold(maps, in_map, b)?);
         }
-        if set.members {
-            for id in &ids {
-                if !in_map.members.contains(id) {
-                    self.write(maps, &Op::PutMember(SlotKey { set: in_map.id, slot: *id }))?;
-                    in_map.members.push(*id);
-                }
+        for id in &ids {
+            if !in_map.members.contains(id) {
+                self.write(maps, &Op::PutMember(SlotKey { set: in_map.id, slot: *id }))?;
+                in_map.members.push(*id);
             }
         }
         for (slot, id) in arrange(&in_map.slots, &ids).into_iter().enumerate() {
@@ -474,11 +469,11 @@ impl Tables {
             .iter()
             .filter_map(|b| self.backends.get(&(b.addr, b.port, b.proto)).map(|u| u.id))
             .collect();
-        self.trim(maps, in_map, set.backends.len(), &keep, set.members, set.maglev)
+        self.trim(maps, in_map, set.backends.len(), &keep, set.maglev)
     }
 
     fn clear(&mut self, maps: &mut dyn Maps, in_map: &mut InMap) -> Result<(), MapFailure> {
-        self.trim(maps, in_map, 0, &HashSet::new(), false, false)
+        self.trim(maps, in_map, 0, &HashSet::new(), false)
     }
 
     fn trim(
@@ -487,7 +482,6 @@ impl Tables {
         in_map: &mut InMap,
         count: usize,
         keep: &HashSet<u32>,
-        members: bool,
         maglev: bool,
     ) -> Result<(), MapFailure> {
         if !maglev && in_map.maglev.is_some() {
@@ -501,7 +495,7 @@ impl Tables {
         }
         let mut i = 0;
         while let Some(id) = in_map.members.get(i).copied() {
-            if members && keep.contains(&id) {
+            if keep.contains(&id) {
                 i += 1;
                 continue;
             }

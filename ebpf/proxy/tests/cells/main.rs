@@ -58,6 +58,8 @@ enum Kind {
     ClusterIp,
     /// A ClusterIP at a port that is no Service's.
     UnusedPort,
+    /// No port: a ping.
+    Ping,
     NodePort,
     Loopback,
     ExternalIp,
@@ -115,7 +117,7 @@ impl Spec {
     fn ip(&self, kind: Kind, v4: bool) -> IpAddr {
         let n = self.number;
         let (a, b) = match kind {
-            ClusterIp | UnusedPort => (96, "96"),
+            ClusterIp | UnusedPort | Ping => (96, "96"),
             ExternalIp => (201, "201"),
             _ => (202, "202"),
         };
@@ -231,7 +233,7 @@ fn source(place: Place, backend: &str, v: usize) -> String {
 fn cells() -> Vec<Cell> {
     let mut out = Vec::new();
     for spec in specs() {
-        for kind in [ClusterIp, UnusedPort, NodePort, Loopback, ExternalIp, LoadBalancer] {
+        for kind in [ClusterIp, UnusedPort, Ping, NodePort, Loopback, ExternalIp, LoadBalancer] {
             for place in PLACES {
                 for (udp, v) in [(false, 0), (false, 1), (true, 0), (true, 1)] {
                     out.extend(cell(&spec, kind, place, udp, v));
@@ -246,8 +248,9 @@ fn cell(spec: &Spec, kind: Kind, place: Place, udp: bool, v: usize) -> Option<Ce
     let external = matches!(place, Other | Outside);
     let to = match kind {
         Loopback if place != Host => return None,
-        // A socket of the node's that is connected to nobody sends by the default route, which this node has not.
-        UnusedPort if spec.number > 3 || (udp && place == Host) => return None,
+        UnusedPort | Ping if spec.number > 3 => return None,
+        Ping if udp => return None,
+        Ping => SocketAddr::new(spec.ip(kind, v == 0), 0),
         UnusedPort => SocketAddr::new(spec.ip(kind, v == 0), 81),
         NodePort => {
             let own = if place == Other { NODE_TO_OTHER } else { NODE };
@@ -274,12 +277,13 @@ fn cell(spec: &Spec, kind: Kind, place: Place, udp: bool, v: usize) -> Option<Ce
         p => p,
     };
     let expected = match (admitted, chosen.is_empty(), all.is_empty()) {
-        _ if kind == UnusedPort => vec!["refused".to_owned()],
+        _ if kind == UnusedPort || kind == Ping => vec!["refused".to_owned()],
         (false, ..) | (_, true, false) => vec!["dropped".to_owned()],
         (_, true, true) => vec!["refused".to_owned()],
         _ => chosen.iter().map(|b| format!("{b} {}", source(seen_as, b, v))).collect(),
     };
     let proto = if udp { "UDP" } else { "TCP" };
+    let proto = if kind == Ping { "ICMP" } else { proto };
     let what = format!("{spec:?} {kind:?} {proto} {to} from {place:?}");
     Some(Cell { place, udp, to, expected, what })
 }

@@ -4,14 +4,17 @@
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aya::maps::{HashMap, Map, MapData};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket, sockopt,
 };
-use orlop_ebpf_common::{CtKey, CtValue, LAYOUT, UDP, addr_from, config_flags, counters, ct_dir};
-use orlop_ebpf_loader::Datapath;
+use orlop_ebpf_common::{CtKey, CtValue, LAYOUT, UDP, addr_from, config_flags, counters, ct_dir, ct_flags};
+use orlop_ebpf_loader::{Datapath, Maps};
+use orlop_proxy::desired::{Selection, desired};
+use orlop_proxy::model::Model;
+use orlop_proxy::tables::Tables;
 
 use crate::ways::two_nodes;
 use crate::world::*;
@@ -298,6 +301,83 @@ fn answers_have_the_name_that_was_asked_last() {
         })
         .join()
         .unwrap();
+}
+
+/// Brings the Service to these endpoints. Another Service keeps the one in the pod, so that it is still somebody's.
+fn now(dp: &mut Datapath, state: State) {
+    // As after a restart: from what the maps hold.
+    let (mut tables, mut model) = (Tables::adopt(dp.maps.dump().unwrap()), Model::default());
+    for s in [spec(state), Spec { number: 2, ..spec(State::LocalOnly) }] {
+        model.set_service(&s.name(), Some(s.service()));
+        for v4 in [true, false] {
+            model.set_slice(&format!("{}-{v4}", s.name()), Some(s.slice(v4)));
+        }
+    }
+    for name in model.take_dirty() {
+        tables.sync(&mut dp.maps, &name, &desired(&model, &name, Selection::Maglev)).unwrap();
+    }
+}
+
+/// A first packet leads to an endpoint that the Service has, whatever another one from the same port led to.
+#[test]
+fn first_packets_go_to_current_endpoints() {
+    let w = World::new();
+    let home = Home::new(false);
+    for v in [0, 1] {
+        hold(&w.pod, POD[v]);
+        hold(&w.other, REMOTE_POD[v]);
+    }
+    let mut dp = program_with(&w, &home.config, |_| ());
+    for v in [0, 1] {
+        let to = SocketAddr::new(NODE[v].parse().unwrap(), spec(State::Both).node_port(false));
+        let client = SocketAddr::new(OUTSIDE[v].parse().unwrap(), 20_003);
+        let node: IpAddr = NODE_TO_OTHER[v].parse().unwrap();
+        let open = || w.outside.run(move || from_port(client.port(), to, PATIENCE).unwrap());
+        let cut = |net: &Net, what: &str, from: &str| {
+            net.ip(&format!("route {what} blackhole {from}/{}", [32, 128][v]));
+        };
+
+        // Its client loses the connection without a word, as by a crash, and takes the port again.
+        now(&mut dp, State::LocalOnly);
+        let mut lost = open().join().unwrap();
+        assert_eq!(seen(&mut lost), client);
+        cut(&w.outside, "add", NODE[v]);
+        reset(lost);
+        cut(&w.outside, "del", NODE[v]);
+        // What it would answer there ends the old connection's entry.
+        cut(&w.pod, "add", OUTSIDE[v]);
+        now(&mut dp, State::RemoteOnly);
+        let mut next = open().join().unwrap();
+        assert_eq!(seen(&mut next).ip(), node);
+        echoes(&mut next, b"a new one");
+        reset(next);
+
+        // The endpoint goes before it has answered, and TCP asks again.
+        now(&mut dp, State::LocalOnly);
+        let asks = open();
+        let to_pod = addr_from(POD[v].parse().unwrap());
+        wait_for(|| {
+            connections(&home).iter().flatten().any(|(k, c)| {
+                k.dir == ct_dir::FORWARD
+                    && k.sport == client.port()
+                    && c.dst == to_pod
+                    && c.flags & ct_flags::NEW != 0
+            })
+        });
+        now(&mut dp, State::RemoteOnly);
+        let mut next = asks.join().unwrap();
+        assert_eq!(seen(&mut next).ip(), node);
+        reset(next);
+        cut(&w.pod, "del", OUTSIDE[v]);
+    }
+}
+
+fn wait_for(mut until: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !until() {
+        assert!(begin.elapsed() < PATIENCE, "it does not happen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// With direct server return the backend's node names the answers: a connection that its client has reset is no other's

@@ -1,17 +1,18 @@
 //! Network namespaces that stand for a node with two pods, another node, and a client outside.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
+    AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, connect, setsockopt, socket,
+    sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use orlop_base::testkit::unique_name;
@@ -134,6 +135,9 @@ impl World {
         }
         w.node.ip(&format!("route add 10.71.129.0/24 via {}", OTHER[0]));
         w.node.ip(&format!("route add fd71:129::/64 via {}", OTHER[1]));
+        // As by a default route.
+        w.node.ip(&format!("route add 10.71.96.0/24 via {}", OUTSIDE[0]));
+        w.node.ip(&format!("route add fd71:96::/64 via {}", OUTSIDE[1]));
         w.attach_pod("pod0", &w.pod, POD, 1);
         w.attach_pod("pod1", &w.client_pod, CLIENT_POD, 2);
         w
@@ -190,14 +194,19 @@ pub fn serve(net: &Net, name: &'static str, addresses: Both) {
     }
 }
 
-/// What a client saw: answers as `name source`, sorted, or `refused`, or `dropped`. `want`: how many different answers
+/// Port 0 stands for a ping. What a client saw: answers as `name source`, sorted, or `refused`, or `dropped`. `want`: how many different answers
 /// there are; 0 when none is to come.
 pub fn probe(udp: bool, to: SocketAddr, want: usize) -> String {
     let patience = PATIENCE[usize::from(want == 0)];
     let mut seen = std::collections::BTreeSet::new();
     // A choice among two misses one of them 64 times in a row never.
     for _ in 0..64 {
-        match if udp { ask_udp(to, patience) } else { ask_tcp(to, patience) } {
+        let asked = match (to.port(), udp) {
+            (0, _) => ping(to, 0, patience).and_then(|_| ping(to, 5000, patience)),
+            (_, true) => ask_udp(to, patience),
+            (_, false) => ask_tcp(to, patience),
+        };
+        match asked {
             Ok(text) => drop(seen.insert(text)),
             Err(e) => {
                 let code = e.raw_os_error();
@@ -259,12 +268,39 @@ fn next_port() -> u16 {
     first + NEXT.fetch_add(1, Ordering::Relaxed) % many
 }
 
+/// An echo request with so many bytes. Who is refused by whom knows it from the ICMP error, as programs do: from their socket.
+fn ping(to: SocketAddr, bytes: usize, patience: Duration) -> std::io::Result<String> {
+    let (family, proto, kind) = match to {
+        SocketAddr::V4(_) => (AddressFamily::Inet, SockProtocol::Icmp, 8),
+        SocketAddr::V6(_) => (AddressFamily::Inet6, SockProtocol::IcmpV6, 128),
+    };
+    let s = UdpSocket::from(socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, proto)?);
+    s.connect(to)?;
+    // The rest of it is zeros, so the checksum is known.
+    let mut request = vec![0; 8 + bytes];
+    request[0] = kind;
+    (request[2], request[3]) = (!kind, 0xff);
+    until_answered(&s, &request, patience)?;
+    Ok("answered".into())
+}
+
 fn ask_udp(to: SocketAddr, patience: Duration) -> std::io::Result<String> {
     let s = UdpSocket::bind((any(to), next_port()))?;
-    s.set_read_timeout(Some(patience))?;
     s.connect(to)?;
-    s.send(b"?")?;
-    let mut buf = [0; 64];
-    let n = s.recv(&mut buf)?;
-    Ok(String::from_utf8_lossy(&buf[..n]).into_owned())
+    until_answered(&s, b"?", patience)
+}
+
+/// Asks again as resolvers do: on a busy machine the kernel loses packets between two namespaces.
+fn until_answered(s: &UdpSocket, question: &[u8], patience: Duration) -> std::io::Result<String> {
+    const AGAIN: Duration = Duration::from_secs(3);
+    s.set_read_timeout(Some(patience.min(AGAIN)))?;
+    let begin = Instant::now();
+    loop {
+        s.send(question)?;
+        let mut buf = [0; 64];
+        match s.recv(&mut buf) {
+            Err(e) if e.kind() == ErrorKind::WouldBlock && begin.elapsed() < patience => {}
+            other => return other.map(|n| String::from_utf8_lossy(&buf[..n]).into_owned()),
+        }
+    }
 }
