@@ -11,7 +11,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-use crate::node::{Node, container_config, sandbox_config, shell, wait_for};
+use crate::node::{Node, container_config, exec, sandbox_config, shell, wait_for};
 
 /// For what must come; a loaded machine takes its time.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -157,6 +157,13 @@ async fn a_command_ends_with_its_client() {
         drop(client);
         runs(&node, &id, "sleep 4321", false).await;
     }
+    // A probe that nobody waits for any more.
+    let mut client = node.client().await;
+    tokio::select! {
+        done = exec(&mut client, &id, &["sleep", "4326"], 0) => panic!("{done:?}"),
+        () = runs(&node, &id, "sleep 4326", true) => {}
+    }
+    runs(&node, &id, "sleep 4326", false).await;
     // Of an attach, nothing but the connection ends.
     let client = Client::connect(&attach_url(&node, &id).await).await.unwrap();
     drop(client);
