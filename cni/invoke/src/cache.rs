@@ -81,15 +81,31 @@ impl Cache {
         }
     }
 
-    /// All attachments on record.
-    pub(crate) fn all(&self) -> Vec<Entry> {
+    /// Container and interface of all files.
+    fn names(&self) -> Vec<(String, String)> {
         let Ok(entries) = fs::read_dir(&self.dir) else { return Vec::new() };
         entries
             .filter_map(|e| e.ok()?.file_name().into_string().ok())
             .filter_map(|name| {
                 let (id, ifname) = name.strip_suffix(".json")?.split_once(':')?;
-                self.get(id, ifname)
+                Some((id.to_owned(), ifname.to_owned()))
             })
             .collect()
+    }
+
+    /// All attachments on record.
+    pub(crate) fn all(&self) -> Vec<Entry> {
+        self.names().iter().filter_map(|(id, ifname)| self.get(id, ifname)).collect()
+    }
+
+    /// Fails when a later release wrote one of the files: what it says would be lost on DEL.
+    pub(crate) fn check_version(&self) -> Result<(), Error> {
+        for (container_id, ifname) in self.names() {
+            let read = durable::read_json::<Entry>(&self.path(&container_id, &ifname), VERSION);
+            if let Err(source @ durable::Error::Version { .. }) = read {
+                return Err(Error::Later { container_id, source });
+            }
+        }
+        Ok(())
     }
 }

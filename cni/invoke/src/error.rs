@@ -39,6 +39,8 @@ pub enum Error {
     Neighbours { network: String, source: io::Error },
     #[error("no result of an ADD of {container_id} is known")]
     NotAttached { container_id: String },
+    #[error("a later release attached {container_id}; go on with that one")]
+    Later { container_id: String, source: orlop_base::durable::Error },
     #[error("cannot keep the result of {container_id}")]
     Cache { container_id: String, source: orlop_base::durable::Error },
 }

@@ -88,6 +88,11 @@ impl Cni {
         orlop_base::strays::end(&self.inner.cache_dir).await;
     }
 
+    /// Fails when the cache is a later release's, which this one would take for empty. Before anything else is asked of this handle.
+    pub fn check_version(&self) -> Result<()> {
+        self.inner.cache.check_version()
+    }
+
     /// The network in effect and the file it comes from. Files are read anew each time, so a change counts at once.
     pub fn network(&self) -> Result<(PathBuf, NetworkConfig)> {
         config::load(&self.inner.conf_dir)

@@ -32,6 +32,11 @@ impl Network {
         }
     }
 
+    /// Before anything else: see [`Cni::check_version`].
+    pub fn check_version(&self) -> Result<()> {
+        Ok(self.cni.check_version()?)
+    }
+
     /// Before anything else: see [`Cni::end_strays`].
     pub async fn end_strays(&self) {
         self.cni.end_strays().await;

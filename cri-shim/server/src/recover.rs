@@ -73,6 +73,7 @@ impl Runtime {
     /// See the module. Single failures are logged and do not keep the server from starting: what could not be cleaned up is tried
     /// again at the next start.
     pub async fn recover(self: &Arc<Self>) -> Result<()> {
+        self.network.check_version()?;
         self.network.end_strays().await;
         let half_made = self.load()?;
         for container in half_made.containers {

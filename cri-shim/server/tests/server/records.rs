@@ -111,7 +111,8 @@ async fn a_container_without_its_sandbox_goes() {
 #[tokio::test]
 async fn state_of_a_later_release_is_left_alone() {
     let mut node = Node::start("later", &[]).await;
-    let config = sandbox_config(&node, "later", true);
+    node.network(false);
+    let config = sandbox_config(&node, "later", false);
     let pod = node.run_pod(&config).await.unwrap();
     let id = node.run_container(&pod, container_config("main", &["sleep", "1000"]), &config).await;
     let pid = node.pid_of(&id).await;
@@ -125,6 +126,7 @@ async fn state_of_a_later_release_is_left_alone() {
         images.join("images.json"),
         layer,
         images.join("rootfs").join(&id).join("rootfs.json"),
+        node.dir.join("cni").join(format!("{pod}:eth0.json")),
     ] {
         let text = fs::read_to_string(&file).unwrap();
         let later = text.replace("\"version\":1,", "\"version\":2,");
@@ -140,5 +142,6 @@ async fn state_of_a_later_release_is_left_alone() {
     node.restart(&[]).await;
     assert_eq!(node.pid_of(&id).await, pid);
     assert_eq!(shell(&node, &id, "echo runs").await, "runs");
+    assert_eq!(fs::read_to_string(node.dir.join("cni.log")).unwrap(), "ADD\n");
     node.purge_and_check();
 }
