@@ -1,6 +1,6 @@
 use super::*;
 use crate::desired::{Selection, desired};
-use crate::model::{Endpoint as Ep, Hints, Model, Port, Service, Slice, SlicePort};
+use crate::model::{Endpoint as Ep, Hint, Hints, Model, Port, Service, Slice, SlicePort};
 use orlop_ebpf_common::{SCOPE_EXTERNAL, TCP, UDP, addr_from};
 use orlop_ebpf_loader::maps::{FakeMaps, FaultyMaps};
 use proptest::prelude::*;
@@ -73,6 +73,10 @@ fn expected(m: &Model) -> HashMap<FrontendKey, (Vec<Endpoint>, u32, u32)> {
                 (set.maglev, frontend_flags::MAGLEV),
                 (true, frontend_flags::MEMBERS),
                 (f.ranged, frontend_flags::RANGES),
+                (
+                    f.ranged && d.node_admitted[usize::from(!is_v4(&f.key.addr))],
+                    frontend_flags::NODE_ADMITTED,
+                ),
             ];
             let flags = flags.iter().filter(|(on, _)| *on).map(|(_, f)| f).sum();
             out.insert(f.key, (to, flags, d.affinity_seconds));
@@ -192,16 +196,42 @@ fn a_restart_without_changes_writes_nothing() {
 #[derive(Clone, Debug)]
 enum Step {
     Service(u8, Option<(bool, bool, bool, bool)>),
-    Slice(u8, u8, Option<Vec<u8>>),
+    /// Endpoints by address, each with its condition and for whom it is.
+    Slice(u8, u8, Option<Vec<(u8, Condition, Hints)>>),
+    /// The node's addresses by which others know it.
+    NodeIps(Vec<u8>),
+    /// All of its addresses; node ports answer on some.
+    Locals(Vec<(u8, bool)>),
     Restart,
+}
+
+/// Ready, serving, terminating.
+type Condition = (bool, bool, bool);
+
+fn hints() -> impl Strategy<Value = Hints> {
+    let hint = || prop::sample::select(vec![Hint::None, Hint::Ours, Hint::Ours, Hint::Others]);
+    (hint(), hint()).prop_map(|(node, zone)| Hints { node, zone })
+}
+
+fn endpoint() -> impl Strategy<Value = (u8, Condition, Hints)> {
+    let condition = prop::sample::select(vec![
+        (true, true, false),
+        (true, true, false),
+        (false, true, true),
+        (false, false, true),
+    ]);
+    // Most Services have no hints at all.
+    (1..12u8, condition, prop_oneof![Just(Hints::default()), hints()])
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         4 => (1..6u8, prop::option::weighted(0.8, any::<(bool, bool, bool, bool)>()))
             .prop_map(|(n, s)| Step::Service(n, s)),
-        6 => (1..6u8, 0..2u8, prop::option::weighted(0.8, prop::collection::vec(1..12u8, 0..6)))
+        6 => (1..6u8, 0..2u8, prop::option::weighted(0.8, prop::collection::vec(endpoint(), 0..6)))
             .prop_map(|(n, i, s)| Step::Slice(n, i, s)),
+        1 => prop::collection::vec(1..6u8, 0..3).prop_map(Step::NodeIps),
+        1 => prop::collection::vec((1..6u8, any::<bool>()), 0..4).prop_map(Step::Locals),
         1 => Just(Step::Restart),
     ];
     prop::collection::vec(step, 1..40)
@@ -216,6 +246,7 @@ proptest! {
         let mut m = Model::default();
         let mut t = Tables::default();
         let fails = move |n: usize| faults.contains(&n);
+        let mut locals = HashMap::new();
         let mut maps = FaultyMaps { inner: FakeMaps::default(), fails, seen: 0 };
         for step in steps {
             match step {
@@ -238,7 +269,22 @@ proptest! {
                 }
                 Step::Slice(n, i, s) => {
                     let name = format!("n/s{n}");
-                    m.set_slice(&format!("{name}-{i}"), s.map(|b| slice(&name, &b)));
+                    let s = s.map(|all| {
+                        let mut s = slice(&name, &all.iter().map(|e| e.0).collect::<Vec<_>>());
+                        for (e, (_, condition, hints)) in s.endpoints.iter_mut().zip(all) {
+                            (e.ready, e.serving, e.terminating) = condition;
+                            e.hints = hints;
+                        }
+                        s
+                    });
+                    m.set_slice(&format!("{name}-{i}"), s);
+                }
+                Step::NodeIps(all) => m.set_node_ips(all.iter().map(|n| IpAddr::from([10, *n, 0, 1])).collect()),
+                Step::Locals(all) => {
+                    let at = |n| addr_from(IpAddr::from([10, n, 0, 1]));
+                    locals = all.into_iter().map(|(n, serves)| (at(n), u32::from(serves))).collect();
+                    // One that fails is done again with the next change.
+                    let _ = t.sync_locals(&mut maps, &locals);
                 }
                 Step::Restart => {
                     t = Tables::adopt(maps.dump().unwrap());
@@ -257,6 +303,8 @@ proptest! {
             resolve(&maps.inner.content);
         }
         while !sync_all(&mut t, &mut maps, &mut m) {}
+        while t.sync_locals(&mut maps, &locals).is_err() {}
+        prop_assert_eq!(&maps.inner.content.locals, &locals);
         prop_assert_eq!(resolve(&maps.inner.content), expected(&m));
         no_garbage(&maps.inner.content);
     }

@@ -7,12 +7,12 @@ use std::net::{IpAddr, UdpSocket};
 use orlop_ebpf_common::{FrontendKey, SlotKey, TCP, UDP, addr_to};
 use orlop_ebpf_loader::{Maps, RealMaps};
 use orlop_proxy::desired::{Selection, desired};
-use orlop_proxy::model::{Endpoint, Hints, Model, Port, Service, Slice, SlicePort};
+use orlop_proxy::model::{Endpoint, Hint, Hints, Model, Port, Service, Slice, SlicePort};
 
 use super::scale::Random;
 use super::*;
 
-const STEPS: usize = 60;
+const STEPS: usize = 80;
 const SERVICES: usize = 4;
 const SERVERS: usize = 4;
 /// Services that come and go in one burst, so that a kill meets a half-written one.
@@ -55,9 +55,17 @@ struct Truth {
     servers: Vec<SocketAddr>,
     services: [bool; SERVICES],
     affinity: [bool; SERVICES],
+    /// Internal traffic policy Local.
+    local: [bool; SERVICES],
     /// By service and server.
     states: [[State; SERVERS]; SERVICES],
+    /// The zone that each is meant for, if any.
+    hints: [[Option<usize>; SERVERS]; SERVICES],
+    /// The node's.
+    zone: usize,
 }
+
+const ZONES: [&str; 2] = ["za", "zb"];
 
 impl Truth {
     fn vip(i: usize) -> IpAddr {
@@ -67,7 +75,8 @@ impl Truth {
     fn put_service(&self, api: &FakeApi, i: usize) {
         let ports = json!([{"port": 80, "protocol": "TCP", "name": "t"}, {"port": 80, "protocol": "UDP", "name": "u"}]);
         let affinity = if self.affinity[i] { "ClientIP" } else { "None" };
-        let extra = json!({"ports": ports, "sessionAffinity": affinity});
+        let policy = if self.local[i] { "Local" } else { "Cluster" };
+        let extra = json!({"ports": ports, "sessionAffinity": affinity, "internalTrafficPolicy": policy});
         api.put("services", service(&format!("q{i}"), &Truth::vip(i).to_string(), extra));
     }
 
@@ -81,18 +90,37 @@ impl Truth {
         let listed = of_half.filter(|n| self.states[i][*n] != State::Gone);
         let endpoints = listed.map(|n| {
             let ready = self.states[i][n] == State::Ready;
-            json!({"addresses": [self.servers[n].ip().to_string()], "nodeName": "me",
-                "conditions": {"ready": ready, "serving": true, "terminating": !ready}})
+            let zones = self.hints[i][n].map(|z| json!([{"name": ZONES[z]}]));
+            json!({"addresses": [self.servers[n].ip().to_string()], "nodeName": if here(n) { "me" } else { "other" },
+                "conditions": {"ready": ready, "serving": true, "terminating": !ready}, "hints": {"forZones": zones}})
         });
         s["endpoints"] = json!(endpoints.collect::<Vec<_>>());
         api.put("endpointslices", s);
     }
 
-    /// Servers that new connections go to.
+    fn put_node(&self, api: &FakeApi) {
+        let labels = json!({"topology.kubernetes.io/zone": ZONES[self.zone]});
+        api.put("nodes", json!({"metadata": {"name": "me", "labels": labels}}));
+    }
+
+    /// Servers that new connections go to. Each is on this node or not, ready or draining, and meant for a zone or for all.
     fn usable(&self, i: usize) -> Vec<usize> {
-        let of = |state| (0..SERVERS).filter(|n| self.states[i][*n] == state).collect::<Vec<_>>();
-        let ready = of(State::Ready);
-        if ready.is_empty() { of(State::Draining) } else { ready }
+        let placed = |n: &usize| !self.local[i] || here(*n);
+        let of = |state| (0..SERVERS).filter(move |n| self.states[i][*n] == state);
+        let hinted = || of(State::Ready).all(|n| self.hints[i][n].is_some());
+        let ours = |n: &usize| self.hints[i][*n] == Some(self.zone);
+        // Policy Local goes before hints.
+        let by_zone = !self.local[i] && hinted() && of(State::Ready).any(|n| ours(&n));
+        let ready: Vec<_> = of(State::Ready).filter(placed).filter(|n| !by_zone || ours(n)).collect();
+        if ready.is_empty() { of(State::Draining).filter(placed).collect() } else { ready }
+    }
+
+    fn hint(&self, i: usize, n: usize) -> Hint {
+        match self.hints[i][n] {
+            None => Hint::None,
+            Some(z) if z == self.zone => Hint::Ours,
+            Some(_) => Hint::Others,
+        }
     }
 
     /// What the maps must hold, by the proxy's own rules.
@@ -108,6 +136,7 @@ impl Truth {
                 cluster_ips: vec![Truth::vip(i)],
                 ports: service_ports.collect(),
                 affinity_seconds: if self.affinity[i] { 10_800 } else { 0 },
+                internal_local: self.local[i],
                 ..Service::default()
             };
             model.set_service(&name, Some(service));
@@ -117,8 +146,8 @@ impl Truth {
                 ready: self.states[i][n] == State::Ready,
                 serving: true,
                 terminating: self.states[i][n] == State::Draining,
-                local: true,
-                hints: Hints::default(),
+                local: here(n),
+                hints: Hints { node: Hint::None, zone: self.hint(i, n) },
             });
             let slice_ports = ports(self.servers[0].port()).map(|(n, proto, port)| SlicePort {
                 name: n.into(),
@@ -143,6 +172,11 @@ impl Truth {
         })
         .collect()
     }
+}
+
+/// Which servers are on this node.
+fn here(server: usize) -> bool {
+    server.is_multiple_of(2)
 }
 
 fn show(k: &FrontendKey) -> String {
@@ -234,7 +268,7 @@ struct Sequence {
 impl Sequence {
     fn step(&mut self, random: &mut Random) {
         let i = random.below(SERVICES);
-        match random.below(10) {
+        match random.below(14) {
             0..5 => {
                 let n = random.below(SERVERS);
                 let state = [State::Ready, State::Ready, State::Draining, State::Gone][random.below(4)];
@@ -252,6 +286,26 @@ impl Sequence {
                 self.truth.affinity[i] = random.below(2) == 0;
                 self.truth.put_service(&self.api, i);
                 self.said.push(format!("q{i} put"));
+            }
+            7 | 8 => {
+                self.truth.local[i] = !self.truth.local[i];
+                // Of a Service that is not there it counts when that comes.
+                if self.truth.services[i] {
+                    self.truth.put_service(&self.api, i);
+                }
+                self.said.push(format!("q{i} local: {}", self.truth.local[i]));
+            }
+            9 => {
+                self.truth.hints[i] =
+                    std::array::from_fn(|_| [None, Some(0), Some(1), Some(1)][random.below(4)]);
+                self.truth.put_slice(&self.api, i, 0);
+                self.truth.put_slice(&self.api, i, 1);
+                self.said.push(format!("q{i} hints {:?}", self.truth.hints[i]));
+            }
+            10 => {
+                self.truth.zone = 1 - self.truth.zone;
+                self.truth.put_node(&self.api);
+                self.said.push(format!("node in {}", ZONES[self.truth.zone]));
             }
             _ => {
                 for b in 0..BURST {
@@ -334,8 +388,12 @@ async fn maps_and_connections_survive_any_changes_and_kills() {
         servers,
         services: [true; SERVICES],
         affinity: [false; SERVICES],
+        local: [false; SERVICES],
         states: [[State::Ready; SERVERS]; SERVICES],
+        hints: [[None; SERVERS]; SERVICES],
+        zone: 0,
     };
+    truth.put_node(&api);
     for i in 0..SERVICES {
         truth.put_service(&api, i);
         truth.put_slice(&api, i, 0);
