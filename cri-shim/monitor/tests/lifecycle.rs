@@ -100,6 +100,12 @@ fn failures_leave_nothing() {
     let r = pod.bundle("mount", &["true"], json!({"mounts": [{"destination": "/x", "type": "bind", "source": "/nonexistent/y", "options": ["bind"]}]}));
     let f = c.failure(Ask::CreateContainer(r));
     assert_eq!((f.kind, f.errno), (FailureKind::Runtime as i32, 2), "{f:?}");
+    for at in ["createRuntime", "createContainer"] {
+        let mut hooks = with_hooks();
+        hooks["hooks"][at] = json!([{"path": "/bin/busybox", "args": ["false"]}]);
+        let f = c.failure(Ask::CreateContainer(pod.bundle(at, &["true"], hooks)));
+        assert_eq!((f.kind, f.stage.as_str()), (FailureKind::Runtime as i32, "hook"), "{f:?}");
+    }
     let mut r = pod.bundle("json", &["true"], json!({}));
     std::fs::write(format!("{}/config.json", r.bundle), "{").unwrap();
     assert_eq!(c.failure(Ask::CreateContainer(r.clone())).kind, FailureKind::Invalid as i32);

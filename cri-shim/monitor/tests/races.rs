@@ -364,6 +364,26 @@ fn cve_2026_41579_an_images_dev_leads_nowhere_else() {
     });
 }
 
+/// CVE-2016-9962, CVE-2019-5736: what becomes an exec is in the container's PID namespace while it still is the monitor's program.
+/// Somebody who looks at every new process all the time can neither see nor write that program, nor its descriptors.
+#[test]
+fn cve_2019_5736_an_exec_is_watched_from_its_fork_on() {
+    let pod = Pod::new("raceexe");
+    let mut c = pod.client();
+    let script = "echo ready; while :; do for p in /proc/[0-9]*; do \
+        e=$(readlink $p/exe) || continue; [ $e = /bin/busybox ] && continue; echo exe $e; \
+        echo x 2>/dev/null >>$p/exe && echo written; ls $p/fd; done; done 2>/dev/null";
+    pod.create_started(&mut c, "a", &["sh", "-c", script]);
+    wait_until(|| !pod.log("a").is_empty());
+    for _ in 0..100 {
+        assert_eq!(c.exec_sync("a", &["true"]).exit_code, 0);
+    }
+    let said: Vec<String> = pod.log("a").into_iter().map(|l| l.2).collect();
+    assert_eq!(said, ["ready"]);
+    assert!(c.container("a").phase == ContainerPhase::Running as i32);
+    pod.finish();
+}
+
 /// What an image has in the place of its users' list holds no start up, nor an exec.
 #[test]
 fn a_list_of_users_that_never_ends_is_not_waited_for() {

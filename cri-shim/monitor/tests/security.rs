@@ -285,6 +285,11 @@ fn user_namespaces_hold_containers() {
             {"type": "ipc", "path": ns("ipc")}, {"type": "uts", "path": ns("uts")}, {"type": "network", "path": ns("net")}],
         "uidMappings": ids, "gidMappings": ids, "seccomp": no_folders(),
     }});
+    // The host's device of that name is shown, which must be the one that is meant.
+    let mut other = extra.clone();
+    other["linux"]["devices"] = json!([{"path": "/dev/zero", "type": "c", "major": 1, "minor": 3}]);
+    let f = c.failure(Ask::CreateContainer(pod.bundle("d", &["true"], other)));
+    assert_eq!(f.errno, libc::ENODEV, "{f:?}");
     let init = pod.create(&mut c, "a", &["sh", "-c", "id -u; exec sleep 100"], extra);
     c.start("a");
     wait_until(|| !pod.log("a").is_empty());

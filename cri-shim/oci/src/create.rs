@@ -121,6 +121,9 @@ fn in_helper(c: &CreateSpec<'_>) -> Result<(Created, Option<OwnedFd>), Error> {
     let mut made = Made::default();
     match make(c, spec, taken, filter, &mut made) {
         Ok(console) => {
+            if let Some(keeper) = made.keeper.take() {
+                keeper.end(Keeper::LEAVE);
+            }
             adapted.extend(made.clamped.into_iter().map(Adaptation::RlimitClamped));
             let adapted = adapted.iter().map(|a| format!("{a:?}")).collect();
             Ok((
@@ -129,7 +132,7 @@ fn in_helper(c: &CreateSpec<'_>) -> Result<(Created, Option<OwnedFd>), Error> {
             ))
         }
         Err(e) => {
-            take_back(c, &made);
+            take_back(c, &mut made);
             Err(e)
         }
     }
@@ -143,12 +146,51 @@ struct Made {
     by_systemd: bool,
     pid: i32,
     clamped: Vec<String>,
+    keeper: Option<Keeper>,
 }
 
-fn take_back(c: &CreateSpec<'_>, made: &Made) {
+/// A fork that keeps the host's rights, which the helper gives up when it joins a user namespace: without them it could not take
+/// back what it has made.
+struct Keeper {
+    pid: Pid,
+    order: OwnedFd,
+}
+
+impl Keeper {
+    const TAKE_BACK: &[u8] = b"-";
+    const LEAVE: &[u8] = b"+";
+
+    fn new(c: &CreateSpec<'_>, made: &Made) -> std::io::Result<Keeper> {
+        let (orders, order) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+        if let Some(pid) = sys::fork_child(None)? {
+            return Ok(Keeper { pid, order });
+        }
+        drop(order);
+        let mut order = [0u8; 1];
+        if nix::unistd::read(&orders, &mut order) == Ok(1) && order == Self::TAKE_BACK {
+            remove_made(c, made);
+        }
+        helper::leave(0)
+    }
+
+    /// Its end is waited for. The order is a word, not the pipe's end, because the container's process has a copy of that.
+    fn end(self, order: &[u8]) {
+        let _ = nix::unistd::write(&self.order, order);
+        let _ = nix::sys::wait::waitpid(self.pid, None);
+    }
+}
+
+fn take_back(c: &CreateSpec<'_>, made: &mut Made) {
     if made.pid > 1 {
         let _ = cgroup::signal_pid(Pid::from_raw(made.pid), libc::SIGKILL);
     }
+    match made.keeper.take() {
+        Some(keeper) => keeper.end(Keeper::TAKE_BACK),
+        None => remove_made(c, made),
+    }
+}
+
+fn remove_made(c: &CreateSpec<'_>, made: &Made) {
     let _ = fs::remove_file(filter_path(c.root, c.id));
     if made.by_systemd {
         return;
@@ -214,6 +256,8 @@ impl Parts<'_> {
         if let Some(users) = &self.users {
             // Raising limits needs the host's rights.
             self.limits.set()?;
+            let keeper = Keeper::new(self.c, made).map_err(|e| Error::io("helper", "cannot fork", &e))?;
+            made.keeper = Some(keeper);
             enter(users, CloneFlags::CLONE_NEWUSER)?;
             become_root().map_err(|e| Error::new(Kind::Runtime, "namespace", e.to_string(), e.errno))?;
         }
