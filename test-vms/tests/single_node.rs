@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use orlop_test_vms::footprint::Footprint;
-use orlop_test_vms::{Cluster, http_get, root, wait_for};
+use orlop_test_vms::{Cluster, http_get, program, root, wait_for};
 use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(60);
@@ -63,12 +63,14 @@ fn a_cluster_on_one_machine() {
     let before = Footprint::take();
     let mut c = Cluster::prepare(1);
     c.import(&c.busybox("orlop.local/busybox:1", &["sh"]));
+    c.add_args(&["--proxy-nodeport-address", "127.0.0.0/8"]);
     c.up();
     c.wait_ready();
     let node_port = 30181;
     let (service, port) = (format!("{}:80", c.service_ip(80)), format!("127.0.0.1:{node_port}"));
 
     the_demo_answers(&c, node_port, &service, &port);
+    the_proxy_has_its_flags(&c);
     kubectl_shows_and_changes(&c);
     commands_and_streams(&c);
     names_resolve(&c);
@@ -95,6 +97,14 @@ fn the_demo_answers(c: &Cluster, node_port: u16, service: &str, port: &str) {
         body.contains("hello from the orlop") && body.contains("node1"),
         "ConfigMap and downward API: {body}"
     );
+}
+
+fn the_proxy_has_its_flags(c: &Cluster) {
+    let dir = format!("/sys/fs/bpf{}", c.cgroup());
+    let out = Command::new(program("orlop")).args(["proxy", "status", "--bpf-dir", &dir]).output();
+    let status = String::from_utf8(out.unwrap().stdout).unwrap();
+    let addresses = status.lines().find_map(|l| l.strip_prefix("node ports answer on"));
+    assert_eq!(addresses.map(str::trim), Some("127.0.0.1"), "{status}");
 }
 
 fn kubectl_shows_and_changes(c: &Cluster) {
