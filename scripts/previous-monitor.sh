@@ -18,8 +18,12 @@ here || {
 rm -rf $place
 mkdir -p $place/source
 git archive $commit | tar -x -C $place/source
-# With this tree's compiled dependencies, as far as they are the same; the program is taken out at once, since today's has the same name.
+# With this tree's compiled dependencies, as far as they are the same, so with its profile; the program is taken out at once, since today's
+# has the same name.
 target=$PWD/target
+profile=$(sed -n '/^\[profile\.dev\]/,/^\[profile\.release\]/{/^\[profile\.release\]/!p}' Cargo.toml)
+sed -i '/^\[profile\.dev\]/,/^\[profile\.release\]/{/^\[profile\.release\]/!d}' $place/source/Cargo.toml
+echo "$profile" >>$place/source/Cargo.toml
 (cd $place/source && CARGO_TARGET_DIR=$target cargo build --quiet --locked --workspace --bin orlop-monitor)
 mv -f target/debug/orlop-monitor $place/orlop-monitor
 echo $commit >$place/commit
