@@ -72,7 +72,7 @@ echo "level=$(of_process "$d")"
 p=$(started "$third" third p "$level \"privileged\": true," false) || failed "$p"
 echo "privileged=$(of_process "$p")"
 
-# One that libcontainer makes, which no longer has the label for all mounts.
+# One with a mount that a CDI file asks for.
 mkdir -p /etc/cdi
 cat >/etc/cdi/vm.json <<'JSON'
 {"cdiVersion": "0.6.0", "kind": "vm.test/mount", "devices": [{"name": "odd", "containerEdits": {"mounts":

@@ -208,6 +208,7 @@ fn word(option: &str) -> Option<Word> {
         "noexec" => Word::Set(A::MOUNT_ATTR_NOEXEC),
         "exec" => Word::Clear(A::MOUNT_ATTR_NOEXEC),
         "noatime" => Word::Set(A::MOUNT_ATTR_NOATIME),
+        "atime" => Word::Clear(A::MOUNT_ATTR_NOATIME),
         "strictatime" => Word::Set(A::MOUNT_ATTR_STRICTATIME),
         "nodiratime" => Word::Set(A::MOUNT_ATTR_NODIRATIME),
         "relatime" => Word::Nothing,
@@ -231,9 +232,9 @@ fn word(option: &str) -> Option<Word> {
         "symfollow" | "async" | "nomand" | "loud" | "silent" | "rrelatime" | "norelatime"
         | "nostrictatime" | "diratime" | "nolazytime" | "noiversion" => Word::Nothing,
         // Flags of the file system rather than of the mount, and what is done in no other way than by path.
-        "idmap" | "ridmap" | "sync" | "dirsync" | "remount" | "mand" | "atime" | "tmpcopyup" | "rrw"
-        | "rsuid" | "rdev" | "rexec" | "ratime" | "rnorelatime" | "rnostrictatime" | "rdiratime"
-        | "rsymfollow" | "lazytime" | "iversion" => {
+        "idmap" | "ridmap" | "sync" | "dirsync" | "remount" | "mand" | "tmpcopyup" | "rrw" | "rsuid"
+        | "rdev" | "rexec" | "ratime" | "rnorelatime" | "rnostrictatime" | "rdiratime" | "rsymfollow"
+        | "lazytime" | "iversion" => {
             return None;
         }
         _ => Word::Option,
