@@ -35,7 +35,8 @@ go_build() { # folder, module, version, what go is to do
 version=k8s.io/component-base/version
 [ -x "$dir/e2e.test" ] || go_build "$dir/go-e2e" k8s.io/kubernetes "$kubernetes" k8s.io/kubernetes/test/e2e \
     test -c -vet=off -o "$dir/e2e.test" -ldflags "-s -w -X $version.gitVersion=$kubernetes -X $version.gitMajor=1 -X $version.gitMinor=36"
-[ -e "$dir/images/agnhost-2.63.0.tar" ] || test-vms/images/build.sh "$dir/images" "$programs/orlop"
+# Anew when it makes more than it did.
+[ "$dir/images/agnhost-2.63.0.tar" -nt test-vms/images/build.sh ] || test-vms/images/build.sh "$dir/images" "$programs/orlop"
 
 run=$dir/run
 export KUBECONFIG=$run/admin.kubeconfig
