@@ -8,6 +8,7 @@ use futures::StreamExt;
 use kube::Api;
 use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt, watcher as watch};
+use nix::net::if_::if_nametoindex;
 use orlop_base::supervise::{Ready, TaskGroup};
 use orlop_base::telemetry::{Metrics, chain};
 use orlop_client::{Refusal, refusal};
@@ -489,7 +490,10 @@ impl Proxy {
                     tracing::debug!(interface = %name, "serving");
                     self.uplinks.insert(index, uplink);
                 }
-                // An interface may go while we look at it; the event of its going comes next.
+                // It may go while we look at it, as pods' do; the event of its going comes next.
+                Err(_) if if_nametoindex(name.as_str()) != Ok(index) => {
+                    tracing::debug!(interface = %name, "gone before it was served");
+                }
                 Err(e) => {
                     tracing::warn!(interface = %name, error = %chain(&e), "Services do not answer there")
                 }
