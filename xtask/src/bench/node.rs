@@ -236,8 +236,8 @@ config_path = {:?}
 
 impl Drop for Node {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        // Asked to end, it unmounts its run folder, which nobody could delete otherwise.
+        process::end(&mut self.child);
         if let Some(bridge) = &self.bridge {
             // Not there when no pod had a network.
             let _ = Command::new("ip").args(["link", "del", bridge]).output();

@@ -1,7 +1,22 @@
 //! What the kernel says about processes.
 
 use std::path::Path;
-use std::time::Duration;
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Asks a process to end, and kills it when it does not within ten seconds.
+pub fn end(child: &mut Child) {
+    let _ = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM);
+    let asked = Instant::now();
+    while matches!(child.try_wait(), Ok(None)) && asked.elapsed() < Duration::from_secs(10) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+}
 
 /// Proportional set size in MiB; 0 of a process that is gone.
 pub fn pss(pid: u32) -> f64 {
