@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use orlop_base::testkit::elf_program;
 use orlop_test_vms::vm::{Guest, Outcome, busybox_image, on_path};
 use orlop_test_vms::{program, root};
 
@@ -25,17 +26,7 @@ fn maps_huge_pages() -> Vec<u8> {
         0xf7, 0xd8, 0x89, 0xc7, // failed: edi = -eax
         0xb8, 60, 0, 0, 0, 0x0f, 0x05, // exit(edi)
     ];
-    let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-    elf.extend([2u16, 62].iter().flat_map(|v| v.to_le_bytes()));
-    elf.extend(1u32.to_le_bytes());
-    elf.extend([0x40_0078u64, 64, 0].iter().flat_map(|v| v.to_le_bytes()));
-    elf.extend(0u32.to_le_bytes());
-    elf.extend([64u16, 56, 1, 0, 0, 0].iter().flat_map(|v| v.to_le_bytes()));
-    elf.extend([1u32, 5].iter().flat_map(|v| v.to_le_bytes()));
-    let len = 0x78 + code.len() as u64;
-    elf.extend([0u64, 0x40_0000, 0x40_0000, len, len, 0x1000].iter().flat_map(|v| v.to_le_bytes()));
-    elf.extend(code);
-    elf
+    elf_program(code)
 }
 
 fn guest() -> Result<Outcome, String> {

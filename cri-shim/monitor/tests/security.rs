@@ -68,17 +68,7 @@ fn unknown_call() -> Vec<u8> {
         0xf7, 0xd8, 0x89, 0xc7, // edi = -eax
         0xb8, 0x3c, 0, 0, 0, 0x0f, 0x05, // eax = exit; syscall
     ];
-    let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-    elf.extend([2u16, 62].iter().flat_map(|v| v.to_le_bytes()));
-    elf.extend(1u32.to_le_bytes());
-    elf.extend([0x40_0078u64, 64, 0].iter().flat_map(|v| v.to_le_bytes()));
-    elf.extend(0u32.to_le_bytes());
-    elf.extend([64u16, 56, 1, 0, 0, 0].iter().flat_map(|v| v.to_le_bytes()));
-    elf.extend([1u32, 5].iter().flat_map(|v| v.to_le_bytes()));
-    let len = 0x78 + code.len() as u64;
-    elf.extend([0u64, 0x40_0000, 0x40_0000, len, len, 0x1000].iter().flat_map(|v| v.to_le_bytes()));
-    elf.extend(code);
-    elf
+    orlop_base::testkit::elf_program(&code)
 }
 
 /// Programs take ENOSYS as "not there" and use something older; EPERM would end them.

@@ -7,16 +7,16 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
 use crate::node::{Node, container_config, sandbox_config, wait_for};
+use orlop_base::testkit::{ELF_CODE, elf_program};
 use orlop_proto::cri;
 
 const MASKED: [&str; 2] = ["/proc/kcore", "/proc/keys"];
 
 /// A program that exchanges the two names of each pair for ever, by renameat2(2), without a C library.
 fn racer(pairs: &[(&str, &str)]) -> Vec<u8> {
-    const BASE: u32 = 0x40_0078;
     const EACH: usize = 34;
     let mut names = Vec::new();
-    let first = BASE + (pairs.len() * EACH + 5) as u32;
+    let first = ELF_CODE + (pairs.len() * EACH + 5) as u32;
     let mut at = |name: &str| {
         let at = first + names.len() as u32;
         names.extend(name.bytes().chain([0]));
@@ -35,17 +35,7 @@ fn racer(pairs: &[(&str, &str)]) -> Vec<u8> {
     code.push(0xe9); // again
     code.extend((-(code.len() as i32 + 4)).to_le_bytes());
     code.extend(names);
-    let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-    elf.extend([2u16, 62].iter().flat_map(|v| v.to_le_bytes()));
-    elf.extend(1u32.to_le_bytes());
-    elf.extend([u64::from(BASE), 64, 0].iter().flat_map(|v| v.to_le_bytes()));
-    elf.extend(0u32.to_le_bytes());
-    elf.extend([64u16, 56, 1, 0, 0, 0].iter().flat_map(|v| v.to_le_bytes()));
-    elf.extend([1u32, 5].iter().flat_map(|v| v.to_le_bytes()));
-    let len = 0x78 + code.len() as u64;
-    elf.extend([0u64, 0x40_0000, 0x40_0000, len, len, 0x1000].iter().flat_map(|v| v.to_le_bytes()));
-    elf.extend(code);
-    elf
+    elf_program(&code)
 }
 
 /// Its /proc is the kernel's and closed, and nothing of the host but its volumes is mounted.
