@@ -39,6 +39,8 @@ pub enum Error {
     WrongType { path: String, wanted: &'static str },
     #[error("the path {0:?} leaves the volume")]
     Escapes(String),
+    #[error("an emptyDir's medium {medium} {why}")]
+    Medium { medium: String, why: String },
     #[error("volumes of this kind are not supported by this node: {0}")]
     Unsupported(String),
     #[error(transparent)]
@@ -200,8 +202,12 @@ async fn set_up_one(job: &Job<'_>, v: &Volume) -> Result<(Mounted, Option<Timest
     let host = |path: PathBuf, own: bool| Mounted::Host { path, read_only: false, own };
     if let Some(e) = &v.empty_dir {
         let path = job.path("empty-dir", &v.name);
-        let (e, group, made) = (e.clone(), job.fs_group(), path.clone());
-        blocking(move || emptydir::set_up(&made, &e, group)).await?;
+        let medium = match &job.pod.spec {
+            Some(spec) => emptydir::Medium::of(e, spec)?,
+            None => emptydir::Medium::Disk,
+        };
+        let (group, made) = (job.fs_group(), path.clone());
+        blocking(move || emptydir::set_up(&made, medium, group)).await?;
         return Ok((host(path, true), None));
     }
     if let Some(h) = &v.host_path {
