@@ -5,10 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
-    socketpair,
-};
+use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
 use rustix::pty::OpenptFlags;
 
 use crate::{Error, Kind, helper};
@@ -50,21 +47,9 @@ impl Console {
     /// The master. Ends with an error when the process in the container has gone.
     pub(crate) fn receive(self) -> Result<OwnedFd, Error> {
         drop(self.theirs);
-        let mut byte = [0u8; 64];
-        let mut iov = [io::IoSliceMut::new(&mut byte)];
-        let mut cmsg = nix::cmsg_space!([RawFd; 1]);
-        let m = recvmsg::<()>(self.ours.as_raw_fd(), &mut iov, Some(&mut cmsg), MsgFlags::MSG_CMSG_CLOEXEC)
-            .map_err(|e| failed("no console was sent", &e.into()))?;
-        for c in m.cmsgs().into_iter().flatten() {
-            if let ControlMessageOwned::ScmRights(fds) = c
-                && let Some(fd) = fds.first()
-            {
-                return helper::borrow(*fd)
-                    .try_clone_to_owned()
-                    .map_err(|e| failed("cannot keep the console", &e));
-            }
-        }
-        Err(Error::new(Kind::Runtime, "tty", "no console was sent", 0))
+        helper::receive_descriptor(&self.ours)
+            .map_err(|e| failed("no console was sent", &e.into()))?
+            .ok_or_else(|| Error::new(Kind::Runtime, "tty", "no console was sent", 0))
     }
 }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use libcontainer::container::{Container, ContainerStatus};
+use libcontainer::container::State;
 use libcontainer::hooks::run_hooks;
 use libcontainer::validator::Validator;
 use nix::sched::{CloneFlags, setns, unshare};
@@ -21,9 +21,11 @@ use crate::adapt::{self, Adaptation, Taken};
 use crate::console::{self, Console};
 use crate::executor::{Init, Program};
 use crate::identity::{Identity, become_root};
-use crate::init::{First, Heard, Hooking, Opened, Plan, hear};
+use crate::init::{First, HOOKS, Hooking, Opened, Plan, READY, hear};
+use crate::kept::{self, Kept, Listener};
 use crate::lsm::{self, Confinement};
-use crate::ops::{Outcome, Stdio, check_id, filter_path, set_oom_score_adj};
+use crate::notify::Notify;
+use crate::ops::{Outcome, Stdio, check_id, filter_path, forget, set_oom_score_adj};
 use crate::rlimits::Rlimits;
 use crate::seccomp::{self, Filter};
 use crate::{Error, Helper, Kind, cgroup, convert, devices, helper, limits, sys};
@@ -63,6 +65,8 @@ pub struct Context {
     pub uid_map: Vec<(u32, u32, u32)>,
     /// It has a seccomp filter, which lies beside the state.
     pub filtered: bool,
+    /// More of it lies there, for later.
+    pub kept: bool,
     /// As in the spec.
     pub cgroup_path: PathBuf,
 }
@@ -99,9 +103,18 @@ fn in_helper(c: &CreateSpec<'_>) -> Result<(Created, Option<OwnedFd>), Error> {
     adapt::label_mounts(&mut spec, lsm::selinux_is_on());
     Validator::validate_spec(&spec).map_err(|e| convert::libcontainer(&e.into()))?;
     let filter = taken.seccomp.as_ref().map(seccomp::compile).transpose()?.flatten();
+    let listener = taken.seccomp.as_ref().filter(|_| filter.as_ref().is_some_and(Filter::notifies));
+    let listener = listener.and_then(|s| {
+        let metadata = s.listener_metadata().clone();
+        Some(Listener { path: s.listener_path().clone()?, metadata })
+    });
+    let state = kept::state(c.id, c.bundle, &spec);
+    let notify = listener.clone().map(Notify::connect).transpose()?;
+    let kept = Kept::new(state.clone(), listener);
     let context = Context {
         uid_map: taken.uid_map.clone(),
         filtered: filter.is_some(),
+        kept: kept.is_some(),
         cgroup_path: taken.cgroup_path.clone(),
     };
     c.stdio.give_to(context.host_uid(taken.process.user().uid()));
@@ -117,9 +130,12 @@ fn in_helper(c: &CreateSpec<'_>) -> Result<(Created, Option<OwnedFd>), Error> {
         fs::write(&at, f.to_bytes())
             .map_err(|e| Error::io("state", &format!("cannot write {}", at.display()), &e))?;
     }
+    if let Some(k) = &kept {
+        k.save(c.root).inspect_err(|_| drop(forget(c.root, c.id)))?;
+    }
     let own_pid_namespace = adapt::has_own_pid_namespace(&spec);
     let mut made = Made::default();
-    match make(c, spec, taken, filter, &mut made) {
+    match make(c, Asked { spec, taken, filter, state, notify }, &mut made) {
         Ok(console) => {
             if let Some(keeper) = made.keeper.take() {
                 keeper.end(Keeper::LEAVE);
@@ -165,7 +181,9 @@ impl Keeper {
         if let Some(pid) = sys::fork_child(None)? {
             return Ok(Keeper { pid, order });
         }
-        drop(order);
+        std::mem::forget(order);
+        // Others wait for the end of what is open here.
+        helper::close_all_but(&[orders.as_raw_fd()]);
         let mut order = [0u8; 1];
         if nix::unistd::read(&orders, &mut order) == Ok(1) && order == Self::TAKE_BACK {
             remove_made(c, made);
@@ -191,7 +209,7 @@ fn take_back(c: &CreateSpec<'_>, made: &mut Made) {
 }
 
 fn remove_made(c: &CreateSpec<'_>, made: &Made) {
-    let _ = fs::remove_file(filter_path(c.root, c.id));
+    let _ = forget(c.root, c.id);
     if made.by_systemd {
         return;
     }
@@ -210,37 +228,39 @@ struct Parts<'a> {
     limits: Rlimits,
     /// The user namespace to join.
     users: Option<LinuxNamespace>,
+    state: State,
+    notify: Option<Notify>,
 }
 
-fn make(
-    c: &CreateSpec<'_>,
+/// What the spec says, taken apart.
+struct Asked {
     spec: Spec,
     taken: Taken,
     filter: Option<Filter>,
-    made: &mut Made,
-) -> Result<Option<OwnedFd>, Error> {
+    state: State,
+    notify: Option<Notify>,
+}
+
+fn make(c: &CreateSpec<'_>, asked: Asked, made: &mut Made) -> Result<Option<OwnedFd>, Error> {
+    let Asked { spec, taken, filter, state, notify } = asked;
     let plan = Plan::of(&spec)?;
     let rootfs = spec.root().as_ref().map(|r| r.path().clone()).unwrap_or_default();
     let rootfs = fs::canonicalize(c.bundle.join(&rootfs))
         .map_err(|e| Error::io("rootfs", &format!("cannot use {}", rootfs.display()), &e))?;
     let entry = place(c, &spec, &taken, made)?;
-    let state = match spec.hooks().is_some() || !taken.start_hooks.is_empty() {
-        true => Some(container(c)?),
-        false => None,
-    };
     let init = Init {
         program: Program::new(&taken.process),
-        identity: Identity::new(&taken.process, filter),
+        identity: Identity::new(&taken.process, filter, notify.as_ref().map(Notify::courier)),
         confinement: Confinement::of(&taken.process)?.map(Rc::new),
         channel: c.channel.as_raw_fd(),
-        hooks: state.as_ref().map(|s| (taken.start_hooks.clone(), s.state.clone())),
+        hooks: (!taken.start_hooks.is_empty()).then(|| (taken.start_hooks.clone(), state.clone())),
     };
     let limits = Rlimits::new(&taken.process);
     made.clamped = limits.clamped().to_vec();
     let users = namespace(&spec, LinuxNamespaceType::User);
     let tty = Console::new(c.tty)?;
-    let parts = Parts { c, spec, rootfs, entry, tty, init, limits, users };
-    let tty = parts.by_plan(&plan, state.as_ref(), made)?;
+    let parts = Parts { c, spec, rootfs, entry, tty, init, limits, users, state, notify };
+    let tty = parts.by_plan(&plan, made)?;
     let uid = taken.process.user().uid();
     tty.map(Console::receive).transpose().inspect(|master| {
         if let Some(m) = master {
@@ -277,18 +297,13 @@ impl Parts<'_> {
         Ok(pid)
     }
 
-    fn by_plan(
-        mut self,
-        plan: &Plan,
-        state: Option<&Container>,
-        made: &mut Made,
-    ) -> Result<Option<Console>, Error> {
+    fn by_plan(mut self, plan: &Plan, made: &mut Made) -> Result<Option<Console>, Error> {
         let failed = |e: nix::Error| Error::io("helper", "cannot make a pipe", &e.into());
         let opened = Opened::new(plan, self.users.is_some())?;
         let (ready, report) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(failed)?;
         let (resumed, resume) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(failed)?;
-        let at_creation = self.spec.hooks().as_ref().zip(state);
-        if at_creation.is_some() && self.users.is_some() {
+        let hooks = self.spec.hooks().clone();
+        if hooks.is_some() && self.users.is_some() {
             let text = "hooks cannot run for a container with a user namespace";
             return Err(Error::new(Kind::Invalid, "hook", text, 0));
         }
@@ -297,10 +312,13 @@ impl Parts<'_> {
         let Some(pid) = self.fork(made)? else {
             // So that the helper's end is an end of file here.
             drop(resume);
-            let hooks = at_creation.map(|(hooks, state)| Hooking {
+            if let Some(notify) = self.notify.take() {
+                notify.in_process();
+            }
+            let hooks = hooks.as_ref().map(|hooks| Hooking {
                 resumed: resumed.as_raw_fd(),
                 hooks: hooks.create_container(),
-                state: &state.state,
+                state: &self.state,
             });
             let limits = self.users.is_none().then_some(self.limits);
             let first = First {
@@ -319,40 +337,32 @@ impl Parts<'_> {
         };
         // So that the end of the first process is an end of file here.
         drop((report, resumed));
-        if let Heard::Hooks = hear(ready.as_fd())? {
-            if let Some((hooks, state)) = at_creation {
-                run_creation_hooks(hooks, state, pid, &here)?;
-            }
+        if let Some(hooks) = hooks {
+            hear(ready.as_fd(), HOOKS)?;
+            run_creation_hooks(&hooks, &self.state, pid, &here)?;
             nix::unistd::write(&resume, b"+")
                 .map_err(|e| Error::io("hook", "the first process is gone", &e.into()))?;
-            hear(ready.as_fd())?;
         }
+        if let Some(notify) = self.notify.take() {
+            self.state.pid = Some(pid.as_raw());
+            notify.deliver(pid.as_raw(), &self.state)?;
+        }
+        hear(ready.as_fd(), READY)?;
         Ok(self.tty.take())
     }
 }
 
 /// Those that run in the runtime's namespaces, once the container's mounts are made.
-fn run_creation_hooks(hooks: &Hooks, state: &Container, pid: Pid, here: &fs::File) -> Result<(), Error> {
+fn run_creation_hooks(hooks: &Hooks, state: &State, pid: Pid, here: &fs::File) -> Result<(), Error> {
     setns(here, CloneFlags::CLONE_NEWPID)
         .map_err(|e| Error::io("hook", "cannot leave the container's PID namespace", &e.into()))?;
     let run = |h: &Option<Vec<Hook>>| {
-        run_hooks(
-            h.as_ref(),
-            Some(&state.state),
-            None,
-            Some(nix29::unistd::Pid::from_raw(pid.as_raw())),
-            None,
-        )
-        .map_err(|e| Error::new(Kind::Runtime, "hook", convert::chain(&e), 0))
+        run_hooks(h.as_ref(), Some(state), None, Some(nix29::unistd::Pid::from_raw(pid.as_raw())), None)
+            .map_err(|e| Error::new(Kind::Runtime, "hook", convert::chain(&e), 0))
     };
     #[allow(deprecated)]
     run(hooks.prestart())?;
     run(hooks.create_runtime())
-}
-
-fn container(c: &CreateSpec<'_>) -> Result<Container, Error> {
-    Container::new(c.id, ContainerStatus::Creating, None, c.bundle, c.root)
-        .map_err(|e| convert::libcontainer(&e))
 }
 
 fn group<'a>(c: &CreateSpec<'a>, path: &'a Path, folders: &'a [PathBuf]) -> limits::Group<'a> {

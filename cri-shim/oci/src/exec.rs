@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use libcontainer::container::ContainerStatus;
 use nix::sched::{CloneFlags, setns};
 use oci_spec::runtime::Process;
 use rustix::process::PidfdFlags;
@@ -15,7 +16,9 @@ use crate::console::{self, Console};
 use crate::create::Context;
 use crate::executor::{Program, Report, send_report};
 use crate::identity::{Identity, become_root};
+use crate::kept::Kept;
 use crate::lsm::Confinement;
+use crate::notify::Notify;
 use crate::ops::{Outcome, Stdio, check_id, filter_path, set_oom_score_adj};
 use crate::rlimits::Rlimits;
 use crate::seccomp::Filter;
@@ -76,6 +79,11 @@ fn in_helper(e: &ExecSpec<'_>, init: BorrowedFd<'_>) -> Result<(i32, Option<Owne
     let beside_init = cgroup::Entry::open(&cgroup::of_process(e.init, std::process::id() as i32), false).ok();
     let confinement = Confinement::of(&process)?;
     let tty = Console::new(e.tty)?;
+    let kept = e.context.kept.then(|| Kept::load(e.root, e.id)).transpose()?;
+    let notify = match kept.as_ref().and_then(|k| k.listener.clone()) {
+        Some(listener) => Some(Notify::connect(listener)?),
+        None => None,
+    };
     let limits = Rlimits::new(&process);
     let mut flags = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWPID
@@ -106,15 +114,33 @@ fn in_helper(e: &ExecSpec<'_>, init: BorrowedFd<'_>) -> Result<(i32, Option<Owne
         confinement,
         cwd: process.cwd(),
         program: Program::new(&process),
-        identity: Identity::new(&process, filter),
+        identity: Identity::new(&process, filter, notify.as_ref().map(Notify::courier)),
     };
     let forked = sys::fork_sibling(entry.folder()).or_else(|err| match (err.raw_os_error(), &beside_init) {
         (Some(libc::EBUSY | libc::EOPNOTSUPP), Some(other)) => sys::fork_sibling(other.folder()),
         _ => Err(err),
     });
-    let Some(pid) = forked.map_err(|err| Error::io("exec", "cannot fork", &err))? else { begun.go() };
-    let master = tty.map(Console::receive).transpose()?;
-    Ok((pid.as_raw(), master))
+    let Some(pid) = forked.map_err(|err| Error::io("exec", "cannot fork", &err))? else {
+        if let Some(notify) = notify {
+            notify.in_process();
+        }
+        begun.go()
+    };
+    let after = || -> Result<Option<OwnedFd>, Error> {
+        let master = tty.map(Console::receive).transpose()?;
+        if let (Some(n), Some(k)) = (notify, kept) {
+            n.deliver(pid.as_raw(), &k.state(ContainerStatus::Running, Some(e.init)))?;
+        }
+        Ok(master)
+    };
+    match after() {
+        Ok(master) => Ok((pid.as_raw(), master)),
+        Err(err) => {
+            // Nobody would answer it, or hear of its end.
+            let _ = cgroup::signal_pid(pid, libc::SIGKILL);
+            Err(err)
+        }
+    }
 }
 
 fn parse(json: &[u8]) -> Result<Process, Error> {

@@ -73,25 +73,9 @@ impl Helper {
 
     fn reply_of_fork(&self) -> Reply {
         let mut buf = vec![0u8; 64 * 1024];
-        let mut cmsg = nix::cmsg_space!([RawFd; 1]);
-        let mut console = None;
-        let received = loop {
-            let mut iov = [IoSliceMut::new(&mut buf)];
-            match recvmsg::<()>(self.fd.as_raw_fd(), &mut iov, Some(&mut cmsg), MsgFlags::MSG_CMSG_CLOEXEC) {
-                Err(nix::errno::Errno::EINTR) => continue,
-                Err(e) => break Err(e),
-                Ok(m) => {
-                    for c in m.cmsgs().into_iter().flatten() {
-                        if let ControlMessageOwned::ScmRights(fds) = c {
-                            for fd in fds {
-                                // SAFETY: the kernel has just installed this descriptor for us and nobody else owns it.
-                                console = Some(unsafe { OwnedFd::from_raw_fd(fd) });
-                            }
-                        }
-                    }
-                    break Ok(m.bytes);
-                }
-            }
+        let (received, console) = match receive(&self.fd, &mut buf) {
+            Ok((bytes, descriptor)) => (Ok(bytes), descriptor),
+            Err(e) => (Err(e), None),
         };
         let result = match received {
             Ok(0) => Err(Error::new(Kind::Runtime, "helper", "the helper process died without an answer", 0)),
@@ -113,6 +97,33 @@ impl Helper {
         };
         Reply { result, console }
     }
+}
+
+/// One message, with the descriptor that came along.
+fn receive(from: &OwnedFd, buf: &mut [u8]) -> nix::Result<(usize, Option<OwnedFd>)> {
+    let mut cmsg = nix::cmsg_space!([RawFd; 1]);
+    loop {
+        let mut iov = [IoSliceMut::new(buf)];
+        let m = match recvmsg::<()>(from.as_raw_fd(), &mut iov, Some(&mut cmsg), MsgFlags::MSG_CMSG_CLOEXEC) {
+            Err(nix::errno::Errno::EINTR) => continue,
+            other => other?,
+        };
+        let mut descriptor = None;
+        for c in m.cmsgs().into_iter().flatten() {
+            if let ControlMessageOwned::ScmRights(fds) = c {
+                for fd in fds {
+                    // SAFETY: the kernel has just installed this descriptor for us and nobody else owns it.
+                    descriptor = Some(unsafe { OwnedFd::from_raw_fd(fd) });
+                }
+            }
+        }
+        return Ok((m.bytes, descriptor));
+    }
+}
+
+/// The descriptor that a socket brings; `None` when its other end has gone without sending one.
+pub(crate) fn receive_descriptor(from: &OwnedFd) -> nix::Result<Option<OwnedFd>> {
+    receive(from, &mut [0u8; 64]).map(|(_, descriptor)| descriptor)
 }
 
 /// Borrows a descriptor number that this process tree is known to hold.
@@ -166,7 +177,7 @@ pub fn fork_into(entry: &Entry) -> std::io::Result<Option<Pid>> {
     Ok(child)
 }
 
-fn close_all_but(keep: &[RawFd]) {
+pub(crate) fn close_all_but(keep: &[RawFd]) {
     let mut keep: Vec<u32> = keep.iter().filter(|f| **f > 2).map(|f| *f as u32).collect();
     keep.sort_unstable();
     let mut from = 3u32;

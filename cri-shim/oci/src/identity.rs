@@ -2,9 +2,10 @@
 //! the first process of a container and an exec.
 //!
 //! In two steps, because without no_new_privs a filter needs CAP_SYS_ADMIN: [`Identity::assume`] gives up all but what the
-//! filter needs, [`Identity::finish`] is the last thing before execve.
+//! filter needs, [`Identity::finish`] is the last thing before execve. A filter with a listener is the exception.
 
 use std::io;
+use std::os::fd::RawFd;
 use std::path::Path;
 
 use caps::{CapSet, Capability, CapsHashSet};
@@ -54,10 +55,12 @@ pub(crate) struct Identity {
     capabilities: Option<Sets>,
     no_new_privileges: bool,
     filter: Option<Filter>,
+    /// Takes the filter's listener.
+    courier: Option<RawFd>,
 }
 
 impl Identity {
-    pub(crate) fn new(p: &Process, filter: Option<Filter>) -> Identity {
+    pub(crate) fn new(p: &Process, filter: Option<Filter>, courier: Option<RawFd>) -> Identity {
         let set = |s: &Option<Capabilities>| s.iter().flatten().map(CapabilityExt::to_cap).collect();
         let user = p.user();
         Identity {
@@ -74,6 +77,7 @@ impl Identity {
             }),
             no_new_privileges: p.no_new_privileges().unwrap_or(false),
             filter,
+            courier,
         }
     }
 
@@ -101,7 +105,12 @@ impl Identity {
             errno: e as i32,
         };
         let inside = nix::unistd::getcwd().map_err(outside)?;
-        if inside.is_absolute() { Ok(()) } else { Err(outside(nix::Error::ENOENT)) }
+        if !inside.is_absolute() {
+            return Err(outside(nix::Error::ENOENT));
+        }
+        // Whoever answers must be there before the container exists, as with runc. What is left to do until execve is done under
+        // the filter then.
+        if self.courier.is_some() { self.load() } else { Ok(()) }
     }
 
     /// The calling process becomes the user. It keeps CAP_SYS_ADMIN only where the filter needs it.
@@ -155,8 +164,13 @@ impl Identity {
 
     /// Nothing but execve may follow.
     pub(crate) fn finish(&self) -> Result<(), Failure> {
+        if self.courier.is_some() { Ok(()) } else { self.load() }
+    }
+
+    /// no_new_privs, the filter, then the last capabilities.
+    fn load(&self) -> Result<(), Failure> {
         let load = || match &self.filter {
-            Some(f) => sys::load_filter(f).map_err(|e| Failure {
+            Some(f) => sys::load_filter(f, self.courier).map_err(|e| Failure {
                 stage: "seccomp",
                 what: "load the seccomp filter",
                 errno: e.raw_os_error().unwrap_or(libc::EIO),

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::create::{Context, Created};
 use crate::executor::GO;
+use crate::kept::Kept;
 use crate::{Error, Helper, Kind, cgroup, helper, limits};
 
 /// Processes of a cgroup that do not end within this are reported.
@@ -145,11 +146,14 @@ pub fn end_groups(cgroups: &[PathBuf]) -> Result<(), Error> {
     Ok(())
 }
 
-fn forget(root: &Path, id: &str) -> Result<(), Error> {
-    match fs::remove_file(filter_path(root, id)) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::io("state", "cannot remove state", &e))
+pub(crate) fn forget(root: &Path, id: &str) -> Result<(), Error> {
+    for file in [filter_path(root, id), Kept::path(root, id)] {
+        match fs::remove_file(file) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("state", "cannot remove state", &e));
+            }
+            _ => {}
         }
-        _ => Ok(()),
     }
+    Ok(())
 }

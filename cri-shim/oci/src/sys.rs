@@ -41,12 +41,31 @@ fn fork(flags: u64, signal: u64, into: Option<BorrowedFd<'_>>) -> io::Result<Opt
     }
 }
 
-/// Installs a filter for the calling process. Needs no_new_privs or CAP_SYS_ADMIN.
-pub(crate) fn load_filter(filter: &Filter) -> io::Result<()> {
+/// Installs a filter for the calling process. Needs no_new_privs or CAP_SYS_ADMIN. The listener of one that has any goes to
+/// `courier`, a socket, by the very next system call, since the filter may hold back each until somebody answers.
+pub(crate) fn load_filter(filter: &Filter, courier: Option<RawFd>) -> io::Result<()> {
     let program = libc::sock_fprog {
         len: filter.program.len() as u16,
         // The kernel only reads.
         filter: filter.program.as_ptr().cast_mut(),
+    };
+    let mut byte = *b"l";
+    let mut part = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: byte.len() };
+    // Room for one header and one descriptor, aligned as the header has to be.
+    let mut control = [0usize; 4];
+    // SAFETY: all zero is an empty message; CMSG_SPACE and CMSG_LEN only compute. The first header lies in `control`, which is
+    // longer than CMSG_SPACE(4).
+    let (mut message, slot) = unsafe {
+        let mut message: libc::mmsghdr = std::mem::zeroed();
+        message.msg_hdr.msg_iov = &mut part;
+        message.msg_hdr.msg_iovlen = 1;
+        message.msg_hdr.msg_control = control.as_mut_ptr().cast();
+        message.msg_hdr.msg_controllen = libc::CMSG_SPACE(size_of::<RawFd>() as u32) as _;
+        let header = libc::CMSG_FIRSTHDR(&message.msg_hdr);
+        (*header).cmsg_level = libc::SOL_SOCKET;
+        (*header).cmsg_type = libc::SCM_RIGHTS;
+        (*header).cmsg_len = libc::CMSG_LEN(size_of::<RawFd>() as u32) as _;
+        (message, libc::CMSG_DATA(header).cast::<RawFd>())
     };
     // SAFETY: `program` and what it points to outlive the call.
     let done = unsafe {
@@ -57,7 +76,21 @@ pub(crate) fn load_filter(filter: &Filter) -> io::Result<()> {
             &program as *const libc::sock_fprog,
         )
     };
-    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let Some(courier) = courier.filter(|_| filter.notifies()) else { return Ok(()) };
+    // SAFETY: `slot` is inside `control`; the message and what it points to outlive the call. The descriptor is this process's
+    // own, which nobody uses here; its close may wait for whoever answers.
+    unsafe {
+        slot.write_unaligned(done as RawFd);
+        let sent = libc::syscall(libc::SYS_sendmmsg, courier, &raw mut message, 1, libc::MSG_NOSIGNAL);
+        if sent != 1 {
+            return Err(io::Error::last_os_error());
+        }
+        libc::close(done as RawFd);
+    }
+    Ok(())
 }
 
 /// The caller's controlling terminal becomes the one that is its standard input.

@@ -85,9 +85,10 @@ pub(crate) struct First<'a> {
     pub report: RawFd,
 }
 
-const READY: &[u8] = b"+";
-/// All mounts are made: the helper's hooks may run.
-const HOOKS: &[u8] = b"h";
+/// It is ready to be started.
+pub(crate) const READY: &[u8] = b"+";
+/// All mounts are made: the helper is to run its hooks now, and to say when they have ended.
+pub(crate) const HOOKS: &[u8] = b"h";
 
 /// The first process's part of the hooks at creation.
 pub(crate) struct Hooking<'a> {
@@ -232,16 +233,8 @@ impl First<'_> {
     }
 }
 
-/// A word of the first process.
-pub(crate) enum Heard {
-    /// It is ready to be started.
-    Ready,
-    /// The helper is to run its hooks now, and to say when they have ended.
-    Hooks,
-}
-
-/// Waits for the next word of the first process.
-pub(crate) fn hear(from: BorrowedFd<'_>) -> Result<Heard, Error> {
+/// Waits until the first process says `word`, or why it cannot.
+pub(crate) fn hear(from: BorrowedFd<'_>, word: &[u8]) -> Result<(), Error> {
     let mut buf = [0u8; 4096];
     let n = loop {
         match nix::unistd::read(from, &mut buf) {
@@ -252,8 +245,7 @@ pub(crate) fn hear(from: BorrowedFd<'_>) -> Result<Heard, Error> {
         }
     };
     match &buf[..n] {
-        b"+" => Ok(Heard::Ready),
-        b"h" => Ok(Heard::Hooks),
+        heard if heard == word => Ok(()),
         [b'-', rest @ ..] => {
             let text = String::from_utf8_lossy(rest);
             let mut parts = text.splitn(3, '\t');

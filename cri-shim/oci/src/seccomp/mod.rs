@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 use libc::sock_filter;
 use oci_spec::runtime::{
     LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator,
+    LinuxSyscall,
 };
 
 use crate::{Error, Kind};
@@ -26,6 +27,11 @@ const RET_KILL_PROCESS: u32 = 0x8000_0000;
 const RET_ALLOW: u32 = 0x7fff_0000;
 const RET_LOG: u32 = 0x7ffc_0000;
 const RET_ERRNO: u32 = 0x0005_0000;
+const RET_NOTIFY: u32 = libc::SECCOMP_RET_USER_NOTIF;
+/// By it the listener's descriptor leaves the process, before anybody can answer a call that waits for that listener.
+const HANDS_OVER: &str = "sendmmsg";
+
+const NEW_LISTENER: u32 = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as u32;
 
 /// A program that the kernel takes, with the flags of seccomp(2).
 #[derive(Clone, Debug)]
@@ -35,6 +41,11 @@ pub(crate) struct Filter {
 }
 
 impl Filter {
+    /// The kernel gives a descriptor for it, over which somebody answers calls.
+    pub(crate) fn notifies(&self) -> bool {
+        self.flags & NEW_LISTENER != 0
+    }
+
     /// For the file from which an exec into the container reads it: the flags, then 8 bytes for each instruction.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let mut out = self.flags.to_ne_bytes().to_vec();
@@ -71,8 +82,22 @@ fn bad(message: impl Into<String>) -> Error {
 
 /// Makes the filter; `None` when the profile lets everything pass.
 pub(crate) fn compile(profile: &LinuxSeccomp) -> Result<Option<Filter>, Error> {
-    let default = action(profile.default_action(), profile.default_errno_ret())?;
+    let default = action(profile.default_action(), profile.default_errno_ret());
     let rules = profile.syscalls().as_deref().unwrap_or_default();
+    if default == RET_NOTIFY {
+        return Err(bad("SCMP_ACT_NOTIFY cannot be the default action"));
+    }
+    let asks = |r: &&LinuxSyscall| r.action() == LinuxSeccompAction::ScmpActNotify;
+    let notifies = rules.iter().any(|r| asks(&r));
+    if rules.iter().filter(asks).any(|r| r.names().iter().any(|n| n == HANDS_OVER)) {
+        let text = format!(
+            "SCMP_ACT_NOTIFY of {HANDS_OVER} is not possible: the runtime itself needs it to hand the listener over"
+        );
+        return Err(bad(text));
+    }
+    if notifies && profile.listener_path().as_ref().is_none_or(|p| !p.is_absolute()) {
+        return Err(bad("SCMP_ACT_NOTIFY needs a listenerPath, which is absolute"));
+    }
     if default == RET_ALLOW && rules.is_empty() {
         return Ok(None);
     }
@@ -90,29 +115,33 @@ pub(crate) fn compile(profile: &LinuxSeccomp) -> Result<Option<Filter>, Error> {
             bpf::LONGEST
         )));
     }
-    Ok(Some(Filter { program: out, flags: flags(profile) }))
+    Ok(Some(Filter { program: out, flags: flags(profile, notifies) }))
 }
 
-fn flags(profile: &LinuxSeccomp) -> u32 {
+fn flags(profile: &LinuxSeccomp, notifies: bool) -> u32 {
+    let more = if notifies { NEW_LISTENER } else { 0 };
     // Without flags in the profile, mitigations of speculation are left as they are, as with runc.
-    let Some(named) = profile.flags() else { return libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW as u32 };
+    let Some(named) = profile.flags() else { return libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW as u32 | more };
     named
         .iter()
         .map(|f| match f {
             LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG as u32,
-            // There is one thread; the kernel would refuse this beside a listener only.
+            // There is one thread; the kernel would refuse this beside a listener.
             LinuxSeccompFilterFlag::SeccompFilterFlagTsync => 0,
             LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW as u32,
-            // Only means something to a listener.
+            LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv if notifies => {
+                libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV as u32
+            }
+            // Only means something to a listener; the kernel would refuse it.
             LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
         })
-        .fold(0, |a, b| a | b)
+        .fold(more, |a, b| a | b)
 }
 
-fn action(a: LinuxSeccompAction, errno: Option<u32>) -> Result<u32, Error> {
+fn action(a: LinuxSeccompAction, errno: Option<u32>) -> u32 {
     use LinuxSeccompAction as A;
     let number = errno.unwrap_or(libc::EPERM as u32) & 0xffff;
-    Ok(match a {
+    match a {
         A::ScmpActKill | A::ScmpActKillThread => 0,
         A::ScmpActKillProcess => RET_KILL_PROCESS,
         A::ScmpActTrap => 0x0003_0000,
@@ -120,10 +149,8 @@ fn action(a: LinuxSeccompAction, errno: Option<u32>) -> Result<u32, Error> {
         A::ScmpActTrace => 0x7ff0_0000 | number,
         A::ScmpActLog => RET_LOG,
         A::ScmpActAllow => RET_ALLOW,
-        A::ScmpActNotify => {
-            return Err(bad("SCMP_ACT_NOTIFY needs a listener, which this runtime does not offer"));
-        }
-    })
+        A::ScmpActNotify => RET_NOTIFY,
+    }
 }
 
 /// What happens to one system call.
@@ -150,7 +177,7 @@ fn section(profile: &LinuxSeccomp, default: u32, machine: Machine) -> Result<Blo
     let mut verdicts: BTreeMap<u32, Verdict> = BTreeMap::new();
     let mut newest = None;
     for rule in profile.syscalls().as_deref().unwrap_or_default() {
-        let what = action(rule.action(), rule.errno_ret())?;
+        let what = action(rule.action(), rule.errno_ret());
         let when = alternatives(rule.args().as_deref().unwrap_or_default())?;
         for nr in rule.names().iter().filter_map(|n| numbers.get(n.as_str())) {
             newest = newest.max(Some(*nr));
@@ -321,12 +348,41 @@ mod tests {
             assert_eq!(bpf::interpret(&f.program, 9999, table::NATIVE.audit, [0; 6]), RET_ALLOW, "no ENOSYS");
         }
         assert!(compile(&profile(serde_json::json!({"defaultAction": "SCMP_ACT_ALLOW"}))).unwrap().is_none());
-        let notify = serde_json::json!({"defaultAction": "SCMP_ACT_ALLOW",
-            "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}]});
-        assert!(compile(&profile(notify)).unwrap_err().message.contains("NOTIFY"));
         let argument = serde_json::json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
             {"names": ["mkdir"], "action": "SCMP_ACT_LOG", "args": [{"index": 6, "value": 1, "op": "SCMP_CMP_EQ"}]}]});
         assert!(compile(&profile(argument)).is_err());
+    }
+
+    #[test]
+    fn a_listener() {
+        let with = |default: &str, name: &str, path: Option<&str>| {
+            let mut p = serde_json::json!({"defaultAction": default, "flags": ["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV",
+                "SECCOMP_FILTER_FLAG_TSYNC"], "syscalls": [{"names": [name], "action": "SCMP_ACT_NOTIFY"}]});
+            if let Some(path) = path {
+                p["listenerPath"] = path.into();
+            }
+            compile(&profile(p)).map(Option::unwrap)
+        };
+        let f = with("SCMP_ACT_ALLOW", "fchmod", Some("/run/agent")).unwrap();
+        assert_eq!((run(&f, "fchmod", [0; 6]), run(&f, "read", [0; 6])), (RET_NOTIFY, RET_ALLOW));
+        // Of linux/seccomp.h: NEW_LISTENER and WAIT_KILLABLE_RECV, which go together with nothing else of the profile's.
+        assert_eq!((f.flags, f.notifies()), (1 << 3 | 1 << 5, true));
+        assert!(Filter::from_bytes(&f.to_bytes()).unwrap().notifies());
+        for (default, name, path, says) in [
+            ("SCMP_ACT_ALLOW", "fchmod", None, "listenerPath"),
+            ("SCMP_ACT_ALLOW", "fchmod", Some("run/agent"), "absolute"),
+            ("SCMP_ACT_ALLOW", "sendmmsg", Some("/run/agent"), "sendmmsg"),
+            ("SCMP_ACT_NOTIFY", "fchmod", Some("/run/agent"), "default"),
+        ] {
+            let e = with(default, name, path).unwrap_err();
+            assert!(e.kind == Kind::Invalid && e.message.contains(says), "{name}: {e}");
+        }
+        // Nobody to tell: the kernel refuses that flag alone.
+        let none =
+            profile(serde_json::json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/agent",
+            "flags": ["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"],
+            "syscalls": [{"names": ["fchmod"], "action": "SCMP_ACT_LOG"}]}));
+        assert_eq!(compile(&none).unwrap().unwrap().flags, 0);
     }
 
     fn holds(c: &Condition, args: &[u64; 6], narrow: bool) -> bool {
