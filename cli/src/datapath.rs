@@ -1,14 +1,14 @@
 //! What the service proxy does with packets: the same flags wherever it runs.
 
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
-use ipnet::IpNet;
+use orlop_proxy::NodePortAddress;
 
 /// Flags of `orlop proxy`.
 #[derive(Clone, Debug, Args)]
 pub struct DatapathArgs {
-    /// Addresses (CIDR) of this node where node ports answer [default: all] (repeatable)
-    #[arg(long = "nodeport-address", value_name = "CIDR")]
-    pub nodeport_addresses: Vec<IpNet>,
+    /// Addresses of this node where node ports answer: CIDRs, or primary for those of the Node object [default: all] (repeatable)
+    #[arg(long = "nodeport-address", value_name = "CIDR|primary")]
+    pub nodeport_addresses: Vec<NodePortAddress>,
 
     /// Interfaces that clients outside of the node come in by [default: found by their addresses] (repeatable)
     #[arg(long = "uplink", value_name = "NAME")]

@@ -178,7 +178,9 @@ fn the_role_of_kube_proxy_is_enough_and_a_missing_right_is_said_once() {
     place.bind("system:node-proxier", "px");
     place.wait_healthy();
     let said = place.said();
-    let lines: Vec<&str> = said.lines().filter(|l| l.contains("forbidden")).collect();
+    let (ranges, lines): (Vec<&str>, Vec<&str>) =
+        said.lines().filter(|l| l.contains("forbidden")).partition(|l| l.contains("servicecidrs"));
+    assert!(ranges.len() == 1 && ranges[0].contains("WARN"), "it goes on without the Service range:\n{said}");
     assert_eq!(lines.len(), 1, "{said}");
     assert!(
         lines[0].contains("endpointslices")

@@ -145,7 +145,8 @@ shared! {
     FragmentKey[40] { src: Addr, dst: Addr, id: u32, proto: u8, pad: u8, pad2: u16, }
     FragmentPorts[4] { sport: u16, dport: u16, }
 
-    /// A source that a service port admits: key of RANGES, a trie; the prefix counts from `service`.
+    /// A source that a service port admits, or (number [`SERVICE_RANGE`]) addresses that are Services' alone: key of RANGES, a
+    /// trie; the prefix counts from `service`.
     RangeKey[20] { service: u32, addr: Addr, }
 
     /// What happened to a service port: value of STATS, keyed by its number.
@@ -168,6 +169,9 @@ shared! {
         reserved: u32,
     }
 }
+
+/// No service port's number: the ranges under it are those that cluster IPs are taken from (ServiceCIDR).
+pub const SERVICE_RANGE: u32 = 0;
 
 /// Bytes of a service port's name.
 pub const NAME_SIZE: usize = 144;
@@ -315,6 +319,8 @@ pub mod counters {
     pub const RESUMED: u32 = 12;
     /// Packets that went past the stack's forwarding.
     pub const SHORT: u32 = 13;
+    /// Packets to addresses of the Service range that no Service has.
+    pub const UNALLOCATED: u32 = 14;
     pub const COUNT: u32 = 16;
 }
 

@@ -152,7 +152,7 @@ pub fn is_peer(addr: &Addr, port: u16) -> bool {
     PEERS.get(noted::peer(addr, port)).is_none_or(|p| *p != 0)
 }
 
-/// Whether a service port admits this source.
+/// Whether a service port admits this source; under [`SERVICE_RANGE`]: whether it is an address for Services alone.
 #[inline(always)]
 pub fn admits(service: u32, source: &Addr) -> bool {
     let key = Key::new(160, RangeKey { service, addr: *source });
@@ -204,6 +204,9 @@ pub struct Packet {
     pub divisible: bool,
 }
 
+/// Bytes of the longest ICMP error of ours: its headers, and the beginning of the packet that it is about.
+pub const ERROR: usize = 40 + 8 + 80;
+
 /// Room for what does not fit on the stack: kernels count it with that of the compiler's own functions. Not pinned: no
 /// program leaves anything in it.
 #[derive(Clone, Copy)]
@@ -221,7 +224,7 @@ pub struct Scratch {
     /// A header as it was read.
     pub head: [u8; 40],
     /// An ICMP error of ours.
-    pub error: [u8; 96],
+    pub error: [u8; ERROR],
 }
 
 #[map]

@@ -205,7 +205,7 @@ fn egress(ctx: &TcContext) -> i32 {
         Kind::Transport => outgoing(ctx, link, s),
         Kind::Error => icmp::find(ctx, s, false).ok_or(NEXT),
         Kind::Foreign if link.flags & uplink_flags::POD == 0 => {
-            return refuse::at_cluster_ip(ctx, s, false, refuse::IN);
+            return refuse::leaving(ctx, s, false, true);
         }
         Kind::Foreign => return NEXT,
         Kind::Other => return NEXT,
@@ -292,7 +292,8 @@ fn outgoing(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const Ct
     let Some(v) = CONNECTIONS.get_ptr_mut(&s.key) else {
         // Something of the node's own, perhaps, that sockets have not decided about.
         let own = link.flags & uplink_flags::POD == 0;
-        return Err(if own { refuse::at_cluster_ip(ctx, s, true, refuse::IN) } else { NEXT });
+        let begins = s.packet.proto != TCP || opens(&s.packet);
+        return Err(if own { refuse::leaving(ctx, s, true, begins) } else { NEXT });
     };
     // SAFETY: a valid element.
     if unsafe { (*v).flags } & ct_flags::REDIRECT != 0 {

@@ -38,8 +38,37 @@ pub struct Node {
     pub uplinks: Vec<(u32, String, Uplink)>,
 }
 
-/// Decides which addresses are node port addresses and which interfaces are uplinks. Empty lists mean: all addresses,
-/// and every interface that others can reach this node by. `pods`: the node's ends of pods' veth pairs are served too.
+/// Where node ports answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodePortAddress {
+    /// On the node's addresses within.
+    Net(IpNet),
+    /// On the addresses that the Node object names first, one of each family.
+    Primary,
+}
+
+impl std::str::FromStr for NodePortAddress {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "primary" {
+            return Ok(NodePortAddress::Primary);
+        }
+        text.parse().map(NodePortAddress::Net).map_err(|_| "write a CIDR or primary")
+    }
+}
+
+/// The nets that `wanted` stands for on a node with these primary addresses.
+pub fn listed(wanted: &[NodePortAddress], primary: &[IpAddr]) -> Vec<IpNet> {
+    let nets = |a: &NodePortAddress| match a {
+        NodePortAddress::Net(net) => vec![*net],
+        NodePortAddress::Primary => primary.iter().map(|ip| IpNet::from(*ip)).collect(),
+    };
+    wanted.iter().flat_map(nets).collect()
+}
+
+/// Decides which addresses are node port addresses and which interfaces are uplinks. An empty list means every interface that
+/// others can reach this node by; and all addresses of a family of which none is listed, as upstream has it.
+/// `pods`: the node's ends of pods' veth pairs are served too.
 pub fn decide(
     interfaces: &[Interface],
     node_port_addresses: &[IpNet],
@@ -47,8 +76,10 @@ pub fn decide(
     pods: bool,
 ) -> Node {
     let mut node = Node::default();
-    let serves =
-        |ip: &IpAddr| node_port_addresses.is_empty() || node_port_addresses.iter().any(|n| n.contains(ip));
+    let serves = |ip: &IpAddr| {
+        let mut nets = node_port_addresses.iter().filter(|n| n.addr().is_ipv4() == ip.is_ipv4()).peekable();
+        nets.peek().is_none() || nets.any(|n| n.contains(ip))
+    };
     for (flag, loopback) in [
         (config_flags::LOOPBACK4, IpAddr::from([127, 0, 0, 1])),
         (config_flags::LOOPBACK6, IpAddr::from(Ipv6Addr::LOCALHOST)),
@@ -238,12 +269,39 @@ mod tests {
         assert_eq!(names(&decide(&all, &[], &["veth1".into()], false)), ["veth1"]);
 
         let n = decide(&all, &["192.0.2.6/32".parse().unwrap()], &[], true);
-        assert_eq!(n.flags, 0, "nor on loopback");
+        assert_eq!(n.flags, config_flags::LOOPBACK6, "nor on loopback, of this family");
         assert_eq!(names(&n), ["eth0", "veth333", "veth1", "veth22"], "pods' veths come last");
         let pods: Vec<u32> = n.uplinks[2..].iter().map(|(.., u)| u.flags).collect();
         assert_eq!(pods, [uplink_flags::POD | uplink_flags::PEER, uplink_flags::POD]);
         assert!(n.uplinks[2..].iter().all(|(.., u)| u.addr4 == n.uplinks[0].2.addr4));
         let serving: Vec<_> = n.locals.iter().filter(|(_, f)| **f != 0).map(|(a, _)| *a).collect();
         assert_eq!(serving, [addr_from("192.0.2.6".parse().unwrap())]);
+    }
+
+    #[test]
+    fn node_ports_answer_where_they_should() {
+        let all = [
+            interface("lo", &["127.0.0.1/8"]),
+            interface("eth0", &["192.0.2.5/24", "192.0.2.6/24", "fd00::5/64"]),
+        ];
+        let cases: [(&[&str], &[&str], &[&str]); 6] = [
+            (&[], &[], &["127.0.0.1", "192.0.2.5", "192.0.2.6", "fd00::5"]),
+            (&["192.0.2.6/32"], &[], &["192.0.2.6", "fd00::5"]),
+            (&["fd00::/16"], &["192.0.2.5"], &["127.0.0.1", "192.0.2.5", "192.0.2.6", "fd00::5"]),
+            (&["primary"], &["192.0.2.5", "fd00::5"], &["192.0.2.5", "fd00::5"]),
+            (&["primary"], &["192.0.2.6"], &["192.0.2.6", "fd00::5"]),
+            (&["primary", "127.0.0.0/8"], &["192.0.2.6", "fd00::6"], &["127.0.0.1", "192.0.2.6"]),
+        ];
+        for (wanted, primary, expected) in cases {
+            let wanted: Vec<NodePortAddress> = wanted.iter().map(|w| w.parse().unwrap()).collect();
+            let primary: Vec<IpAddr> = primary.iter().map(|w| w.parse().unwrap()).collect();
+            let n = decide(&all, &listed(&wanted, &primary), &[], false);
+            let serving = n.locals.iter().filter(|(_, f)| **f != 0);
+            let mut serving: Vec<String> =
+                serving.map(|(a, _)| orlop_ebpf_common::addr_to(a).to_string()).collect();
+            serving.sort();
+            assert_eq!(serving, expected, "{wanted:?} {primary:?}");
+        }
+        assert!("10.0.0.1".parse::<NodePortAddress>().is_err());
     }
 }

@@ -4,10 +4,9 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use ipnet::IpNet;
 use serde_json::{Map, Value};
 
-use crate::Error;
+use crate::{Error, NodePortAddress};
 
 const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
 const KIND: &str = "KubeProxyConfiguration";
@@ -49,7 +48,7 @@ pub struct ConfigFile {
     /// metricsBindAddress.
     pub metrics_address: Option<SocketAddr>,
     /// nodePortAddresses.
-    pub node_port_addresses: Vec<IpNet>,
+    pub node_port_addresses: Vec<NodePortAddress>,
     /// Fields that were given a value and change nothing here.
     pub without_effect: Vec<String>,
 }
@@ -131,20 +130,21 @@ fn address(from: &mut Map<String, Value>, field: &str, port: u16) -> Result<Opti
     }
 }
 
-fn node_port_addresses(value: Option<Value>) -> Result<Vec<IpNet>, String> {
+fn node_port_addresses(value: Option<Value>) -> Result<Vec<NodePortAddress>, String> {
     let list = match value {
         None | Some(Value::Null) => return Ok(Vec::new()),
         Some(Value::Array(list)) => list,
         Some(v) => return Err(format!("nodePortAddresses is {v}; it must be a list")),
     };
-    let read = |v: &Value| match v.as_str().map(str::parse) {
-        Some(Ok(net)) => Ok(net),
-        _ if v == "primary" => {
-            Err("nodePortAddresses: \"primary\" is not known here; list the node's addresses as CIDRs".into())
-        }
-        _ => Err(format!("nodePortAddresses has {v}; write addresses as CIDRs")),
+    let read = |v: &Value| {
+        let read = v.as_str().and_then(|t| t.parse().ok());
+        read.ok_or_else(|| format!("nodePortAddresses has {v}; write addresses as CIDRs, or primary alone"))
     };
-    list.iter().map(read).collect()
+    let list: Vec<NodePortAddress> = list.iter().map(read).collect::<Result<_, _>>()?;
+    if list.len() > 1 && list.contains(&NodePortAddress::Primary) {
+        return Err("nodePortAddresses has primary beside others; it must stand alone".into());
+    }
+    Ok(list)
 }
 
 #[cfg(test)]
@@ -176,6 +176,71 @@ mod tests {
         assert_eq!(found, named);
     }
 
+    /// Upstream's other fields, each with a value: every one is named, and none is taken for a mistake.
+    #[test]
+    fn what_has_no_effect_is_named() {
+        let fields = [
+            ("bindAddress", "10.0.0.1"),
+            ("bindAddressHardFail", "true"),
+            ("clientConnection.acceptContentTypes", "x"),
+            ("clientConnection.burst", "1"),
+            ("clientConnection.contentType", "x"),
+            ("clientConnection.qps", "1.5"),
+            ("clusterCIDR", "10.244.0.0/16"),
+            ("configSyncPeriod", "1m"),
+            ("conntrack.maxPerCore", "1"),
+            ("conntrack.min", "1"),
+            ("conntrack.tcpBeLiberal", "true"),
+            ("conntrack.tcpCloseWaitTimeout", "1h"),
+            ("conntrack.tcpEstablishedTimeout", "24h"),
+            ("conntrack.udpStreamTimeout", "1m"),
+            ("conntrack.udpTimeout", "1m"),
+            ("detectLocal.bridgeInterface", "cni0"),
+            ("detectLocal.interfaceNamePrefix", "veth"),
+            ("detectLocalMode", "BridgeInterface"),
+            ("enableProfiling", "true"),
+            ("featureGates.AllAlpha", "true"),
+            ("iptables.localhostNodePorts", "true"),
+            ("iptables.masqueradeAll", "true"),
+            ("iptables.masqueradeBit", "14"),
+            ("iptables.minSyncPeriod", "1s"),
+            ("iptables.syncPeriod", "30s"),
+            ("ipvs.excludeCIDRs", "[10.0.0.0/8]"),
+            ("ipvs.minSyncPeriod", "1s"),
+            ("ipvs.scheduler", "rr"),
+            ("ipvs.strictARP", "true"),
+            ("ipvs.syncPeriod", "30s"),
+            ("ipvs.tcpFinTimeout", "1s"),
+            ("ipvs.tcpTimeout", "1s"),
+            ("ipvs.udpTimeout", "1s"),
+            ("logging.format", "json"),
+            ("mode", "nftables"),
+            ("nftables.masqueradeAll", "true"),
+            ("nftables.masqueradeBit", "14"),
+            ("nftables.minSyncPeriod", "1s"),
+            ("nftables.syncPeriod", "30s"),
+            ("oomScoreAdj", "-999"),
+            ("portRange", "1-2"),
+            ("showHiddenMetricsForVersion", "1.35"),
+            ("windowsRunAsService", "true"),
+            ("winkernel.enableDSR", "true"),
+            ("winkernel.forwardHealthCheckVip", "true"),
+            ("winkernel.networkName", "x"),
+            ("winkernel.rootHnsEndpointName", "x"),
+            ("winkernel.sourceVip", "x"),
+        ];
+        for (field, value) in fields {
+            let text = match field.split_once('.') {
+                Some((outer, inner)) => format!("{HEAD}{outer}: {{{inner}: {value}}}\n"),
+                None => format!("{HEAD}{field}: {value}\n"),
+            };
+            assert_eq!(parse(&text).unwrap().without_effect, [field], "{text}");
+        }
+        let c = parse(&format!("{HEAD}nodePortAddresses: [primary]\n")).unwrap();
+        assert_eq!(c.node_port_addresses, [NodePortAddress::Primary]);
+        assert!(c.without_effect.is_empty());
+    }
+
     #[test]
     fn what_is_wrong_is_named() {
         for (text, part) in [
@@ -187,7 +252,8 @@ mod tests {
                 "clientConnection.kubeConfig is not a field",
             ),
             (format!("{HEAD}healthzBindAddress: x\n"), "healthzBindAddress is \"x\"; write IP:PORT"),
-            (format!("{HEAD}nodePortAddresses: [primary]\n"), "list the node's addresses"),
+            (format!("{HEAD}nodePortAddresses: [primary, 10.0.0.0/8]\n"), "it must stand alone"),
+            (format!("{HEAD}nodePortAddresses: primary\n"), "it must be a list"),
             (format!("{HEAD}nodePortAddresses: [10.0.0.1]\n"), "nodePortAddresses has \"10.0.0.1\""),
             ("[]".to_owned(), "no fields"),
             (format!("{HEAD}: : :"), ""),

@@ -26,6 +26,24 @@ pub fn node_goes(node: &objects::Node) -> bool {
     node.metadata.deletion_timestamp.is_some() || taints.into_iter().any(|t| t.key == keys::TO_BE_DELETED)
 }
 
+/// The addresses by which the node is known, one of each family: internal ones first, as upstream chooses them.
+pub fn primary_ips(node: &objects::Node) -> Vec<IpAddr> {
+    let addresses = || node.status.iter().filter_map(|s| s.addresses.as_ref()).flatten();
+    let of = |kind: &'static str| {
+        addresses().filter(move |a| a.type_ == kind).filter_map(|a| a.address.parse().ok())
+    };
+    let all: Vec<IpAddr> = of("InternalIP").chain(of("ExternalIP")).collect();
+    let Some(first) = all.first() else { return Vec::new() };
+    let other = all.iter().find(|ip| ip.is_ipv4() != first.is_ipv4());
+    [Some(first), other].into_iter().flatten().copied().collect()
+}
+
+/// Addresses that a ServiceCIDR reserves for ClusterIPs.
+pub fn cidrs(range: &objects::ServiceCIDR) -> Vec<IpNet> {
+    let texts = range.spec.iter().filter_map(|s| s.cidrs.as_ref()).flatten();
+    texts.filter_map(|c| c.parse().ok()).collect()
+}
+
 fn proto(name: Option<&str>) -> Option<u8> {
     match name.unwrap_or("TCP") {
         "TCP" => Some(TCP),
@@ -216,6 +234,28 @@ mod tests {
         assert_eq!(s.ports.len(), 1, "SCTP is left out");
         assert_eq!(s.affinity_seconds, 10_800);
         assert!(s.external_local && !s.internal_local);
+    }
+
+    #[test]
+    fn a_node_is_known_by_one_address_of_each_family() {
+        type Case<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str]);
+        let cases: [Case; 5] = [
+            (
+                &[("ExternalIP", "192.0.2.1"), ("InternalIP", "10.0.0.1"), ("InternalIP", "10.0.0.2")],
+                &["10.0.0.1"],
+            ),
+            (&[("InternalIP", "fd00::1"), ("InternalIP", "10.0.0.1")], &["fd00::1", "10.0.0.1"]),
+            (&[("InternalIP", "10.0.0.1"), ("ExternalIP", "2001:db8::1")], &["10.0.0.1", "2001:db8::1"]),
+            (&[("Hostname", "10.0.0.1"), ("ExternalIP", "192.0.2.1"), ("InternalIP", "x")], &["192.0.2.1"]),
+            (&[("Hostname", "n")], &[]),
+        ];
+        for (addresses, expected) in cases {
+            let list: Vec<_> = addresses.iter().map(|(t, a)| json!({"type": t, "address": a})).collect();
+            let node = serde_json::from_value(json!({"status": {"addresses": list}})).unwrap();
+            let ips: Vec<String> = primary_ips(&node).iter().map(IpAddr::to_string).collect();
+            assert_eq!(ips, expected, "{addresses:?}");
+        }
+        assert_eq!(primary_ips(&objects::Node::default()), Vec::<IpAddr>::new());
     }
 
     #[test]

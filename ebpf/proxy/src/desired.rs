@@ -124,7 +124,7 @@ fn add_rest(d: &mut Desired, service: &Service) {
 }
 
 /// The service's number is filled in when it has one.
-fn range(net: &IpNet) -> Range {
+pub fn range(net: &IpNet) -> Range {
     let before = if net.addr().is_ipv4() { 96 } else { 0 };
     (RangeKey { service: 0, addr: addr_from(net.network()) }, before + net.prefix_len())
 }

@@ -6,13 +6,14 @@ use std::fmt::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
+use ipnet::IpNet;
 use nix::time::{ClockId, clock_gettime};
 use orlop_ebpf_common::{
-    FrontendKey, FrontendValue, LAYOUT, SCOPE_EXTERNAL, SCOPE_INTERNAL, SlotKey, TCP, UDP, addr_from,
-    addr_to, any_addr, backend_flags, config_flags, counters, ct_dir, ct_flags, frontend_flags, is_v4,
-    local_flags, uplink_flags,
+    FrontendKey, FrontendValue, LAYOUT, SCOPE_EXTERNAL, SCOPE_INTERNAL, SERVICE_RANGE, SlotKey, TCP, UDP,
+    addr_from, addr_to, any_addr, backend_flags, config_flags, counters, ct_dir, ct_flags, frontend_flags,
+    is_v4, local_flags, uplink_flags,
 };
-use orlop_ebpf_loader::{Dump, MapFailure, Maps, RealMaps, SOCKET_PROGRAMS};
+use orlop_ebpf_loader::{Dump, MapFailure, Maps, Range, RealMaps, SOCKET_PROGRAMS};
 
 use crate::Error;
 
@@ -63,6 +64,11 @@ fn protocol(proto: u8) -> &'static str {
 
 fn at(addr: &orlop_ebpf_common::Addr, port: u16) -> SocketAddr {
     SocketAddr::new(addr_to(addr), port)
+}
+
+fn net((r, bits): &Range) -> Option<IpNet> {
+    let bits = if is_v4(&r.addr) { bits.saturating_sub(96) } else { *bits };
+    IpNet::new(addr_to(&r.addr), bits).ok()
 }
 
 fn frontend_name(k: &FrontendKey) -> String {
@@ -120,6 +126,14 @@ impl View {
         }
     }
 
+    /// Addresses that are Services' alone.
+    fn service_ranges(&self) -> Vec<IpNet> {
+        let ranges = self.dump.ranges.iter().filter(|(r, _)| r.service == SERVICE_RANGE);
+        let mut nets: Vec<IpNet> = ranges.filter_map(net).collect();
+        nets.sort();
+        nets
+    }
+
     fn status(&self, pins: &Path) -> Result<String, Error> {
         let mut out = String::new();
         let config = self.maps.config().map_err(read)?;
@@ -146,6 +160,8 @@ impl View {
         line(&mut out, "node ports answer on", &serving.join(" "));
         let loopback = config.flags & (config_flags::LOOPBACK4 | config_flags::LOOPBACK6) != 0;
         line(&mut out, "node ports on loopback", if loopback { "yes" } else { "no" });
+        let ranges: Vec<String> = self.service_ranges().iter().map(IpNet::to_string).collect();
+        line(&mut out, "addresses of Services alone", &ranges.join(" "));
         line(&mut out, "translated source ports", &format!("{}-{}", config.snat_first, config.snat_last));
         let connections = self.maps.connections().map_err(read)?;
         let forward = connections.iter().filter(|(k, _)| k.dir == ct_dir::FORWARD).count();
@@ -277,13 +293,17 @@ impl View {
             }
         }
         let Some(v) = found else {
-            push(&mut out, &format!("{to}/{} is no Service: the packet goes on as it is", protocol(proto)));
+            let end = if self.service_ranges().iter().any(|n| n.contains(&to.ip())) {
+                "no Service's address, but one of their range: dropped where it leaves the node"
+            } else {
+                "no Service: the packet goes on as it is"
+            };
+            push(&mut out, &format!("{to}/{} is {end}", protocol(proto)));
             return Ok(out);
         };
         push(&mut out, &format!("{} of {}{}", frontend_name(&key), self.service(v.service), flag_names(v)));
-        for (r, bits) in self.dump.ranges.iter().filter(|(r, _)| r.service == v.service) {
-            let bits = if is_v4(&r.addr) { bits.saturating_sub(96) } else { *bits };
-            push(&mut out, &format!("  admits {}/{bits}", addr_to(&r.addr)));
+        for admitted in self.dump.ranges.iter().filter(|(r, _)| r.service == v.service).filter_map(net) {
+            push(&mut out, &format!("  admits {admitted}"));
         }
         let ids = self.set(v);
         if ids.is_empty() {
@@ -297,7 +317,7 @@ impl View {
     }
 }
 
-const COUNTERS: [(&str, u32); 14] = [
+const COUNTERS: [(&str, u32); 15] = [
     ("socket translations", counters::SOCK_TRANSLATED),
     ("socket refusals", counters::SOCK_REFUSED),
     ("packet connections", counters::PACKET_CONNECTIONS),
@@ -312,6 +332,7 @@ const COUNTERS: [(&str, u32); 14] = [
     ("connections handed over to us", counters::DIRECT),
     ("packets sent on by XDP", counters::XDP),
     ("packets past the stack", counters::SHORT),
+    ("packets for no Service", counters::UNALLOCATED),
 ];
 
 fn line(out: &mut String, what: &str, value: &str) {

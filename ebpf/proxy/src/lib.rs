@@ -16,15 +16,16 @@ mod metrics;
 pub mod model;
 mod objects;
 mod proxy;
+mod ranges;
 pub mod tables;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use ipnet::IpNet;
 use orlop_base::supervise::Ready;
 use tokio_util::sync::CancellationToken;
 
+pub use addresses::NodePortAddress;
 pub use config_file::ConfigFile;
 pub use desired::Selection;
 pub use inspect::{Question, inspect};
@@ -50,8 +51,8 @@ pub struct Config {
     pub health_address: Option<SocketAddr>,
     /// /metrics. Upstream: 127.0.0.1:10249.
     pub metrics_address: Option<SocketAddr>,
-    /// Where node ports answer; empty: on all of the node's addresses.
-    pub node_port_addresses: Vec<IpNet>,
+    /// Where node ports answer; on all of the node's addresses of a family of which none is listed.
+    pub node_port_addresses: Vec<NodePortAddress>,
     /// How backends are chosen, where a Service does not say (annotation `orlop.dev/selection`).
     pub selection: Selection,
     /// TCP clients outside of the node are answered by the backend's node itself. Every node must run this proxy with the

@@ -51,6 +51,7 @@ pub struct ProxyMetrics {
     pub sock_refused: Gauge,
     pub packet_connections: Gauge,
     pub packet_dropped: Gauge,
+    pub unallocated: Gauge,
     pub fragments: Gauge,
     pub resumed: Gauge,
     pub short: Gauge,
@@ -146,6 +147,11 @@ impl ProxyMetrics {
                 Gauge::default(),
             ),
             packet_dropped: metrics.add(o("packets_dropped"), "Packets dropped", Gauge::default()),
+            unallocated: metrics.add(
+                o("packets_for_no_service"),
+                "Packets dropped that were for addresses of the Service range that no Service has",
+                Gauge::default(),
+            ),
             fragments: metrics.add(o("fragments"), "Fragments that were not translated", Gauge::default()),
             resumed: metrics.add(
                 o("connections_resumed"),

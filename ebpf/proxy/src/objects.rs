@@ -1,4 +1,4 @@
-//! Services, EndpointSlices and Nodes as the API server sends them, without the fields that no packet depends on: those
+//! Services, EndpointSlices, ServiceCIDRs and Nodes as the API server sends them, without the fields that no packet depends on: those
 //! are skipped while reading. Large clusters are read several times faster this way, and leave nothing behind on the heap.
 
 use std::borrow::Cow;
@@ -76,6 +76,12 @@ kinds! {
     /// A core/v1 Node.
     Node, "", "v1", "nodes", ClusterResourceScope {
         spec: Option<NodeSpec>,
+        status: Option<NodeStatus>,
+    }
+
+    /// A networking.k8s.io/v1 ServiceCIDR: addresses that ClusterIPs are taken from.
+    ServiceCIDR, "networking.k8s.io", "v1", "servicecidrs", ClusterResourceScope {
+        spec: Option<ServiceCidrSpec>,
     }
 }
 
@@ -94,6 +100,17 @@ parts! {
     }
     Taint {
         key: String,
+    }
+    NodeStatus {
+        addresses: Option<Vec<NodeAddress>>,
+    }
+    NodeAddress {
+        #[serde(rename = "type")]
+        type_: String,
+        address: String,
+    }
+    ServiceCidrSpec {
+        cidrs: Option<Vec<String>>,
     }
     ServiceSpec {
         #[serde(rename = "type")]
@@ -332,5 +349,19 @@ mod tests {
         let t = theirs.status.unwrap().load_balancer.unwrap().ingress.unwrap().remove(0);
         let o = ours.status.unwrap().load_balancer.unwrap().ingress.unwrap().remove(0);
         assert_eq!((t.ip, t.ip_mode), (o.ip, o.ip_mode));
+
+        let full =
+            json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/12", "fd00::/112"]}});
+        let theirs: k8s_openapi::api::networking::v1::ServiceCIDR =
+            serde_json::from_value(full.clone()).unwrap();
+        let ours: ServiceCIDR = serde_json::from_value(full).unwrap();
+        assert_eq!(theirs.spec.unwrap().cidrs, ours.spec.unwrap().cidrs);
+        let full = json!({"metadata": {"name": "n"}, "status": {"addresses": [{"type": "InternalIP", "address": "10.0.0.1"}]}});
+        let theirs: core::Node = serde_json::from_value(full.clone()).unwrap();
+        let ours: Node = serde_json::from_value(full).unwrap();
+        let (mut t, mut o) =
+            (theirs.status.unwrap().addresses.unwrap(), ours.status.unwrap().addresses.unwrap());
+        let (t, o) = (t.remove(0), o.remove(0));
+        assert_eq!((t.type_, t.address), (o.type_, o.address));
     }
 }

@@ -1,6 +1,7 @@
 //! The one task that owns model, tables and datapath.
 
 use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -23,9 +24,10 @@ use crate::gather::Gather;
 use crate::health::{self, Health, NodePortChecks, Pages};
 use crate::metrics::{Policy, ProxyMetrics, ServicePort};
 use crate::model::{Model, Name};
-use crate::objects::{EndpointSlice, Node, Service, keys};
+use crate::objects::{EndpointSlice, Node, Service, ServiceCIDR, keys};
+use crate::ranges::ServiceRanges;
 use crate::tables::Tables;
-use crate::{Config, Error, closer, convert};
+use crate::{Config, Error, NodePortAddress, closer, convert};
 
 /// First pause after a failed write; doubled up to [`MAX_RETRY`].
 const RETRY: Duration = Duration::from_millis(500);
@@ -69,6 +71,7 @@ pub(crate) async fn run(
         datapath,
         tables,
         model: Model::default(),
+        ranges: ServiceRanges::default(),
         metrics: proxy_metrics,
         checks: NodePortChecks::new(tasks.clone(), pages.health.clone()),
         health: pages.health,
@@ -78,6 +81,7 @@ pub(crate) async fn run(
         pause: RETRY,
         writes_seen: 0,
         zone: String::new(),
+        primary: None,
         attached: false,
         closing: None,
     };
@@ -113,6 +117,7 @@ fn counter_refresh(datapath: Arc<Mutex<Datapath>>, m: ProxyMetrics) -> health::R
             (&m.sock_refused, counters::SOCK_REFUSED),
             (&m.packet_connections, counters::PACKET_CONNECTIONS),
             (&m.packet_dropped, counters::PACKET_DROPPED),
+            (&m.unallocated, counters::UNALLOCATED),
             (&m.fragments, counters::FRAGMENTS),
             (&m.resumed, counters::RESUMED),
             (&m.short, counters::SHORT),
@@ -141,6 +146,8 @@ struct Proxy {
     datapath: Arc<Mutex<Datapath>>,
     tables: Tables,
     model: Model,
+    /// Addresses that are Services' alone.
+    ranges: ServiceRanges,
     metrics: ProxyMetrics,
     health: Arc<Health>,
     checks: NodePortChecks,
@@ -154,10 +161,19 @@ struct Proxy {
     writes_seen: u64,
     /// This node's topology.kubernetes.io/zone; empty for none.
     zone: String,
+    /// The addresses by which the cluster knows this node; `None` until it has said so.
+    primary: Option<Vec<IpAddr>>,
     /// The programs run on these maps. Until the maps are full, those of an earlier process go on.
     attached: bool,
     /// When to look for sockets whose backend is gone.
     closing: Option<tokio::time::Instant>,
+}
+
+/// What an event of the node's changes.
+#[derive(Default)]
+struct NodeNews {
+    zone: bool,
+    primary: bool,
 }
 
 /// One watched kind: names seen during a list, and whether a list has ever been complete.
@@ -200,8 +216,12 @@ impl Proxy {
         let mut services =
             std::pin::pin!(watch(Api::<Service>::all(client.clone()), filter.clone()).default_backoff());
         let mut node = std::pin::pin!(watch(Api::<Node>::all(client.clone()), own).default_backoff());
+        let mut ranges = std::pin::pin!(
+            watch(Api::<ServiceCIDR>::all(client.clone()), watcher::Config::default()).default_backoff()
+        );
         let mut slices = watch_slices();
-        let (mut service_list, mut slice_list, mut node_list) = <(Listing, Listing, Listing)>::default();
+        let (mut service_list, mut slice_list) = <(Listing, Listing)>::default();
+        let (mut node_list, mut range_list) = <(Listing, Listing)>::default();
         let mut initial = true;
         // Slices are read with the node's zone in mind, so it comes first; not for ever.
         let mut zone_known = false;
@@ -215,10 +235,15 @@ impl Proxy {
                 e = slices.next(), if zone_known => self.slice_event(e, &mut slice_list),
                 e = node.next() => {
                     zone_known |= !matches!(e, Some(Ok(Event::Init)));
-                    if self.node_event(e, &mut node_list) && slice_list.started() {
+                    let news = self.node_event(e, &mut node_list);
+                    if news.zone && slice_list.started() {
                         slices = watch_slices();
                     }
+                    if news.primary && self.knows_primary() {
+                        self.follow_or_retry(&netlink).await;
+                    }
                 }
+                e = ranges.next() => self.range_event(e, &mut range_list),
                 () = tokio::time::sleep_until(patience), if !zone_known => zone_known = true,
                 () = netlink.changed() => self.follow_or_retry(&netlink).await,
                 () = sleep_until(retry) => {
@@ -274,32 +299,39 @@ impl Proxy {
         self.follow_node(netlink).await
     }
 
-    /// Takes note of the node's zone; says whether it changed.
-    fn node_event(&mut self, event: Watched<Node>, list: &mut Listing) -> bool {
+    /// Whether node ports answer on what the cluster knows this node by.
+    fn knows_primary(&self) -> bool {
+        self.config.node_port_addresses.contains(&NodePortAddress::Primary)
+    }
+
+    /// Takes note of the node's zone and addresses; says which of them changed.
+    fn node_event(&mut self, event: Watched<Node>, list: &mut Listing) -> NodeNews {
+        let nothing = NodeNews::default();
         let node = match event {
             Some(Ok(Event::InitApply(n) | Event::Apply(n))) => n,
             Some(Ok(Event::Delete(n))) if n.metadata.name.as_deref() == Some(&self.config.node_name) => {
                 self.health.node_goes(true);
-                return false;
+                return nothing;
             }
             Some(Ok(Event::InitDone)) => {
                 list.refusal.answered();
-                return false;
+                return nothing;
             }
             Some(Err(e)) => {
                 list.failed(&e);
-                return false;
+                return nothing;
             }
-            _ => return false,
+            _ => return nothing,
         };
         if node.metadata.name.as_deref() != Some(&self.config.node_name) {
-            return false;
+            return nothing;
         }
         self.health.node_goes(convert::node_goes(&node));
+        let primary = convert::primary_ips(&node);
         let zone = node.metadata.labels.unwrap_or_default().remove(keys::ZONE).unwrap_or_default();
-        let changed = zone != self.zone;
-        self.zone = zone;
-        changed
+        let news = NodeNews { zone: zone != self.zone, primary: self.primary.as_ref() != Some(&primary) };
+        (self.zone, self.primary) = (zone, Some(primary));
+        news
     }
 
     /// Closes sockets that talk to backends which are gone.
@@ -372,9 +404,33 @@ impl Proxy {
         }
     }
 
+    /// What cannot be watched switches the rule off: everything else goes on.
+    fn range_event(&mut self, event: Watched<ServiceCIDR>, list: &mut Listing) {
+        if let Some(Err(e)) = &event
+            && let Some(why) = unavailable(e)
+        {
+            if self.ranges.forget() {
+                tracing::warn!(
+                    "the API server does not say which addresses are Services' alone: {why}; packets to those that no Service \
+                     has are not dropped. Kubernetes has ServiceCIDRs (networking.k8s.io/v1) from 1.33 on, and the ClusterRole \
+                     system:node-proxier the right to watch them"
+                );
+            }
+            return;
+        }
+        let gone = take_event(event, list, |o, present| {
+            let name = o.metadata.name.clone().unwrap_or_default();
+            self.ranges.set(&name, if present { convert::cidrs(o) } else { Vec::new() });
+            name
+        });
+        if let Some(seen) = gone {
+            self.ranges.keep(&seen);
+        }
+    }
+
     /// Writes what changed. Returns whether nothing is left to do.
     fn sync(&mut self) -> bool {
-        if self.model.is_clean() {
+        if self.model.is_clean() && !self.ranges.changed() {
             return true;
         }
         let start = Instant::now();
@@ -385,11 +441,12 @@ impl Proxy {
         } else {
             self.write_at_once(&mut datapath.maps)
         };
+        let ranges = self.write_ranges(&mut datapath.maps);
         drop(datapath);
         if self.tables.take_lost() && self.closing.is_none() {
             self.closing = Some(tokio::time::Instant::now() + CLOSE_AFTER);
         }
-        let clean = failed.is_empty();
+        let clean = failed.is_empty() && ranges;
         for name in failed {
             self.model.mark(name);
         }
@@ -457,6 +514,22 @@ impl Proxy {
         failed
     }
 
+    /// Says whether nothing is left to do.
+    fn write_ranges(&mut self, maps: &mut dyn Maps) -> bool {
+        let Some(wanted) = self.ranges.wanted() else { return true };
+        match self.tables.sync_service_range(maps, &wanted) {
+            Ok(()) => {
+                self.ranges.written();
+                true
+            }
+            Err(e) => {
+                self.metrics.failures.inc();
+                tracing::warn!(error = %chain(&e), "cannot write the Service range, trying again");
+                false
+            }
+        }
+    }
+
     fn try_later(&mut self) {
         self.health.behind();
         self.retry = Some(tokio::time::Instant::now() + self.pause);
@@ -467,7 +540,10 @@ impl Proxy {
     async fn follow_node(&mut self, netlink: &Watch) -> Result<(), Error> {
         let interfaces = netlink.read().await.map_err(|source| Error::Addresses { source })?;
         let c = &self.config;
-        let node = addresses::decide(&interfaces, &c.node_port_addresses, &c.uplinks, c.pod_packets);
+        // Until the cluster says it, what an earlier process knew.
+        let primary = self.primary.clone().unwrap_or_else(|| self.tables.node_port_ips());
+        let listed = addresses::listed(&c.node_port_addresses, &primary);
+        let node = addresses::decide(&interfaces, &listed, &c.uplinks, c.pod_packets);
         self.model.set_node_ips(node.ips);
         let mut datapath = self.datapath.lock();
         let wanted = [(c.direct_return, config_flags::DIRECT), (c.host_routing, config_flags::HOST_ROUTING)];
@@ -530,6 +606,18 @@ fn take_event<K: kube::Resource>(
         Err(e) => list.failed(&e),
     }
     None
+}
+
+/// What the API server says that will not let this kind be watched, or does not have it.
+fn unavailable(e: &watcher::Error) -> Option<&str> {
+    let status = match e {
+        watcher::Error::InitialListFailed(kube::Error::Api(s))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(s))
+        | watcher::Error::WatchFailed(kube::Error::Api(s))
+        | watcher::Error::WatchError(s) => s,
+        _ => return None,
+    };
+    [403, 404].contains(&status.code).then_some(&status.message)
 }
 
 async fn sleep_until(at: Option<tokio::time::Instant>) {

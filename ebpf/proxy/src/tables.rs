@@ -5,9 +5,11 @@
 //! trying again does the rest. Pure apart from [`Maps`].
 
 use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 
 use orlop_ebpf_common::{
-    Addr, Backend, FrontendKey, FrontendValue, RangeKey, ServiceName, SlotKey, frontend_flags, is_v4, maglev,
+    Addr, Backend, FrontendKey, FrontendValue, RangeKey, SERVICE_RANGE, ServiceName, SlotKey, addr_to,
+    frontend_flags, is_v4, local_flags, maglev,
 };
 use orlop_ebpf_loader::{Dump, MapFailure, Maps, Op, Range};
 
@@ -373,6 +375,11 @@ impl Tables {
         Ok(n)
     }
 
+    /// Brings the ranges of addresses that are Services' alone to `wanted`.
+    pub fn sync_service_range(&mut self, maps: &mut dyn Maps, wanted: &[Range]) -> Result<(), MapFailure> {
+        self.sync_ranges(maps, SERVICE_RANGE, wanted)
+    }
+
     /// New ranges first: who is admitted before and after is admitted all the time.
     fn sync_ranges(&mut self, maps: &mut dyn Maps, number: u32, wanted: &[Range]) -> Result<(), MapFailure> {
         if wanted.is_empty() && !self.ranges.contains_key(&number) {
@@ -606,7 +613,8 @@ impl Tables {
             self.unclaimed.remove(&label);
         }
         let used: HashSet<u32> = self.services.values().flat_map(|p| &p.numbers).map(|(_, n)| *n).collect();
-        let stray: Vec<u32> = self.ranges.keys().filter(|n| !used.contains(n)).copied().collect();
+        let of_ports = self.ranges.keys().filter(|n| **n != SERVICE_RANGE);
+        let stray: Vec<u32> = of_ports.filter(|n| !used.contains(n)).copied().collect();
         for number in stray {
             self.sync_ranges(maps, number, &[])?;
         }
@@ -618,6 +626,12 @@ impl Tables {
             self.endpoint_of.remove(&id);
         }
         Ok(())
+    }
+
+    /// The node's addresses that node ports answer on.
+    pub fn node_port_ips(&self) -> Vec<IpAddr> {
+        let serving = self.locals.iter().filter(|(_, f)| **f & local_flags::NODE_PORT != 0);
+        serving.map(|(a, _)| addr_to(a)).collect()
     }
 
     /// Brings the node's own addresses, with their flags, to `wanted`.

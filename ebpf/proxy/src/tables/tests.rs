@@ -1,10 +1,9 @@
 use super::*;
-use crate::desired::{Selection, desired};
+use crate::desired::{Selection, desired, range};
 use crate::model::{Endpoint as Ep, Hint, Hints, Model, Port, Service, Slice, SlicePort};
 use orlop_ebpf_common::{SCOPE_EXTERNAL, TCP, UDP, addr_from};
 use orlop_ebpf_loader::maps::{FakeMaps, FaultyMaps};
 use proptest::prelude::*;
-use std::net::IpAddr;
 
 fn ip(s: &str) -> IpAddr {
     s.parse().unwrap()
@@ -105,7 +104,7 @@ fn no_garbage(d: &Dump) {
     let ranged: HashSet<u32> = ranged.map(|v| v.service).collect();
     assert_eq!(
         ranged,
-        d.ranges.iter().map(|r| r.0.service).collect::<HashSet<_>>(),
+        d.ranges.iter().map(|r| r.0.service).filter(|n| *n != SERVICE_RANGE).collect::<HashSet<_>>(),
         "ranges are those of frontends"
     );
 }
@@ -202,6 +201,8 @@ enum Step {
     NodeIps(Vec<u8>),
     /// All of its addresses; node ports answer on some.
     Locals(Vec<(u8, bool)>),
+    /// Addresses that are Services' alone.
+    Ranges(Vec<u8>),
     Restart,
 }
 
@@ -232,6 +233,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
             .prop_map(|(n, i, s)| Step::Slice(n, i, s)),
         1 => prop::collection::vec(1..6u8, 0..3).prop_map(Step::NodeIps),
         1 => prop::collection::vec((1..6u8, any::<bool>()), 0..4).prop_map(Step::Locals),
+        1 => prop::collection::vec(1..6u8, 0..3).prop_map(Step::Ranges),
         1 => Just(Step::Restart),
     ];
     prop::collection::vec(step, 1..40)
@@ -246,7 +248,7 @@ proptest! {
         let mut m = Model::default();
         let mut t = Tables::default();
         let fails = move |n: usize| faults.contains(&n);
-        let mut locals = HashMap::new();
+        let (mut locals, mut ranges) = (HashMap::new(), Vec::new());
         let mut maps = FaultyMaps { inner: FakeMaps::default(), fails, seen: 0 };
         for step in steps {
             match step {
@@ -286,6 +288,10 @@ proptest! {
                     // One that fails is done again with the next change.
                     let _ = t.sync_locals(&mut maps, &locals);
                 }
+                Step::Ranges(all) => {
+                    ranges = all.iter().map(|n| range(&format!("10.{n}.0.0/16").parse().unwrap())).collect();
+                    let _ = t.sync_service_range(&mut maps, &ranges);
+                }
                 Step::Restart => {
                     t = Tables::adopt(maps.dump().unwrap());
                     let (names, _) = m.names();
@@ -304,7 +310,10 @@ proptest! {
         }
         while !sync_all(&mut t, &mut maps, &mut m) {}
         while t.sync_locals(&mut maps, &locals).is_err() {}
+        while t.sync_service_range(&mut maps, &ranges).is_err() {}
         prop_assert_eq!(&maps.inner.content.locals, &locals);
+        let reserved = maps.inner.content.ranges.iter().filter(|(k, _)| k.service == SERVICE_RANGE);
+        prop_assert_eq!(reserved.copied().collect::<HashSet<_>>(), ranges.into_iter().collect::<HashSet<_>>());
         prop_assert_eq!(resolve(&maps.inner.content), expected(&m));
         no_garbage(&maps.inner.content);
     }

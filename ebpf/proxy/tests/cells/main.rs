@@ -4,6 +4,7 @@
 
 mod beside;
 mod fuzz;
+mod nobody;
 mod ports;
 mod says;
 mod short;
@@ -21,7 +22,7 @@ use std::thread;
 
 use orlop_base::testkit::unique_name;
 use orlop_ebpf_common::{TCP, UDP, Uplink, addr_from, config_flags, counters, local_flags, uplink_flags};
-use orlop_ebpf_loader::{Config, Datapath, Maps, Op, Sizes, probe, purge};
+use orlop_ebpf_loader::{Config, Datapath, Maps, Op, Range, Sizes, probe, purge};
 use orlop_proxy::desired::{Selection, desired};
 use orlop_proxy::model::{Endpoint, Hints, Model, Port, Service, Slice, SlicePort};
 use orlop_proxy::tables::Tables;
@@ -60,6 +61,8 @@ enum Kind {
     UnusedPort,
     /// No port: a ping.
     Ping,
+    /// An address of the Service range that no Service has, and that somebody outside of the node has.
+    NobodysIp,
     NodePort,
     Loopback,
     ExternalIp,
@@ -117,6 +120,7 @@ impl Spec {
     fn ip(&self, kind: Kind, v4: bool) -> IpAddr {
         let n = self.number;
         let (a, b) = match kind {
+            NobodysIp => return NOBODYS[usize::from(!v4)].parse().unwrap(),
             ClusterIp | UnusedPort | Ping => (96, "96"),
             ExternalIp => (201, "201"),
             _ => (202, "202"),
@@ -233,7 +237,7 @@ fn source(place: Place, backend: &str, v: usize) -> String {
 fn cells() -> Vec<Cell> {
     let mut out = Vec::new();
     for spec in specs() {
-        for kind in [ClusterIp, UnusedPort, Ping, NodePort, Loopback, ExternalIp, LoadBalancer] {
+        for kind in [ClusterIp, UnusedPort, Ping, NobodysIp, NodePort, Loopback, ExternalIp, LoadBalancer] {
             for place in PLACES {
                 for (udp, v) in [(false, 0), (false, 1), (true, 0), (true, 1)] {
                     out.extend(cell(&spec, kind, place, udp, v));
@@ -250,6 +254,9 @@ fn cell(spec: &Spec, kind: Kind, place: Place, udp: bool, v: usize) -> Option<Ce
         Loopback if place != Host => return None,
         UnusedPort | Ping if spec.number > 3 => return None,
         Ping if udp => return None,
+        // Who has the address himself asks nobody.
+        NobodysIp if spec.number > 1 || place == Outside => return None,
+        NobodysIp => SocketAddr::new(spec.ip(kind, v == 0), BACKEND_PORT),
         Ping => SocketAddr::new(spec.ip(kind, v == 0), 0),
         UnusedPort => SocketAddr::new(spec.ip(kind, v == 0), 81),
         NodePort => {
@@ -278,6 +285,7 @@ fn cell(spec: &Spec, kind: Kind, place: Place, udp: bool, v: usize) -> Option<Ce
     };
     let expected = match (admitted, chosen.is_empty(), all.is_empty()) {
         _ if kind == UnusedPort || kind == Ping => vec!["refused".to_owned()],
+        _ if kind == NobodysIp => vec!["dropped".to_owned()],
         (false, ..) | (_, true, false) => vec!["dropped".to_owned()],
         (_, true, true) => vec!["refused".to_owned()],
         _ => chosen.iter().map(|b| format!("{b} {}", source(seen_as, b, v))).collect(),
@@ -338,7 +346,8 @@ impl Helper {
             let (i, answer) = l.split_once("@ ")?.1.split_once(' ')?;
             Some((i.parse().ok()?, answer.to_owned()))
         });
-        let answers = answers.take(cells.len()).collect();
+        // To the end, so that it can say what a test harness says.
+        let answers = answers.collect();
         writer.join().unwrap();
         answers
     }
@@ -473,6 +482,7 @@ fn program_with(w: &World, config: &Config, fill: impl FnOnce(&mut Model) + Send
                 }
             }
             let (mut tables, mut model) = (Tables::default(), Model::default());
+            tables.sync_service_range(&mut dp.maps, &service_ranges()).unwrap();
             model.set_node_ips(NODE.map(|a| a.parse().unwrap()).to_vec());
             fill(&mut model);
             for name in model.take_dirty() {
@@ -485,6 +495,10 @@ fn program_with(w: &World, config: &Config, fill: impl FnOnce(&mut Model) + Send
         .unwrap()
 }
 
+fn service_ranges() -> Vec<Range> {
+    SERVICE_RANGES.map(|n| orlop_proxy::desired::range(&n.parse().unwrap())).to_vec()
+}
+
 const LOOPBACK: u32 = config_flags::LOOPBACK4 | config_flags::LOOPBACK6;
 
 fn check(force_clsact: bool, host_routing: bool) {
@@ -493,6 +507,7 @@ fn check(force_clsact: bool, host_routing: bool) {
     serve(&w.pod, "pod", POD);
     serve(&w.other, "remote", REMOTE_POD);
     serve(&w.node, "host", NODE);
+    serve(&w.outside, "nobody", NOBODYS);
     let mut datapath = program(&w, &home.config);
     if host_routing {
         datapath.maps.set_flags(LOOPBACK | config_flags::HOST_ROUTING).unwrap();

@@ -163,6 +163,12 @@ shop/web:http  connections=0 refused=0
   no endpoint: refused",
         ),
         ("10.71.97.9:80", false, false, "10.71.97.9:80/TCP is no Service: the packet goes on as it is"),
+        (
+            "10.71.96.77:80",
+            false,
+            false,
+            "10.71.96.77:80/TCP is no Service's address, but one of their range: dropped where it leaves the node",
+        ),
     ] {
         assert_eq!(trace(to, udp, outside), said, "{to} udp={udp} outside={outside}");
     }
@@ -240,6 +246,8 @@ shop/web:http  connections=0 refused=0
         ("socket programs attached", "9 of 9"),
         ("node ports answer on", "10.71.1.1 10.71.2.1 fd71:1::1 fd71:2::1"),
         ("node ports on loopback", "yes"),
+        ("addresses of Services alone", "10.71.96.0/24 fd71:96::/64"),
+        ("packets for no Service", "0"),
         ("service ports", "3"),
         ("service addresses", "7"),
         ("endpoints", "2"),

@@ -79,3 +79,26 @@ pub fn like_a_card(interface: &str) {
         assert_eq!(r, 0, "{command:#x} {interface}: {}", std::io::Error::last_os_error());
     }
 }
+
+/// Makes a socket's packets larger by headers that ask for nothing: IPv4 options, or destination options of IPv6 (their header
+/// takes the first 8 bytes). A multiple of 8.
+pub fn set_options(socket: std::os::fd::RawFd, v4: bool, bytes: usize) {
+    if bytes == 0 {
+        return;
+    }
+    // Of IPv4 each byte is an option; of IPv6 the header is followed by one that is padding.
+    let options = if v4 {
+        vec![1; bytes]
+    } else {
+        let mut o = vec![0; bytes];
+        (o[1], o[2], o[3]) = ((bytes / 8 - 1) as u8, 1, (bytes - 4) as u8);
+        o
+    };
+    let (level, name) =
+        if v4 { (libc::IPPROTO_IP, libc::IP_OPTIONS) } else { (libc::IPPROTO_IPV6, libc::IPV6_DSTOPTS) };
+    // SAFETY: the value is valid and its size is given.
+    let r = unsafe {
+        libc::setsockopt(socket, level, name, options.as_ptr().cast(), options.len() as libc::socklen_t)
+    };
+    assert_eq!(r, 0, "{}", std::io::Error::last_os_error());
+}

@@ -84,6 +84,11 @@ pub const POD: Both = ["10.71.128.2", "fd71:128::2"];
 pub const CLIENT_POD: Both = ["10.71.128.3", "fd71:128::3"];
 pub const REMOTE_POD: Both = ["10.71.129.2", "fd71:129::2"];
 
+/// The Service range.
+pub const SERVICE_RANGES: Both = ["10.71.96.0/24", "fd71:96::/64"];
+/// Of that range, and of no Service; the client outside has it.
+pub const NOBODYS: Both = ["10.71.96.200", "fd71:96::c8"];
+
 pub struct World {
     pub node: Net,
     pub pod: Net,
@@ -136,8 +141,12 @@ impl World {
         w.node.ip(&format!("route add 10.71.129.0/24 via {}", OTHER[0]));
         w.node.ip(&format!("route add fd71:129::/64 via {}", OTHER[1]));
         // As by a default route.
-        w.node.ip(&format!("route add 10.71.96.0/24 via {}", OUTSIDE[0]));
-        w.node.ip(&format!("route add fd71:96::/64 via {}", OUTSIDE[1]));
+        for (range, gateway) in SERVICE_RANGES.iter().zip(OUTSIDE) {
+            w.node.ip(&format!("route add {range} via {gateway}"));
+        }
+        for (addr, bits) in NOBODYS.iter().zip([32, 128]) {
+            w.outside.ip(&format!("addr add {addr}/{bits} dev lo"));
+        }
         w.attach_pod("pod0", &w.pod, POD, 1);
         w.attach_pod("pod1", &w.client_pod, CLIENT_POD, 2);
         w
@@ -213,7 +222,7 @@ pub fn probe(udp: bool, to: SocketAddr, want: usize) -> String {
                 seen.insert(match (e.kind(), code) {
                     (std::io::ErrorKind::ConnectionRefused, _) => "refused".to_owned(),
                     (std::io::ErrorKind::TimedOut | std::io::ErrorKind::WouldBlock, _)
-                    | (_, Some(libc_errno::EHOSTUNREACH)) => "dropped".to_owned(),
+                    | (_, Some(libc_errno::EHOSTUNREACH | libc_errno::ENOBUFS)) => "dropped".to_owned(),
                     _ => format!("error: {e}"),
                 });
                 break;
@@ -228,6 +237,8 @@ pub fn probe(udp: bool, to: SocketAddr, want: usize) -> String {
 
 mod libc_errno {
     pub const EHOSTUNREACH: i32 = 113;
+    /// A raw socket's own packet is dropped where it leaves.
+    pub const ENOBUFS: i32 = 105;
 }
 
 fn any(to: SocketAddr) -> IpAddr {

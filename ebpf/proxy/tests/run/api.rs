@@ -25,6 +25,8 @@ struct State {
     objects: BTreeMap<(&'static str, String), Arc<str>>,
     /// Revisions and events of each resource, in order.
     log: HashMap<&'static str, Vec<(u64, Bytes)>>,
+    /// What is answered in place of a resource.
+    refused: HashMap<&'static str, u16>,
 }
 
 #[derive(Clone)]
@@ -39,7 +41,8 @@ type Body = BoxBody<Bytes, Infallible>;
 impl FakeApi {
     pub async fn start() -> FakeApi {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let state = State { revision: 1, objects: BTreeMap::new(), log: HashMap::new() };
+        let state =
+            State { revision: 1, objects: BTreeMap::new(), log: HashMap::new(), refused: HashMap::new() };
         let api = FakeApi {
             address: listener.local_addr().unwrap(),
             state: Arc::new(Mutex::new(state)),
@@ -91,6 +94,16 @@ impl FakeApi {
         self.log(&mut s, resource, "DELETED", &object.to_string());
     }
 
+    /// From now on lists and new watches of a resource get an error.
+    pub fn refuse(&self, resource: &str, code: Option<u16>) {
+        let mut s = self.state.lock().unwrap();
+        let (resource, ..) = kind(resource);
+        match code {
+            Some(code) => s.refused.insert(resource, code),
+            None => s.refused.remove(resource),
+        };
+    }
+
     fn log(&self, s: &mut State, resource: &'static str, event: &str, object: &str) {
         let line = format!("{{\"type\":\"{event}\",\"object\":{object}}}\n");
         let revision = s.revision;
@@ -100,6 +113,12 @@ impl FakeApi {
 
     fn answer(&self, r: &Request<hyper::body::Incoming>) -> Response<Body> {
         let (resource, api_version, kind) = kind(r.uri().path().rsplit('/').next().unwrap());
+        if let Some(code) = self.state.lock().unwrap().refused.get(resource) {
+            let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "message": "no, for a test"});
+            let mut response = Response::new(Full::new(Bytes::from(status.to_string())).boxed());
+            *response.status_mut() = hyper::StatusCode::from_u16(*code).unwrap();
+            return response;
+        }
         let query = r.uri().query().unwrap_or_default();
         let value = |name: &str| query.split('&').find_map(|p| p.strip_prefix(name)?.strip_prefix('='));
         if value("watch").is_some() {
@@ -158,6 +177,7 @@ fn kind(resource: &str) -> (&'static str, &'static str, &'static str) {
     match resource {
         "services" => ("services", "v1", "Service"),
         "nodes" => ("nodes", "v1", "Node"),
+        "servicecidrs" => ("servicecidrs", "networking.k8s.io/v1", "ServiceCIDR"),
         _ => ("endpointslices", "discovery.k8s.io/v1", "EndpointSlice"),
     }
 }

@@ -2,6 +2,7 @@
 
 mod api;
 mod many;
+mod node;
 mod pages;
 mod scale;
 mod sequence;

@@ -1,0 +1,119 @@
+//! What the proxy is told of besides Services: addresses that are Services' alone, and the node's own.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use orlop_ebpf_common::{SERVICE_RANGE, addr_to, local_flags};
+use orlop_ebpf_loader::{Dump, Maps, RealMaps};
+use orlop_proxy::NodePortAddress;
+
+use super::*;
+
+fn dump(place: &Place) -> Dump {
+    RealMaps::open(&place.config.datapath.pins).unwrap().dump().unwrap()
+}
+
+fn ranges(place: &Place) -> BTreeSet<(String, u8)> {
+    let dump = dump(place);
+    let reserved = dump.ranges.iter().filter(|(k, _)| k.service == SERVICE_RANGE);
+    reserved.map(|(k, bits)| (addr_to(&k.addr).to_string(), *bits)).collect()
+}
+
+async fn ranges_become(place: &Place, wanted: &[(&str, u8)]) {
+    let wanted: BTreeSet<_> = wanted.iter().map(|(a, bits)| ((*a).to_owned(), *bits)).collect();
+    wait_until(&format!("{wanted:?} in the maps"), PATIENCE, || async {
+        (ranges(place) == wanted).then_some(())
+    })
+    .await;
+}
+
+fn service_cidr(name: &str, cidrs: &[&str]) -> serde_json::Value {
+    json!({"metadata": {"name": name}, "spec": {"cidrs": cidrs}})
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_service_range_follows_its_objects_and_may_be_unknown() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let place = Place::new(api.address);
+    let a = server("a", SocketAddr::from(([127, 0, 0, 1], 0)));
+    api.put("services", service("web", "127.96.3.1", json!({})));
+    api.put("endpointslices", slice("web", a.port()));
+    api.put("servicecidrs", service_cidr("kubernetes", &["10.96.0.0/12", "fd00:96::/112"]));
+    let (stop, task) = start(&place.config).await;
+    let default = [("10.96.0.0", 96 + 12), ("fd00:96::", 112)];
+    ranges_become(&place, &default).await;
+    api.put("servicecidrs", service_cidr("more", &["10.112.0.0/16"]));
+    ranges_become(&place, &[("10.96.0.0", 96 + 12), ("10.112.0.0", 96 + 16), ("fd00:96::", 112)]).await;
+    api.delete("servicecidrs", "more");
+    ranges_become(&place, &default).await;
+    stop.cancel();
+    task.await.unwrap().unwrap();
+    assert_eq!(ranges(&place).len(), 2, "the rule outlives the proxy");
+
+    // An API server that will not say, or that is too old to know: the rule goes, everything else stays.
+    for code in [403, 404] {
+        api.refuse("servicecidrs", Some(code));
+        let (stop, task) = start(&place.config).await;
+        ranges_become(&place, &[]).await;
+        assert_eq!(ask("127.96.3.1:80").unwrap(), "a");
+        api.refuse("servicecidrs", None);
+        ranges_become(&place, &default).await;
+        stop.cancel();
+        task.await.unwrap().unwrap();
+    }
+    api.delete("servicecidrs", "kubernetes");
+    let (stop, task) = start(&place.config).await;
+    ranges_become(&place, &[]).await;
+    stop.cancel();
+    task.await.unwrap().unwrap();
+}
+
+/// Addresses of IPv4 that node ports answer on.
+fn serving(place: &Place) -> BTreeSet<IpAddr> {
+    let dump = dump(place);
+    let serving = dump.locals.iter().filter(|(_, f)| **f & local_flags::NODE_PORT != 0);
+    serving.map(|(a, _)| addr_to(a)).filter(IpAddr::is_ipv4).collect()
+}
+
+fn node(addresses: &[(&str, &str)]) -> serde_json::Value {
+    let addresses: Vec<_> = addresses.iter().map(|(t, a)| json!({"type": t, "address": a})).collect();
+    json!({"metadata": {"name": "me"}, "status": {"addresses": addresses}})
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn node_ports_answer_on_the_addresses_of_the_node_object() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let mut place = Place::new(api.address);
+    place.config.node_port_addresses = vec![NodePortAddress::Primary];
+    let own: BTreeSet<IpAddr> = ["127.0.0.1".parse().unwrap()].into();
+    let become_ = |wanted: BTreeSet<IpAddr>| {
+        let place = &place;
+        async move {
+            wait_until(&format!("node ports on {wanted:?}"), PATIENCE, || async {
+                (serving(place) == wanted).then_some(())
+            })
+            .await;
+        }
+    };
+    // The only address that every machine has.
+    api.put("nodes", node(&[("Hostname", "me"), ("ExternalIP", "192.0.2.77"), ("InternalIP", "127.0.0.1")]));
+    let (stop, task) = start(&place.config).await;
+    become_(own.clone()).await;
+    api.put("nodes", node(&[("InternalIP", "192.0.2.77")]));
+    become_(BTreeSet::new()).await;
+    api.put("nodes", node(&[("InternalIP", "127.0.0.1")]));
+    become_(own.clone()).await;
+    stop.cancel();
+    task.await.unwrap().unwrap();
+
+    // Until the cluster says it again, what was known holds.
+    api.delete("nodes", "me");
+    let (stop, task) = start(&place.config).await;
+    assert_eq!(serving(&place), own);
+    api.put("nodes", node(&[("InternalIP", "192.0.2.77")]));
+    become_(BTreeSet::new()).await;
+    stop.cancel();
+    task.await.unwrap().unwrap();
+}
