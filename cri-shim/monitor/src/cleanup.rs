@@ -79,7 +79,11 @@ fn container(dir: &Path, r: &journal::Record) -> Result<(), CleanupError> {
     }
     match r.external(&journal::external_root(dir)) {
         Some(external) => external.delete_here(&r.cgroups)?,
-        None => orlop_oci::delete_in_place(&dir.join("oci"), &r.id, &r.cgroups)?,
+        None => {
+            for warning in orlop_oci::delete_in_place(&dir.join("oci"), &r.id, &r.cgroups)? {
+                eprintln!("container {}: {warning}", r.id);
+            }
+        }
     }
     Ok(())
 }

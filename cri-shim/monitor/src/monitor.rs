@@ -55,6 +55,8 @@ pub struct Op {
 pub enum OpKind {
     Create(String),
     Start(String),
+    /// Its hooks after the start, before which the request is not answered.
+    Poststart(String),
     Delete(String),
     Update(String),
     /// By another OCI runtime, which does it in its own way.

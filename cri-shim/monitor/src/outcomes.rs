@@ -30,9 +30,15 @@ impl Monitor {
         self.sources.remove(&token);
         self.poll.remove(&op.helper.fd);
         let reply = op.helper.reply();
+        if let (Ok(Outcome::Warned(warnings)), OpKind::Delete(id)) = (&reply.result, &op.kind) {
+            for w in warnings {
+                self.own_log.line(&format!("container {id}: {w}"));
+            }
+        }
         match op.kind {
             OpKind::Create(id) => self.created(op.conn, op.request, &id, reply),
             OpKind::Start(id) => self.started(op.conn, op.request, &id, reply),
+            OpKind::Poststart(id) => self.poststarted(op.conn, op.request, &id, reply),
             OpKind::Delete(id) => self.deleted(op.conn, op.request, &id, reply),
             OpKind::Update(id) => {
                 self.plain_answer(op.conn, op.request, reply);
@@ -149,9 +155,14 @@ impl Monitor {
                     c.unsaved = true;
                     self.own_log.line(&format!("container {id}: {e}"));
                 }
-                let state = c.record.state();
-                self.answer(conn, request, Body::Done(Done {}));
+                let (state, hooks) = (c.record.state(), c.context.poststart);
+                if !hooks {
+                    self.answer(conn, request, Body::Done(Done {}));
+                }
                 self.broadcast(&Body::ContainerStarted(pb::ContainerStarted { container: Some(state) }));
+                if hooks {
+                    return self.begin_poststart(conn, request, id);
+                }
             }
             Err(e) => {
                 if e.stage == "exec" {
@@ -165,6 +176,33 @@ impl Monitor {
                 self.refuse(conn, request, oci_failure(&e));
             }
         }
+        self.not_busy(id);
+    }
+
+    /// The container runs; its start is answered when its hooks have ended.
+    fn begin_poststart(&mut self, conn: Token, request: u64, id: &str) {
+        let root = self.oci_root();
+        let Some(c) = self.containers.get_mut(id) else { return };
+        let pid = c.record.pid;
+        if let Some(exit) = c.early_exit.take() {
+            self.container_exited(id, exit);
+        }
+        match orlop_oci::poststart(&root, id, pid) {
+            Ok(helper) => self.begin_op(conn, request, OpKind::Poststart(id.to_owned()), helper),
+            Err(e) => self.poststarted(conn, request, id, Reply { result: Err(e), console: None }),
+        }
+    }
+
+    fn poststarted(&mut self, conn: Token, request: u64, id: &str, reply: Reply) {
+        if let (Err(e), Some(c)) = (&reply.result, self.containers.get(id)) {
+            // The start has failed, as the OCI runtime spec has it: what has begun must end.
+            self.own_log.line(&format!("container {id} is ended: {e}"));
+            cgroup::signal_all(&c.record.cgroups, libc::SIGKILL);
+            if c.record.phase != Phase::Exited {
+                let _ = cgroup::signal_pid(Pid::from_raw(c.record.pid), libc::SIGKILL);
+            }
+        }
+        self.plain_answer(conn, request, reply);
         self.not_busy(id);
     }
 

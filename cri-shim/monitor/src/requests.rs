@@ -416,7 +416,7 @@ impl Monitor {
             return self.begin_container_op(token, id, OpKind::Delete(name.to_owned()), helper);
         }
         let root = self.oci_root();
-        if c.record.phase == Phase::Exited {
+        if c.record.phase == Phase::Exited && !c.context.poststop {
             // Nothing to wait for, as a rule.
             match orlop_oci::delete_now(&root, name, &c.record.cgroups) {
                 Ok(false) => {}

@@ -21,10 +21,18 @@ pub enum Adaptation {
 pub(crate) struct Taken {
     pub process: Process,
     pub seccomp: Option<LinuxSeccomp>,
-    pub start_hooks: Vec<Hook>,
+    pub hooks: Later,
     /// Container id, host id, size; empty without a user namespace.
     pub uid_map: Vec<(u32, u32, u32)>,
     pub cgroup_path: PathBuf,
+}
+
+/// Hooks that do not run while the container is created.
+#[derive(Debug, Default)]
+pub(crate) struct Later {
+    pub start_container: Vec<Hook>,
+    pub poststart: Vec<Hook>,
+    pub poststop: Vec<Hook>,
 }
 
 fn invalid(message: impl Into<String>) -> Error {
@@ -70,9 +78,9 @@ pub(crate) fn take(spec: &mut Spec, id: &str, tty: bool) -> Result<(Taken, Vec<A
     }
     let cgroup_path = linux.cgroups_path().clone().unwrap_or_else(|| PathBuf::from("/").join(id));
     let seccomp = linux.seccomp().clone();
-    let start_hooks = take_hooks(spec)?;
+    let hooks = take_hooks(spec)?;
     spec.set_process(Some(process.clone()));
-    Ok((Taken { process, seccomp, start_hooks, uid_map, cgroup_path }, done))
+    Ok((Taken { process, seccomp, hooks, uid_map, cgroup_path }, done))
 }
 
 /// Gives the SELinux label of the container's own mounts to each of them that takes one, so that whoever mounts need not know which:
@@ -101,18 +109,24 @@ pub(crate) fn label_mounts(spec: &mut Spec, selinux: bool) {
 }
 
 /// Leaves those that run at creation.
-fn take_hooks(spec: &mut Spec) -> Result<Vec<Hook>, Error> {
-    let Some(mut hooks) = spec.hooks().clone() else { return Ok(Vec::new()) };
-    let some = |h: &Option<Vec<Hook>>| h.as_ref().is_some_and(|h| !h.is_empty());
-    if some(hooks.poststart()) || some(hooks.poststop()) {
-        return Err(invalid("poststart and poststop hooks are not supported"));
-    }
-    let start = hooks.start_container().clone().unwrap_or_default();
-    hooks.set_start_container(None);
+fn take_hooks(spec: &mut Spec) -> Result<Later, Error> {
+    let Some(mut hooks) = spec.hooks().clone() else { return Ok(Later::default()) };
     #[allow(deprecated)]
-    let rest = some(hooks.prestart()) || some(hooks.create_runtime()) || some(hooks.create_container());
+    let at_creation = [hooks.prestart(), hooks.create_runtime(), hooks.create_container()];
+    let rest = at_creation.iter().any(|h| h.as_ref().is_some_and(|h| !h.is_empty()));
+    let later = [hooks.start_container(), hooks.poststart(), hooks.poststop()];
+    for h in at_creation.into_iter().chain(later).flatten().flatten() {
+        if !h.path().is_absolute() {
+            return Err(invalid(format!("the path of hook {} is not absolute", h.path().display())));
+        }
+        if h.timeout().is_some_and(|t| t < 1) {
+            return Err(invalid(format!("hook {} has a timeout below a second", h.path().display())));
+        }
+    }
+    let [start_container, poststart, poststop] = later.map(|h| h.clone().unwrap_or_default());
+    hooks.set_start_container(None).set_poststart(None).set_poststop(None);
     spec.set_hooks(rest.then_some(hooks));
-    Ok(start)
+    Ok(Later { start_container, poststart, poststop })
 }
 
 /// Whether the container's own init ends all its processes: a PID namespace made for it (no path).
@@ -192,14 +206,25 @@ mod tests {
             let mut all = serde_json::to_value(spec(json!({}), json!({}))).unwrap();
             all["hooks"] = hooks;
             let mut s: Spec = serde_json::from_value(all).unwrap();
-            take(&mut s, "id", false).map(|(t, _)| (t.start_hooks.len(), s.hooks().is_some()))
+            take(&mut s, "id", false).map(|(t, _)| {
+                let later = [t.hooks.start_container, t.hooks.poststart, t.hooks.poststop].map(|h| h.len());
+                (later, s.hooks().is_some())
+            })
         };
-        assert_eq!(with(json!({"startContainer": [{"path": "/a"}]})), Ok((1, false)));
+        assert_eq!(with(json!({"startContainer": [{"path": "/a"}]})), Ok(([1, 0, 0], false)));
         assert_eq!(
             with(json!({"startContainer": [{"path": "/a"}], "createRuntime": [{"path": "/b"}]})),
-            Ok((1, true))
+            Ok(([1, 0, 0], true))
         );
-        assert!(with(json!({"poststart": [{"path": "/a"}]})).is_err());
+        let after = json!({"poststart": [{"path": "/a", "timeout": 1}], "poststop": [{"path": "/a"}, {"path": "/b"}]});
+        assert_eq!(with(after), Ok(([0, 1, 2], false)));
+        for bad in
+            [json!({"path": "a"}), json!({"path": "/a", "timeout": 0}), json!({"path": "/a", "timeout": -1})]
+        {
+            for at in ["prestart", "createContainer", "poststop"] {
+                assert!(with(json!({at: [bad]})).is_err(), "{at} {bad}");
+            }
+        }
     }
 
     #[test]

@@ -28,7 +28,7 @@ use crate::notify::Notify;
 use crate::ops::{Outcome, Stdio, check_id, filter_path, forget, set_oom_score_adj};
 use crate::rlimits::Rlimits;
 use crate::seccomp::{self, Filter};
-use crate::{Error, Helper, Kind, cgroup, convert, devices, helper, limits, sys};
+use crate::{Error, Helper, Kind, cgroup, convert, devices, helper, hooks, limits, sys};
 
 /// What `create` needs to know.
 #[derive(Debug)]
@@ -67,6 +67,10 @@ pub struct Context {
     pub filtered: bool,
     /// More of it lies there, for later.
     pub kept: bool,
+    /// It has hooks for after its start.
+    pub poststart: bool,
+    /// It has hooks for after its end.
+    pub poststop: bool,
     /// As in the spec.
     pub cgroup_path: PathBuf,
 }
@@ -110,11 +114,14 @@ fn in_helper(c: &CreateSpec<'_>) -> Result<(Created, Option<OwnedFd>), Error> {
     });
     let state = kept::state(c.id, c.bundle, &spec);
     let notify = listener.clone().map(Notify::connect).transpose()?;
-    let kept = Kept::new(state.clone(), listener);
+    let kept =
+        Kept::new(state.clone(), listener, taken.hooks.poststart.clone(), taken.hooks.poststop.clone());
     let context = Context {
         uid_map: taken.uid_map.clone(),
         filtered: filter.is_some(),
         kept: kept.is_some(),
+        poststart: kept.as_ref().is_some_and(|k| !k.poststart.is_empty()),
+        poststop: kept.as_ref().is_some_and(|k| !k.poststop.is_empty()),
         cgroup_path: taken.cgroup_path.clone(),
     };
     c.stdio.give_to(context.host_uid(taken.process.user().uid()));
@@ -147,8 +154,10 @@ fn in_helper(c: &CreateSpec<'_>) -> Result<(Created, Option<OwnedFd>), Error> {
                 console,
             ))
         }
-        Err(e) => {
-            take_back(c, &mut made);
+        Err(mut e) => {
+            for warning in take_back(c, &mut made) {
+                e.message.push_str(&format!("; {warning}"));
+            }
             Err(e)
         }
     }
@@ -198,23 +207,29 @@ impl Keeper {
     }
 }
 
-fn take_back(c: &CreateSpec<'_>, made: &mut Made) {
+/// What went wrong on the way.
+fn take_back(c: &CreateSpec<'_>, made: &mut Made) -> Vec<String> {
     if made.pid > 1 {
         let _ = cgroup::signal_pid(Pid::from_raw(made.pid), libc::SIGKILL);
     }
     match made.keeper.take() {
-        Some(keeper) => keeper.end(Keeper::TAKE_BACK),
+        Some(keeper) => {
+            keeper.end(Keeper::TAKE_BACK);
+            Vec::new()
+        }
         None => remove_made(c, made),
     }
 }
 
-fn remove_made(c: &CreateSpec<'_>, made: &Made) {
-    let _ = forget(c.root, c.id);
-    if made.by_systemd {
-        return;
+fn remove_made(c: &CreateSpec<'_>, made: &Made) -> Vec<String> {
+    if !made.by_systemd {
+        // A folder with members that are not ours stays.
+        let _ = cgroup::remove_within(&made.cgroups, Duration::from_secs(2));
     }
-    // A folder with members that are not ours stays.
-    let _ = cgroup::remove_within(&made.cgroups, Duration::from_secs(2));
+    // A container that has been made in part has come to its end, too.
+    let warnings = hooks::poststop(c.root, c.id);
+    let _ = forget(c.root, c.id);
+    warnings
 }
 
 /// What the fork of the first process starts from.
@@ -253,7 +268,8 @@ fn make(c: &CreateSpec<'_>, asked: Asked, made: &mut Made) -> Result<Option<Owne
         identity: Identity::new(&taken.process, filter, notify.as_ref().map(Notify::courier)),
         confinement: Confinement::of(&taken.process)?.map(Rc::new),
         channel: c.channel.as_raw_fd(),
-        hooks: (!taken.start_hooks.is_empty()).then(|| (taken.start_hooks.clone(), state.clone())),
+        hooks: (!taken.hooks.start_container.is_empty())
+            .then(|| (taken.hooks.start_container.clone(), state.clone())),
     };
     let limits = Rlimits::new(&taken.process);
     made.clamped = limits.clamped().to_vec();

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use libcontainer::container::{ContainerStatus, State};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Hook, Spec};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Kind};
@@ -15,6 +15,8 @@ use crate::{Error, Kind};
 pub(crate) struct Kept {
     state: State,
     pub listener: Option<Listener>,
+    pub poststart: Vec<Hook>,
+    pub poststop: Vec<Hook>,
 }
 
 /// Who answers system calls, by the profile (OCI runtime spec, config-linux, "Seccomp").
@@ -34,8 +36,14 @@ pub(crate) fn state(id: &str, bundle: &Path, spec: &Spec) -> State {
 
 impl Kept {
     /// `None` when nothing of it is needed later.
-    pub(crate) fn new(state: State, listener: Option<Listener>) -> Option<Kept> {
-        listener.is_some().then_some(Kept { state, listener })
+    pub(crate) fn new(
+        state: State,
+        listener: Option<Listener>,
+        poststart: Vec<Hook>,
+        poststop: Vec<Hook>,
+    ) -> Option<Kept> {
+        let needed = listener.is_some() || !poststart.is_empty() || !poststop.is_empty();
+        needed.then_some(Kept { state, listener, poststart, poststop })
     }
 
     pub(crate) fn path(root: &Path, id: &str) -> PathBuf {
@@ -53,8 +61,14 @@ impl Kept {
         let at = Kept::path(root, id);
         let bytes =
             fs::read(&at).map_err(|e| Error::io("state", &format!("cannot read {}", at.display()), &e))?;
-        serde_json::from_slice(&bytes)
-            .map_err(|e| Error::new(Kind::Runtime, "state", format!("{} is damaged: {e}", at.display()), 0))
+        Kept::parse(&bytes)
+    }
+
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Kept, Error> {
+        serde_json::from_slice(bytes).map_err(|e| {
+            let text = format!("what was kept of the container is damaged: {e}");
+            Error::new(Kind::Runtime, "state", text, 0)
+        })
     }
 
     pub(crate) fn state(&self, status: ContainerStatus, pid: Option<i32>) -> State {

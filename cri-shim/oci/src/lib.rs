@@ -15,6 +15,7 @@ mod exec;
 mod executor;
 mod external;
 pub mod helper;
+mod hooks;
 mod identity;
 mod init;
 mod kept;
@@ -32,6 +33,7 @@ pub use exec::{ExecSpec, exec};
 pub use executor::read_report;
 pub use external::{External, Runtime};
 pub use helper::{Helper, Reply};
+pub use hooks::poststart;
 pub use ops::{
     Outcome, Stdio, delete, delete_in_place, delete_now, end_groups, start, start_channel, update,
 };

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::create::{Context, Created};
 use crate::executor::GO;
 use crate::kept::Kept;
-use crate::{Error, Helper, Kind, cgroup, helper, limits};
+use crate::{Error, Helper, Kind, cgroup, helper, hooks, limits};
 
 /// Processes of a cgroup that do not end within this are reported.
 const DEATH: Duration = Duration::from_secs(4);
@@ -50,8 +50,12 @@ impl Stdio {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
     Created(Created),
-    Executed { pid: i32 },
+    Executed {
+        pid: i32,
+    },
     Done,
+    /// Done, and what went wrong on the way without standing in it.
+    Warned(Vec<String>),
 }
 
 pub(crate) fn filter_path(root: &Path, id: &str) -> PathBuf {
@@ -110,7 +114,7 @@ pub fn update(
     })
 }
 
-/// What is left of a container whose processes have ended. `false`: some have not yet; see [`delete`].
+/// What is left of a container whose processes have ended, without hooks for its end. `false`: some have not yet; see [`delete`].
 pub fn delete_now(root: &Path, id: &str, cgroups: &[PathBuf]) -> Result<bool, Error> {
     check_id(id)?;
     let gone = cgroup::remove(cgroups).map_err(|e| Error::io("cgroup", "cannot remove the cgroup", &e))?;
@@ -120,17 +124,22 @@ pub fn delete_now(root: &Path, id: &str, cgroups: &[PathBuf]) -> Result<bool, Er
     Ok(gone)
 }
 
-/// Kills what is left in the cgroup and removes cgroup and state. Idempotent.
+/// Kills what is left in the cgroup, removes cgroup and state, and runs the hooks for its end. Idempotent.
 pub fn delete(root: &Path, id: &str, cgroups: &[PathBuf]) -> Result<Helper, Error> {
     check_id(id)?;
-    helper::run(&[], || (delete_in_place(root, id, cgroups).map(|()| Outcome::Done), None))
+    helper::run(&[], || {
+        let done = delete_in_place(root, id, cgroups);
+        (done.map(|w| if w.is_empty() { Outcome::Done } else { Outcome::Warned(w) }), None)
+    })
 }
 
-/// The same in the calling process, for cleaning up after a monitor that is gone.
-pub fn delete_in_place(root: &Path, id: &str, cgroups: &[PathBuf]) -> Result<(), Error> {
+/// The same in the calling process, for cleaning up after a monitor that is gone. What hooks failed, for the log.
+pub fn delete_in_place(root: &Path, id: &str, cgroups: &[PathBuf]) -> Result<Vec<String>, Error> {
     check_id(id)?;
     end_groups(cgroups)?;
-    forget(root, id)
+    let warnings = hooks::poststop(root, id);
+    forget(root, id)?;
+    Ok(warnings)
 }
 
 /// Kills what is in a cgroup and below it and removes it. Idempotent; an error when something stays.

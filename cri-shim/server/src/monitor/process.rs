@@ -108,10 +108,13 @@ impl Monitor {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let done = timeout(CLEANUP, command.output()).await.map_err(|_| Error::Timeout("--cleanup"))?;
         let done = done.map_err(|source| Error::Spawn { program: program.to_owned(), source })?;
+        let message = String::from_utf8_lossy(&done.stderr).trim().to_owned();
         if done.status.success() {
+            if !message.is_empty() {
+                tracing::warn!(dir = %self.dir.display(), "cleaned up after a monitor: {message}");
+            }
             return Ok(());
         }
-        let message = String::from_utf8_lossy(&done.stderr).trim().to_owned();
         Err(Error::CleanUp { dir: self.dir.clone(), message })
     }
 }

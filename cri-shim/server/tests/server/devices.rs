@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::node::{Node, container_config, sandbox_config, shell};
+use crate::node::{Node, container_config, sandbox_config, shell, wait_for};
 use orlop_proto::cri;
 
 #[tokio::test]
@@ -56,5 +56,57 @@ async fn a_cdi_device_brings_all_that_belongs_to_it() {
         assert!(e.message().contains(says), "{e}");
     }
     assert_eq!(node.list(None).await.len(), 3);
+    node.purge_and_check();
+}
+
+/// Also when neither the server nor the monitor lives when a container ends: whoever removes it runs the vendor's hooks, once.
+#[tokio::test]
+async fn hooks_after_start_and_end_whoever_is_there() {
+    let mut node = Node::start("cdihook", &[]).await;
+    let dir = node.dir.join("cdi");
+    fs::create_dir_all(&dir).unwrap();
+    let told = node.dir.join("told");
+    let hook = |name: &str, script: &str| {
+        format!(
+            "{{hookName: {name}, path: /bin/busybox, args: [sh, -c, \"{script}\"], env: [\"told={}\"]}}",
+            told.display()
+        )
+    };
+    // The state says whose it is and how far it has come.
+    let tell = "grep -o '\\\"status\\\":\\\"[a-z]*' >> $told";
+    let text = format!(
+        "cdiVersion: 0.6.0\nkind: orlop.test/dev\ndevices:\n- name: a\n  containerEdits:\n    hooks: [{}, {}, {}]\n",
+        hook("poststart", tell),
+        hook("poststop", "exit 9"),
+        hook("poststop", tell),
+    );
+    fs::write(dir.join("vendor.yaml"), text).unwrap();
+    let config = sandbox_config(&node, "cdihook", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    let with = |name: &str| {
+        let mut c = container_config(name, &["sleep", "1000"]);
+        c.cdi_devices.push(cri::CdiDevice { name: "orlop.test/dev=a".into() });
+        c
+    };
+    let count = |status: &str| {
+        let text = fs::read_to_string(&told).unwrap_or_default();
+        text.lines().filter(|l| l.ends_with(status)).count()
+    };
+    let first = node.run_container(&pod, with("first"), &config).await;
+    assert_eq!((count("running"), count("stopped")), (1, 0));
+    let mut client = node.client().await;
+    client.remove_container(cri::RemoveContainerRequest { container_id: first }).await.unwrap();
+    assert_eq!((count("running"), count("stopped")), (1, 1));
+    node.run_container(&pod, with("second"), &config).await;
+    node.kill();
+    let file = node.dir.join("run/s").join(&pod).join("monitor.pid");
+    let pid: i32 = fs::read_to_string(file).unwrap().trim().parse().unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+    node.restart(&[]).await;
+    wait_for("the hooks", || count("stopped") == 2).await;
+    assert!(node.log().contains("poststop hook /bin/busybox"), "{}", node.log());
+    let mut client = node.client().await;
+    client.remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id: pod }).await.unwrap();
+    assert_eq!((count("running"), count("stopped")), (2, 2));
     node.purge_and_check();
 }
