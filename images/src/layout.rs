@@ -3,11 +3,13 @@
 //! ```text
 //! lock                         held while a process has the store open
 //! images.json                  the images and their names
+//! images.copy.json             the same, for when that is damaged
 //! content/<hex digits>         manifests, configs, and layers as transferred where they are kept
 //! layers/<id>/fs, layer.json   one unpacked layer; the id is the first 24 digits of its chain id
 //! layers/empty/{a,b}           a second lower layer for read-only mounts of one layer
 //! layers/empty/points          what containers mount over, as the lowest layer
 //! rootfs/<key>/upper, work, rootfs.json
+//! ….damaged                    a file that could not be read, kept for whoever wants to look at it
 //! mapped/                      mounts of the layers with translated owners, while an overlay is made
 //! ingest/                      what is being made
 //! trash/                       what is being deleted
@@ -18,6 +20,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use orlop_base::durable::{self, Sync};
 use serde::{Deserialize, Serialize};
 
 use crate::{Digest, Error, Result, Usage, UserNamespace, unpack};
@@ -118,6 +121,20 @@ impl Layout {
         self.root.join("images.json")
     }
 
+    pub fn images_copy(&self) -> PathBuf {
+        self.root.join("images.copy.json")
+    }
+
+    /// Writes down which images there are. Blocking code.
+    pub fn write_images(&self, records: &[impl Serialize]) -> Result<()> {
+        durable::write_json(&self.images_file(), VERSION, &records, Sync::Disk)?;
+        // For when the file is damaged, not for a power cut, which it outlives. The change has been made, whatever becomes of this.
+        if let Err(e) = durable::write_json(&self.images_copy(), VERSION, &records, Sync::PageCache) {
+            tracing::warn!(error = %e, "the list of images has no copy until it changes again");
+        }
+        Ok(())
+    }
+
     pub fn content(&self, digest: &Digest) -> PathBuf {
         self.root.join("content").join(digest.hex())
     }
@@ -182,6 +199,10 @@ impl Layout {
         }
         let temporary = self.ingest();
         fs::write(&temporary.path, bytes).map_err(Error::io("write", &temporary.path))?;
+        if path.is_dir() {
+            // Nothing of ours, and in the way.
+            self.discard(&path)?;
+        }
         fs::rename(&temporary.path, &path).map_err(Error::io("create", &path))
     }
 
@@ -213,6 +234,22 @@ impl Layout {
         }
         Ok(())
     }
+}
+
+/// Takes a file that cannot be read out of the way of its successor. Returns where it is now; `None` when there is none.
+pub(crate) fn keep_damaged(path: &Path) -> Result<Option<PathBuf>> {
+    if fs::symlink_metadata(path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) {
+        return Ok(None);
+    }
+    let mut to = path.as_os_str().to_owned();
+    to.push(".damaged");
+    let to = PathBuf::from(to);
+    // The newest is kept.
+    if fs::symlink_metadata(&to).is_ok() {
+        delete(&to)?;
+    }
+    fs::rename(path, &to).map_err(Error::io("rename", path))?;
+    Ok(Some(to))
 }
 
 /// With those above it. One that is there stays as it is.

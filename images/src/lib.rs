@@ -18,6 +18,7 @@ mod ingest;
 mod layout;
 mod manifest;
 mod mount_setattr;
+mod mounts;
 mod options;
 mod overlay;
 mod pack;

@@ -12,6 +12,8 @@ use rustix::mount::{
 /// One overlay to mount.
 #[derive(Debug)]
 pub(crate) struct Overlay<'a> {
+    /// What the mount table calls it: the folder with its record, which tells whose it is when the record is damaged.
+    pub source: &'a Path,
     /// The folder that holds all layers; `lower` is relative to it.
     pub layers: &'a Path,
     /// Topmost first. At least two, or one and `upper`.
@@ -57,7 +59,7 @@ fn mount_by_layer(o: &Overlay<'_>) -> Result<(), Step> {
             s
         }
     };
-    fsconfig_set_string(&fs, "source", "orlop").map_err(why("source", false))?;
+    fsconfig_set_string(&fs, "source", o.source).map_err(why("source", false))?;
     for (i, lower) in o.lower.iter().enumerate() {
         fsconfig_set_string(&fs, "lowerdir+", &*o.layers.join(lower))
             .map_err(why("a lower layer", i == 0))?;
@@ -132,7 +134,7 @@ fn mount_in_one_page(o: &Overlay<'_>) -> Result<(), String> {
         let worker = scope.spawn(|| {
             crate::unshare::own_working_directory().map_err(|e| format!("unshare: {e}"))?;
             rustix::process::chdir(o.layers).map_err(|e| format!("{}: {e}", o.layers.display()))?;
-            rustix::mount::mount("orlop", o.target, "overlay", flags, &*data)
+            rustix::mount::mount(o.source, o.target, "overlay", flags, &*data)
                 .map_err(|e| format!("mount: {e}"))
         });
         worker.join().unwrap_or_else(|_| Err("the mounting thread panicked".to_owned()))

@@ -14,7 +14,7 @@ use crate::overlay::{self, Overlay};
 use crate::store::{Inner, blocking};
 use crate::{Digest, Error, Image, Result, RootfsOptions, UserNamespace, unpack};
 
-fn check_key(key: &str) -> Result<()> {
+pub(crate) fn check_key(key: &str) -> Result<()> {
     let good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-');
     if key.is_empty() || key.len() > 128 || !key.bytes().all(good) || matches!(key, "." | "..") {
         return Err(Error::Key { key: key.to_owned() });
@@ -147,6 +147,7 @@ fn mount(layout: &Layout, layers: &Path, key: &str, record: &RootfsRecord) -> Re
         extra.extend([("metacopy", "on"), ("index", "off")].map(|(k, v)| (k.to_owned(), v.to_owned())));
     }
     overlay::mount(&Overlay {
+        source: &dir,
         layers,
         lower: lower(&record.chain, !writable, record.mount_points),
         upper: writable.then(|| (dir.join("upper"), dir.join("work"))),

@@ -5,12 +5,12 @@ use std::hash::Hash;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
-use orlop_base::durable::{self, DirLock, Sync};
+use orlop_base::durable::DirLock;
 use orlop_base::supervise::TaskGroup;
 use parking_lot::{Mutex, RwLock};
 use tokio_util::sync::CancellationToken;
 
-use crate::layout::{ImageRecord, LayerRecord, Layout, VERSION, measure};
+use crate::layout::{ImageRecord, LayerRecord, Layout, measure};
 use crate::pull::Pulls;
 use crate::state::{self, Entry, State};
 use crate::{Auth, Digest, Error, GcReport, Image, Options, Reference, Result, RootfsOptions, Usage};
@@ -304,8 +304,8 @@ impl Inner {
         let mut next = State { images: self.state.read().images.clone(), ..State::default() };
         let result = change(&mut next);
         let records: Vec<ImageRecord> = next.images.values().map(|e| e.record.clone()).collect();
-        let path = self.layout.images_file();
-        blocking(move || Ok(durable::write_json(&path, VERSION, &records, Sync::Disk)?)).await?;
+        let layout = self.layout.clone();
+        blocking(move || layout.write_images(&records)).await?;
         self.state.write().images = next.images;
         Ok(result)
     }

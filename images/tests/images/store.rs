@@ -186,11 +186,15 @@ async fn the_next_open_repairs_what_a_crash_left() {
     fs::write(root.join("ingest/8"), "half a blob").unwrap();
     fs::create_dir_all(root.join("trash/3/upper")).unwrap();
     fs::create_dir_all(root.join("layers/0123456789abcdef01234567/fs")).unwrap();
+    // A writable layer whose record is gone stays until it is asked for by name; what holds nothing goes.
     fs::create_dir_all(root.join("rootfs/broken/upper")).unwrap();
+    fs::create_dir_all(root.join("rootfs/void")).unwrap();
 
     let store = place.open_with(options()).await;
     assert_eq!((place.count("ingest"), place.count("trash"), place.count("layers")), (0, 0, 1 + 3));
-    assert_eq!(store.rootfs_keys(), ["c"]);
+    assert_eq!(store.rootfs_keys(), ["broken", "c"]);
+    store.remove_rootfs("broken").await.unwrap();
+    assert_eq!(place.count("rootfs"), 1);
     assert_eq!(fs::read_to_string(target.join("mine")).unwrap(), "kept", "a mount outlives the daemon");
     let image = store.get(&name).unwrap();
     rustix::mount::unmount(&target, rustix::mount::UnmountFlags::DETACH).unwrap();
