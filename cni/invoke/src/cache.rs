@@ -72,7 +72,11 @@ impl Cache {
 
     pub(crate) fn remove(&self, container_id: &str, ifname: &str) -> Result<(), Error> {
         let path = self.path(container_id, ifname);
-        match fs::remove_file(&path) {
+        match fs::remove_file(&path).or_else(|e| match e.kind() {
+            // Nothing of ours, and in the way of the next one.
+            io::ErrorKind::IsADirectory => fs::remove_dir_all(&path),
+            _ => Err(e),
+        }) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Cache {
                 container_id: container_id.to_owned(),
                 source: durable::Error::Io { what: "remove", path, source },

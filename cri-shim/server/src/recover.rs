@@ -1,7 +1,8 @@
 //! What a start makes of what an earlier run left. It assumes:
 //!
-//! * records are replaced in one step, so a record is there in full or not at all; one that cannot be read is set aside with its
-//!   folder's name as all that is known of it, and cleaned up;
+//! * records are replaced in one step, so a record is there in full or not at all; of one that is damaged all the same there is a
+//!   copy from the time when the creation was answered, which the pod's monitor brings up to date. Without a copy, its folder's name
+//!   is all that is known of it, and it is cleaned up;
 //! * a record in phase `Creating` was never answered: it is taken back;
 //! * a network plugin that an earlier run was killed over has not ended by itself: it is ended before anything else is done;
 //! * a monitor that answers is right about its containers; one whose process has ended is dead, as is a machine that was rebooted; one
@@ -24,7 +25,7 @@ use crate::mounts;
 use crate::runtime::Runtime;
 use crate::store::names::{container_name, sandbox_name};
 use crate::store::{
-    Container, ContainerPhase, ContainerRecord, Encoded, RECORD_VERSION, Sandbox, SandboxPhase, SandboxRecord,
+    Container, ContainerPhase, ContainerRecord, Encoded, Sandbox, SandboxPhase, SandboxRecord, read_record,
 };
 
 /// How long a monitor may take to tell its state before the start goes on without it.
@@ -98,7 +99,8 @@ impl Runtime {
         let (mut sandboxes, mut containers) = (Vec::new(), Vec::new());
         for id in folders(&self.config.state_dir.join("sandboxes"))? {
             let file = self.config.sandbox_state_dir(&id).join("sandbox.json");
-            let record = match durable::read_json::<SandboxRecord>(&file, RECORD_VERSION) {
+            let answered = |r: &SandboxRecord| r.id == id && r.phase != SandboxPhase::Creating;
+            let record = match read_record(&file, answered) {
                 Ok(Some(r)) if r.id == id => r,
                 Err(e @ durable::Error::Version { .. }) => return Err(e.into()),
                 Ok(_) => unknown_sandbox(&id),
@@ -122,7 +124,8 @@ impl Runtime {
         for id in folders(&self.config.state_dir.join("containers"))? {
             let dir = self.config.container_state_dir(&id);
             let file = dir.join("container.json");
-            let record = match durable::read_json::<ContainerRecord>(&file, RECORD_VERSION) {
+            let answered = |r: &ContainerRecord| r.id == id && r.phase != ContainerPhase::Creating;
+            let record = match read_record(&file, answered) {
                 Ok(Some(r)) if r.id == id => r,
                 Err(e @ durable::Error::Version { .. }) => return Err(e.into()),
                 other => {

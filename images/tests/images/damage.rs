@@ -43,10 +43,15 @@ fn layers() -> Vec<Blob> {
     ]
 }
 
+async fn registry() -> Registry {
+    let registry = Registry::start().await;
+    registry.push("a", "v1", &layers()).await;
+    registry
+}
+
 /// A store with an image that has three layers, and what containers use: two writable root file systems, a read-only one and an image
 /// volume. One of the writable ones is not mounted, as after a reboot.
 struct Used {
-    registry: Registry,
     place: Place,
     name: String,
     id: String,
@@ -56,9 +61,7 @@ const MOUNTED: [&str; 3] = ["c", "r", "v"];
 const KEYS: [&str; 4] = ["c", "r", "u", "v"];
 
 impl Used {
-    async fn new() -> Used {
-        let registry = Registry::start().await;
-        registry.push("a", "v1", &layers()).await;
+    async fn new(registry: &Registry) -> Used {
         let place = Place::new();
         let name = format!("{}/a:v1", registry.address);
         let store = Used::open(&place).await;
@@ -73,7 +76,7 @@ impl Used {
             fs::write(place.target(key).join("mine"), key).unwrap();
         }
         rustix::mount::unmount(place.target("u"), rustix::mount::UnmountFlags::DETACH).unwrap();
-        Used { registry, place, name, id: image.id.clone() }
+        Used { place, name, id: image.id.clone() }
     }
 
     async fn open(place: &Place) -> ImageStore {
@@ -121,8 +124,9 @@ impl Used {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_writable_layer_outlives_its_record() {
+    let registry = registry().await;
     for damage in ALL {
-        let used = Used::new().await;
+        let used = Used::new(&registry).await;
         let what = format!("{damage:?}");
         let before: Vec<Vec<u8>> = used.records().iter().map(|f| fs::read(f).unwrap()).collect();
         used.records().iter().for_each(|f| damage.to(f));
@@ -166,9 +170,10 @@ async fn a_writable_layer_outlives_its_record() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_list_of_images_is_there_twice() {
+    let registry = registry().await;
     for damage in ALL {
         for both in [false, true] {
-            let used = Used::new().await;
+            let used = Used::new(&registry).await;
             let what = format!("{damage:?}, both: {both}");
             damage.to(&used.file("images.json"));
             if both {
@@ -198,10 +203,11 @@ async fn the_list_of_images_is_there_twice() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_layer_that_runs_outlives_its_record() {
+    let registry = registry().await;
     for damage in ALL {
         // Alone; with the records of those who use it; with everything.
         for more in 0..3 {
-            let used = Used::new().await;
+            let used = Used::new(&registry).await;
             let what = format!("{damage:?}, {more} more");
             used.layer_records().iter().for_each(|f| damage.to(f));
             if more > 0 {
@@ -244,8 +250,9 @@ async fn a_layer_that_runs_outlives_its_record() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_nobody_runs_on_is_pulled_again() {
+    let registry = registry().await;
     for damage in ALL {
-        let used = Used::new().await;
+        let used = Used::new(&registry).await;
         let what = format!("{damage:?}");
         let store = Used::open(&used.place).await;
         for key in KEYS {
@@ -269,7 +276,8 @@ async fn what_nobody_runs_on_is_pulled_again() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_newer_programs_files_are_left_alone() {
-    let used = Used::new().await;
+    let registry = registry().await;
+    let used = Used::new(&registry).await;
     let files = used.records().into_iter().chain(used.layer_records()).chain([used.file("images.json")]);
     for file in files {
         let text = fs::read_to_string(&file).unwrap();
@@ -291,5 +299,4 @@ async fn a_newer_programs_files_are_left_alone() {
     let store = Used::open(&used.place).await;
     assert!(store.get(&used.name).is_some());
     used.check_end(&store, "later").await;
-    drop(used.registry);
 }

@@ -211,6 +211,7 @@ impl Runtime {
             r.user = spec.1;
             r.created_at_ns = now_ns();
         })?;
+        container.keep_copy()?;
         self.store.add_container(container.clone());
         Ok(())
     }

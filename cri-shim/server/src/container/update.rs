@@ -32,6 +32,7 @@ impl Runtime {
                 r.resources = Encoded(merged);
                 r.config.0.annotations.extend(annotations);
             })?;
+            container.keep_copy()?;
             Ok(cri::UpdateContainerResourcesResponse {})
         })
         .await

@@ -255,7 +255,7 @@ impl Runtime {
             r.ips = ips;
             r.init_pid = created.init_pid;
         })?;
-        Ok(())
+        sandbox.keep_copy()
     }
 
     fn sandbox_request(&self, record: &SandboxRecord, hostname: &str) -> proto::CreateSandbox {

@@ -22,6 +22,7 @@ impl Runtime {
                 linux.overhead = Some(merge(&linux.overhead.take().unwrap_or_default(), new));
             }
         })?;
+        sandbox.keep_copy()?;
         Ok(cri::UpdatePodSandboxResourcesResponse {})
     }
 }

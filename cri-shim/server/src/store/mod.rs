@@ -5,11 +5,13 @@ pub(crate) mod names;
 pub(crate) mod records;
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use orlop_base::durable;
+use orlop_base::durable::{self, Sync};
 use parking_lot::{Mutex, RwLock};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 
 pub(crate) use encoded::Encoded;
@@ -21,6 +23,48 @@ use crate::monitor::Monitor;
 
 /// Version of both records' on-disk form.
 pub(crate) const RECORD_VERSION: u32 = 1;
+
+/// Beside a record: what it was when the creation was answered, for when the record is damaged. What has happened since, the pod's
+/// monitor tells.
+const ANSWERED: &str = "answered.json";
+
+/// Writes the record's copy.
+fn keep_copy<T: Serialize>(file: &Path, record: &T) -> Result<()> {
+    Ok(durable::write_json(&file.with_file_name(ANSWERED), RECORD_VERSION, record, Sync::PageCache)?)
+}
+
+/// A record, or its copy if that is `good` and the record is not: then the copy takes its place.
+///
+/// # Errors
+/// [`durable::Error::Version`] also for the copy: a later release's is not thrown away.
+pub(crate) fn read_record<T: DeserializeOwned + Serialize>(
+    file: &Path,
+    good: impl Fn(&T) -> bool,
+) -> Result<Option<T>, durable::Error> {
+    let found = durable::read_json::<T>(file, RECORD_VERSION);
+    match &found {
+        Ok(Some(record)) if good(record) => return found,
+        Err(durable::Error::Version { .. }) => return found,
+        _ => {}
+    }
+    let copy = match durable::read_json::<T>(&file.with_file_name(ANSWERED), RECORD_VERSION) {
+        Ok(Some(copy)) if good(&copy) => copy,
+        Err(e @ durable::Error::Version { .. }) => return Err(e),
+        _ => return found,
+    };
+    let aside = file.with_extension("json.damaged");
+    // One of an earlier time is in the way if either is a folder.
+    let _ = std::fs::remove_file(&aside).or_else(|_| std::fs::remove_dir_all(&aside));
+    match std::fs::rename(file, &aside) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(durable::Error::Io { what: "rename", path: file.to_owned(), source: e });
+        }
+        _ => {}
+    }
+    tracing::warn!(file = %file.display(), aside = %aside.display(), "took a damaged record from its copy");
+    durable::write_json(file, RECORD_VERSION, &copy, Sync::PageCache)?;
+    Ok(Some(copy))
+}
 
 /// A sandbox. The record is the truth; it is on disk before an RPC that changed it is answered.
 pub(crate) struct Sandbox {
@@ -68,6 +112,11 @@ impl Sandbox {
         durable::append_json(&self.file, RECORD_VERSION, &next)?;
         *held = Arc::new(next);
         Ok(held.clone())
+    }
+
+    /// Keeps a copy of the record: called when something is in it that only a caller knows.
+    pub fn keep_copy(&self) -> Result<()> {
+        keep_copy(&self.file, &**self.record.lock())
     }
 }
 
@@ -121,6 +170,11 @@ impl Container {
         *held = Arc::new(next);
         self.phase.send_if_modified(|p| std::mem::replace(p, phase) != phase);
         Ok(held.clone())
+    }
+
+    /// See [`Sandbox::keep_copy`].
+    pub fn keep_copy(&self) -> Result<()> {
+        keep_copy(&self.file, &**self.record.lock())
     }
 
     /// Returns when the container runs no process any more.

@@ -145,3 +145,138 @@ async fn state_of_a_later_release_is_left_alone() {
     assert_eq!(fs::read_to_string(node.dir.join("cni.log")).unwrap(), "ADD\n");
     node.purge_and_check();
 }
+
+const DAMAGES: [&str; 6] = ["empty", "start", "half", "garbage", "folder", "missing"];
+
+fn damage(file: &Path, how: &str) {
+    let bytes = fs::read(file).unwrap();
+    match how {
+        "empty" => fs::write(file, "").unwrap(),
+        "start" => fs::write(file, &bytes[..40]).unwrap(),
+        "half" => fs::write(file, &bytes[..bytes.len() / 2]).unwrap(),
+        "garbage" => fs::write(file, [0xff; 300]).unwrap(),
+        _ => fs::remove_file(file).unwrap(),
+    }
+    if how == "folder" {
+        fs::create_dir(file).unwrap();
+        fs::write(file.join("in-the-way"), "").unwrap();
+    }
+}
+
+/// What runs goes on running, under its name, with its files, whichever file of state is damaged in whichever way.
+#[tokio::test]
+async fn what_runs_outlives_its_records() {
+    let mut node = Node::start("damage", &[]).await;
+    node.network(false);
+    let config = sandbox_config(&node, "damage", false);
+    let pod = node.run_pod(&config).await.unwrap();
+    let run = |name: &str| container_config(name, &["sleep", "1000"]);
+    let id = node.run_container(&pod, run("runs"), &config).await;
+    let pid = node.pid_of(&id).await;
+    shell(&node, &id, "echo mine > /file").await;
+    let ended = node.run_container(&pod, container_config("ended", &["sh", "-c", "exit 3"]), &config).await;
+    assert_eq!(node.ended(&ended).await.exit_code, 3);
+    let made = node.create(&pod, run("made"), &config).await.unwrap();
+    let images = node.dir.join("images");
+    let layers = fs::read_dir(images.join("layers")).unwrap().flatten().map(|e| e.path().join("layer.json"));
+    let rootfs = |id: &str| images.join("rootfs").join(id).join("rootfs.json");
+    let groups: Vec<(&str, Vec<PathBuf>)> = vec![
+        ("sandbox", vec![sandbox_file(&node, &pod)]),
+        ("containers", [&id, &ended, &made].map(|c| container_file(&node, c)).to_vec()),
+        ("all records", vec![sandbox_file(&node, &pod), container_file(&node, &id)]),
+        ("root file systems", [&id, &ended, &made].map(|c| rootfs(c)).to_vec()),
+        ("layers", layers.filter(|f| f.exists()).collect()),
+        ("images", vec![images.join("images.json")]),
+    ];
+    for (what, files) in &groups {
+        for how in DAMAGES {
+            node.kill();
+            files.iter().for_each(|f| damage(f, how));
+            node.restart(&[]).await;
+            let case = format!("{what}, {how}");
+            for file in files {
+                let aside = PathBuf::from(format!("{}.damaged", file.display()));
+                let said = how == "missing" || node.log().contains(aside.to_str().unwrap());
+                assert!(said && (how == "missing" || aside.exists()), "{case}: {}", node.log());
+                assert!(file.is_file(), "{case}: {}", file.display());
+            }
+            assert_eq!(node.pods().await.len(), 1, "{case}: {}", node.log());
+            let states: Vec<_> =
+                node.list(None).await.into_iter().map(|c| (c.id.clone(), c.state())).collect();
+            for (c, state) in [
+                (&id, cri::ContainerState::ContainerRunning),
+                (&ended, cri::ContainerState::ContainerExited),
+                (&made, cri::ContainerState::ContainerCreated),
+            ] {
+                assert!(states.contains(&(c.clone(), state)), "{case}: {states:?}: {}", node.log());
+            }
+            assert_eq!(node.status(&ended).await.exit_code, 3, "{case}");
+            assert_eq!(node.pid_of(&id).await, pid, "{case}");
+            assert_eq!(shell(&node, &id, "cat /file").await, "mine", "{case}");
+            // Its name is taken, and a new one can be made and goes.
+            assert_eq!(node.run_pod(&config).await.unwrap_err().code(), Code::AlreadyExists, "{case}");
+            let e = node.create(&pod, run("runs"), &config).await.unwrap_err();
+            assert_eq!(e.code(), Code::AlreadyExists, "{case}: {e}");
+            let new = node.run_container(&pod, run("new"), &config).await;
+            let request = cri::RemoveContainerRequest { container_id: new };
+            node.client().await.remove_container(request).await.unwrap();
+        }
+    }
+    node.start_container(&made).await.unwrap();
+    assert_eq!(shell(&node, &made, "echo runs").await, "runs");
+    node.purge_and_check();
+}
+
+#[tokio::test]
+async fn a_pod_goes_without_what_the_network_told() {
+    let mut node = Node::start("nocache", &[]).await;
+    node.network(false);
+    let config = sandbox_config(&node, "nocache", false);
+    for (n, how) in DAMAGES.into_iter().enumerate() {
+        let pod = node.run_pod(&config).await.unwrap();
+        let file = node.dir.join("cni").join(format!("{pod}:eth0.json"));
+        node.kill();
+        damage(&file, how);
+        node.restart(&[]).await;
+        let request = cri::RemovePodSandboxRequest { pod_sandbox_id: pod };
+        node.client().await.remove_pod_sandbox(request).await.unwrap_or_else(|e| panic!("{how}: {e}"));
+        let calls = fs::read_to_string(node.dir.join("cni.log")).unwrap();
+        assert_eq!(calls.matches("DEL").count(), n + 1, "{how}: {calls}");
+        assert!(!file.exists(), "{how}");
+    }
+    node.purge_and_check();
+}
+
+/// A record that is damaged together with its copy is as good as none: what it was about goes, and nothing of it stays.
+#[tokio::test]
+async fn what_nothing_is_known_of_goes() {
+    let mut node = Node::start("unknown", &[]).await;
+    let copy = |file: PathBuf| file.with_file_name("answered.json");
+    // In half of a file, an earlier state may be whole.
+    for how in DAMAGES.into_iter().filter(|how| *how != "half") {
+        let config = sandbox_config(&node, "unknown", true);
+        let pod = node.run_pod(&config).await.unwrap();
+        let run = |name: &str| container_config(name, &["sleep", "1000"]);
+        let id = node.run_container(&pod, run("gone"), &config).await;
+        let stays = node.run_container(&pod, run("stays"), &config).await;
+        let (pid, other) = (node.pid_of(&id).await, node.pid_of(&stays).await);
+        node.kill();
+        let file = container_file(&node, &id);
+        [file.clone(), copy(file)].iter().for_each(|f| damage(f, how));
+        node.restart(&[]).await;
+        let left: Vec<String> = node.list(None).await.into_iter().map(|c| c.id).collect();
+        assert_eq!(left, std::slice::from_ref(&stays), "{how}");
+        assert_eq!(node.pid_of(&stays).await, other);
+        // Whoever inherits it may not have waited for it yet.
+        let lives = fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty());
+        assert!(!lives, "{how}: {pid} runs on");
+        assert!(!node.dir.join("images/rootfs").join(&id).exists(), "{how}");
+        node.run_container(&pod, run("gone"), &config).await;
+        node.kill();
+        let file = sandbox_file(&node, &pod);
+        [file.clone(), copy(file)].iter().for_each(|f| damage(f, how));
+        node.restart(&[]).await;
+        assert!(node.pods().await.is_empty() && node.list(None).await.is_empty(), "{how}: {}", node.log());
+    }
+    node.purge_and_check();
+}

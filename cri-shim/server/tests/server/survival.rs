@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::node::{IMAGE, Node, container_config, exec, sandbox_config, wait_for};
@@ -293,11 +293,17 @@ async fn broken_records_are_cleaned_up() {
         pods.push((pod, id));
     }
     node.kill();
+    // With their copies, or they would go on.
+    let damage = |record: PathBuf, cut: fn(&[u8]) -> &[u8]| {
+        for file in [record.clone(), record.with_file_name("answered.json")] {
+            let text = fs::read(&file).unwrap();
+            fs::write(&file, cut(&text)).unwrap();
+        }
+    };
     let record = |pod: &str| node.dir.join("state/sandboxes").join(pod).join("sandbox.json");
-    let text = fs::read(record(&pods[0].0)).unwrap();
-    fs::write(record(&pods[0].0), &text[..text.len() / 2]).unwrap();
-    fs::write(record(&pods[1].0), "").unwrap();
-    fs::write(node.dir.join("state/containers").join(&pods[2].1).join("container.json"), "{").unwrap();
+    damage(record(&pods[0].0), |text| &text[..text.len() / 2]);
+    damage(record(&pods[1].0), |_| b"");
+    damage(node.dir.join("state/containers").join(&pods[2].1).join("container.json"), |_| b"{");
     node.restart(&[]).await;
     same_view(&node, "after the restart").await;
     let left: Vec<String> = node.pods().await.into_iter().map(|p| p.id).collect();
