@@ -1,6 +1,6 @@
 //! The system's part of `metadata`: identity, times, names, generations.
 
-use jiff::{Timestamp, Unit};
+use jiff::{RoundMode, Timestamp, TimestampRound, Unit};
 use rand::Rng;
 use serde_json::Value;
 
@@ -16,9 +16,10 @@ pub fn now() -> String {
     stamp(Timestamp::now())
 }
 
-/// A time in whole seconds.
+/// A time in whole seconds, never later than the time itself: clients compute with what has passed since.
 pub fn stamp(t: Timestamp) -> String {
-    t.round(Unit::Second).unwrap_or(t).to_string()
+    let whole = TimestampRound::new().smallest(Unit::Second).mode(RoundMode::Floor);
+    t.round(whole).unwrap_or(t).to_string()
 }
 
 /// A new name from `generateName`.
@@ -104,6 +105,22 @@ pub fn tidy(object: &mut Value) {
         };
         if empty {
             value::remove(object, &path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stamp_never_lies_in_the_future() {
+        for (time, stamped) in [
+            ("2026-01-01T00:00:00Z", "2026-01-01T00:00:00Z"),
+            ("2026-01-01T00:00:05.999999999Z", "2026-01-01T00:00:05Z"),
+            ("1969-12-31T23:59:58.5Z", "1969-12-31T23:59:58Z"),
+        ] {
+            assert_eq!(stamp(time.parse().unwrap()), stamped);
         }
     }
 }

@@ -13,6 +13,8 @@ use crate::{
 
 pub use defaults::{default_spec, default_template};
 
+/// What the kernel takes as a host name, in bytes.
+const HOSTNAME_LIMIT: usize = 64;
 const CONTAINER_LISTS: [&str; 3] = ["initContainers", "containers", "ephemeralContainers"];
 
 /// A pod template at `path`: labels and spec. `policies` are the restart policies that the owner allows.
@@ -99,6 +101,22 @@ pub fn validate_spec(spec: &Value, path: &str, errors: &mut Errors) {
     validate_tolerations(spec, path, errors);
     validate_sysctls(spec, path, errors);
     validate_host_users(spec, path, errors);
+    validate_hostname_override(spec, path, errors);
+}
+
+/// KEP-4762: a name that the pod's own fields or the node would contradict, or that the kernel does not take.
+fn validate_hostname_override(spec: &Value, path: &str, errors: &mut Errors) {
+    let Some(name) = value::at(spec, "hostnameOverride").and_then(Value::as_str) else { return };
+    let at = format!("{path}.hostnameOverride");
+    for field in ["setHostnameAsFQDN", "hostNetwork"] {
+        if value::flag(spec, field) {
+            errors.forbidden(&at, &format!("may not be specified when {field} is true"));
+        }
+    }
+    if name.len() > HOSTNAME_LIMIT {
+        errors.too_long(&at, HOSTNAME_LIMIT);
+    }
+    errors.check(&at, name, names::dns_subdomain(name));
 }
 
 /// What a user namespace of the pod's own excludes, and what needs one (KEP-127, KEP-4265).
@@ -419,6 +437,19 @@ mod tests {
                 json!({"containers": [{"name": "A", "image": "x"}]}),
                 "spec.containers[0].name: Invalid value: \"A\"",
             ),
+            (
+                json!({"containers": [ok], "hostnameOverride": "a.b", "setHostnameAsFQDN": true}),
+                "spec.hostnameOverride: Forbidden: may not be specified when setHostnameAsFQDN is true",
+            ),
+            (
+                json!({"containers": [ok], "hostnameOverride": "a.b", "hostNetwork": true}),
+                "spec.hostnameOverride: Forbidden: may not be specified when hostNetwork is true",
+            ),
+            (
+                json!({"containers": [ok], "hostnameOverride": "a".repeat(65)}),
+                "spec.hostnameOverride: Too long",
+            ),
+            (json!({"containers": [ok], "hostnameOverride": "A_b"}), "spec.hostnameOverride: Invalid value"),
             (json!({"containers": [ok, ok]}), "spec.containers[1].name: Duplicate value: \"a\""),
             (json!({"containers": [{"name": "a"}]}), "spec.containers[0].image: Required value"),
             (
