@@ -66,6 +66,10 @@ go_tool() { # name, package, module, version, ldflags
         trap 'rm -rf "$work"' EXIT
         cd "$work"
         printf 'module orlop.invalid/tools\ngo 1.24.0\nrequire %s %s\n' "$3" "$4" >go.mod
+        # A module that is built in one tree with those that it names.
+        go mod download -json "$3@$4" >module.json 2>log || { tail -5 log >&2; exit 1; }
+        sed -n 's/.*"GoMod": "\(.*\)".*/\1/p' module.json | xargs sed -n 's/^\t\(k8s\.io\/[a-z-]*\) => .*/\1/p' |
+            while read -r staged; do echo "replace $staged => $staged v0.${4#v1.}" >>go.mod; done
         target=$2
         if [ "$1" = kubectl ]; then
             # The module has the command but no main package.
@@ -97,6 +101,7 @@ go_tool crictl sigs.k8s.io/cri-tools/cmd/crictl sigs.k8s.io/cri-tools v1.36.0 "-
 go_tool critest sigs.k8s.io/cri-tools/cmd/critest sigs.k8s.io/cri-tools v1.36.0 ""
 go_tool ginkgo github.com/onsi/ginkgo/v2/ginkgo github.com/onsi/ginkgo/v2 v2.28.1 ""
 go_tool portmap github.com/containernetworking/plugins/plugins/meta/portmap github.com/containernetworking/plugins v1.9.1 ""
+go_tool kubelet k8s.io/kubernetes/cmd/kubelet k8s.io/kubernetes v1.36.3 "-X k8s.io/component-base/version.gitVersion=v1.36.3 -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36"
 if ! command -v kubectl >/dev/null; then
     go_tool kubectl kubectl k8s.io/kubectl v0.36.3 ""
 fi

@@ -52,6 +52,25 @@ pub fn http_get(address: &str) -> Option<String> {
     text.split_once("\r\n\r\n").map(|(_, body)| body.to_owned())
 }
 
+/// Makes an archive in `dir` of the image `name` with busybox's usual commands, which runs `command`.
+pub fn busybox_archive(dir: &Path, name: &str, command: &[&str]) -> PathBuf {
+    let stem = name.replace(['/', ':'], "-");
+    let rootfs = dir.join(&stem);
+    for d in ["bin", "tmp", "etc"] {
+        std::fs::create_dir_all(rootfs.join(d)).expect("a folder");
+    }
+    std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).expect("busybox-static is installed");
+    for applet in APPLETS.split(' ') {
+        std::fs::hard_link(rootfs.join("bin/busybox"), rootfs.join("bin").join(applet)).expect("a hard link");
+    }
+    let archive = dir.join(format!("{stem}.tar"));
+    let mut build = Command::new(program("orlop"));
+    build.args(["image", "build"]).arg(&rootfs).arg("--output").arg(&archive);
+    build.args(["--tag", name, "--env", "PATH=/bin"]);
+    run(build.args(command.iter().flat_map(|word| ["--cmd", word])));
+    archive
+}
+
 /// One `orlop up` with everything below a temporary folder.
 pub struct Cluster {
     dir: tempfile::TempDir,
@@ -150,24 +169,9 @@ impl Cluster {
         self.path("up.log")
     }
 
-    /// An archive of the image `name` with busybox's usual commands, which runs `command`.
+    /// [`busybox_archive`] in the cluster's folder.
     pub fn busybox(&self, name: &str, command: &[&str]) -> PathBuf {
-        let stem = name.replace(['/', ':'], "-");
-        let rootfs = self.path(&stem);
-        for d in ["bin", "tmp", "etc"] {
-            std::fs::create_dir_all(rootfs.join(d)).expect("a folder");
-        }
-        std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).expect("busybox-static is installed");
-        for applet in APPLETS.split(' ') {
-            std::fs::hard_link(rootfs.join("bin/busybox"), rootfs.join("bin").join(applet))
-                .expect("a hard link");
-        }
-        let archive = self.path(&format!("{stem}.tar"));
-        let mut build = Command::new(program("orlop"));
-        build.args(["image", "build"]).arg(&rootfs).arg("--output").arg(&archive);
-        build.args(["--tag", name, "--env", "PATH=/bin"]);
-        run(build.args(command.iter().flat_map(|word| ["--cmd", word])));
-        archive
+        busybox_archive(self.dir.path(), name, command)
     }
 
     /// Puts an image archive into the store; the cluster must not run.
