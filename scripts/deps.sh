@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 build_packages=(rustc-web rust-web-src llvm-22-dev libpolly-22-dev)
-test_packages=(busybox-static criu docker-registry skopeo nftables qemu-system-x86 linux-image-cloud-amd64 cpio curl iproute2 jq shellcheck containernetworking-plugins socat bind9-dnsutils containerd runc crun apparmor secilc systemd dbus-daemon dbus-system-bus-common)
+test_packages=(busybox-static criu docker-registry skopeo nftables qemu-system-x86 linux-image-cloud-amd64 cpio curl iproute2 jq shellcheck containernetworking-plugins socat bind9-dnsutils containerd runc crun apparmor secilc m4 checkpolicy semodule-utils policycoreutils zstd systemd dbus-daemon dbus-system-bus-common)
 bpf_linker_version=0.13.0
 
 die() { echo "deps: $*" >&2; exit 1; }
@@ -57,6 +57,21 @@ fi
 # Test clients that Debian does not have are built once from their Go modules.
 tools=${ORLOP_TOOLS:-/var/cache/orlop-tools}
 mkdir -p "$tools"
+# SELinux's policy as Debian's users have it, for a virtual machine: unpacked only, because this machine is not to get one.
+if [ ! -e "$tools/selinux-policy" ]; then
+    echo "deps: unpacking Debian's SELinux policy"
+    work=$(mktemp -d "$tools/.selinux-policy.XXXXXX")
+    (
+        cd "$work"
+        apt-get download -q selinux-policy-default selinux-policy-dev selinux-policy-src >/dev/null 2>log ||
+            { tail -5 log >&2; exit 1; }
+        for package in *.deb; do dpkg-deb -x "$package" root; done
+        # Its postinst says which modules are off.
+        dpkg-deb --ctrl-tarfile selinux-policy-default_*.deb | tar -xC root ./postinst
+        mv root "$tools/selinux-policy"
+    ) || { rm -rf "$work"; die "Debian's SELinux policy was not unpacked; apt-get update, then try again"; }
+    rm -rf "$work"
+fi
 go_tool() { # name, package, module, version, ldflags
     [ -x "$tools/$1-$4" ] && { ln -sfn "$1-$4" "$tools/$1"; return; }
     command -v go >/dev/null || die "$1 is not on PATH and Go is missing to build it; apt-get install golang, or put $1 on PATH"

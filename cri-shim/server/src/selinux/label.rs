@@ -81,6 +81,11 @@ impl Defaults {
 }
 
 impl Defaults {
+    /// Of processes and of files.
+    pub fn both(&self) -> [String; 2] {
+        [self.process.to_string(), self.file.to_string()]
+    }
+
     /// The label of images' files.
     pub fn readonly(&self) -> Option<String> {
         self.readonly.as_ref().map(Label::to_string)
@@ -126,7 +131,7 @@ fn combine(
     let Some(d) = defaults else {
         if [&asked.user, &asked.role, &asked.r#type].iter().any(|p| p.is_empty()) {
             return Err(Error::Invalid(
-                "this node's SELinux policy names no labels for containers (contexts/lxc_contexts): \
+                "this node's SELinux policy has no labels for containers (contexts/lxc_contexts names none, or types that it lacks): \
                  seLinuxOptions must give user, role and type"
                     .into(),
             ));

@@ -22,11 +22,13 @@ const CONTEXTS: &str = "/usr/share/containers/selinux/contexts";
 
 /// Whether the kernel has SELinux with a policy. Before one is loaded everything is labelled `kernel`.
 pub(crate) fn is_on() -> bool {
-    Path::new(FILE_SYSTEM).join("enforce").exists()
+    // Who may not look is confined by it.
+    Path::new(FILE_SYSTEM).join("enforce").try_exists().unwrap_or(true)
         && fs::read("/proc/self/attr/current").is_ok_and(|label| !label.starts_with(b"kernel\0"))
 }
 
-fn defaults() -> Option<Defaults> {
+/// What the policy's files name for containers, whether the policy has it or not.
+fn named() -> Option<Defaults> {
     let of_policy = || {
         let config = fs::read_to_string(CONFIG).ok()?;
         let policy = config_value(&config, "SELINUXTYPE")?;
@@ -35,7 +37,14 @@ fn defaults() -> Option<Defaults> {
     Defaults::parse(&fs::read_to_string(CONTEXTS).ok().or_else(of_policy)?)
 }
 
-/// Asks the kernel.
+/// The policy's labels for containers. Asked anew each time: modules come and go while the server runs. Debian's policy names labels whose
+/// types are in a module that its package does not have.
+fn defaults() -> Option<Defaults> {
+    // Only a clear no counts: whatever else goes wrong, containers without labels are not the answer.
+    named().filter(|d| !d.both().iter().any(|l| matches!(check(l), Err(Error::Invalid(_)))))
+}
+
+/// Asks the kernel. Where the policy does not let this server ask, the kernel's answer comes when the label is set.
 fn check(label: &str) -> Result<()> {
     let file = Path::new(FILE_SYSTEM).join("context");
     // The kernel wants all of it in one write.
@@ -43,6 +52,7 @@ fn check(label: &str) -> Result<()> {
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Err(Error::Invalid(format!(
             "the SELinux policy of this node does not know the label {label}; correct seLinuxOptions"
         ))),
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Ok(()),
         other => other.map_err(Error::io("ask for a label at", &file)),
     }
 }
@@ -59,7 +69,18 @@ fn name_of(level: &str) -> String {
 /// Gives the images' folder the label of files that all containers may read, unless it has it. A container's root file system has its
 /// own label, but the kernel also asks whether it may map the files below (mprotect on overlayfs).
 pub(crate) async fn label_images(dir: &Path) {
-    let Some(label) = is_on().then(defaults).flatten().and_then(|d| d.readonly()) else { return };
+    if !is_on() {
+        return;
+    }
+    let Some(defaults) = defaults() else {
+        let named = named().map(|d| d.both().join(" and ")).unwrap_or_default();
+        tracing::warn!(
+            named,
+            "this node's SELinux policy has no labels for containers: they run in this server's domain unless they ask for user, role and type; load a policy module for containers"
+        );
+        return;
+    };
+    let Some(label) = defaults.readonly() else { return };
     if relabel::label_of(dir).as_deref() == Some(&label) {
         return;
     }
