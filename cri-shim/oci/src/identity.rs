@@ -18,6 +18,9 @@ use oci_spec::runtime::{Capabilities, Process};
 use crate::seccomp::Filter;
 use crate::sys;
 
+/// Capabilities that have a name here: the numbers below this.
+const KNOWN: u32 = 41;
+
 /// What failed, for the user.
 #[derive(Debug)]
 pub(crate) struct Failure {
@@ -125,6 +128,14 @@ impl Identity {
                     caps::drop(None, CapSet::Bounding, cap).map_err(capability)?;
                 }
             }
+            // Those of a newer kernel have no name here, so that nobody can have asked for them.
+            for number in KNOWN..64 {
+                match sys::in_bounding_set(number) {
+                    Some(true) => sys::drop_from_bounding_set(number).map_err(|_| capability_failure())?,
+                    Some(false) => {}
+                    None => break,
+                }
+            }
         }
         prctl::set_keepcaps(true).map_err(nix("keep capabilities"))?;
         setgroups(&self.groups).map_err(nix("set the supplementary groups"))?;
@@ -198,6 +209,10 @@ pub(crate) fn become_root() -> Result<(), Failure> {
 
 /// The library tells no number; it comes from the call that it has just made.
 fn capability(_: caps::errors::CapsError) -> Failure {
+    capability_failure()
+}
+
+fn capability_failure() -> Failure {
     Failure {
         stage: "capabilities",
         what: "set the capabilities",
@@ -218,6 +233,26 @@ pub(crate) fn home_of(uid: u32, passwd: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Those of a newer kernel than these headers are dropped by their numbers.
+    #[test]
+    fn capabilities_are_the_kernels() {
+        let mut header = crate::headers::numbers("linux/capability.h", "CAP_");
+        // Words of a set, not a capability.
+        header.retain(|name, _| !name.contains("LAST"));
+        for (name, number) in &header {
+            let known: oci_spec::runtime::Capability = serde_json::from_value(format!("CAP_{name}").into())
+                .unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert_eq!(u32::from(known.to_cap().index()), *number, "{name}");
+        }
+        assert_eq!(header.values().max().map(|n| n + 1), Some(KNOWN), "as many as there are");
+        assert_eq!(caps::all().len(), KNOWN as usize);
+        let last: u32 =
+            std::fs::read_to_string("/proc/sys/kernel/cap_last_cap").unwrap().trim().parse().unwrap();
+        for n in 0..64 {
+            assert_eq!(sys::in_bounding_set(n).is_some(), n <= last, "{n}");
+        }
+    }
 
     #[test]
     fn homes() {

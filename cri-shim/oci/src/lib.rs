@@ -14,6 +14,8 @@ mod devices;
 mod exec;
 mod executor;
 mod external;
+#[cfg(test)]
+mod headers;
 pub mod helper;
 mod hooks;
 mod identity;

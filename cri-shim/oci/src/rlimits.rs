@@ -88,6 +88,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn limits_are_the_kernels() {
+        for (name, number) in crate::headers::numbers("asm-generic/resource.h", "RLIMIT_") {
+            let limit: PosixRlimitType = serde_json::from_value(format!("RLIMIT_{name}").into())
+                .unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert_eq!(resource(limit) as u32, number, "{name}");
+        }
+    }
+
+    #[test]
     fn nothing_above_what_is_there() {
         let of = |current, maximum| Rlimit { current, maximum };
         let cases = [

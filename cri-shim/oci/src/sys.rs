@@ -93,6 +93,25 @@ pub(crate) fn load_filter(filter: &Filter, courier: Option<RawFd>) -> io::Result
     Ok(())
 }
 
+/// Whether the calling process's bounding set has the capability of that number; `None` when the kernel knows none.
+pub(crate) fn in_bounding_set(number: u32) -> Option<bool> {
+    // SAFETY: plain integers.
+    match unsafe { libc::prctl(libc::PR_CAPBSET_READ, libc::c_ulong::from(number), 0, 0, 0) } {
+        0 => Some(false),
+        1 => Some(true),
+        _ => None,
+    }
+}
+
+/// Takes the capability of that number from the calling process's bounding set.
+pub(crate) fn drop_from_bounding_set(number: u32) -> io::Result<()> {
+    // SAFETY: plain integers.
+    match unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(number), 0, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// The caller's controlling terminal becomes the one that is its standard input.
 pub(crate) fn take_terminal() -> io::Result<()> {
     // SAFETY: an integer argument.

@@ -176,6 +176,24 @@ mod tests {
     use super::*;
 
     #[test]
+    fn capabilities_are_the_kernels() {
+        let header = fs::read_to_string("/usr/include/linux/capability.h");
+        let header = header.expect("apt-get install linux-libc-dev");
+        let mut found = 0;
+        for line in header.lines() {
+            let Some((name, number)) =
+                line.strip_prefix("#define CAP_").and_then(|l| l.split_once(char::is_whitespace))
+            else {
+                continue;
+            };
+            let Ok(number) = number.trim().parse::<usize>() else { continue };
+            assert_eq!(CAPABILITIES.get(number).map(ToString::to_string).as_deref(), Some(name));
+            found += 1;
+        }
+        assert_eq!(found, CAPABILITIES.len());
+    }
+
+    #[test]
     fn capability_masks_are_read_in_the_kernels_order() {
         let status = "Name:\tx\nCapEff:\t0000000000200001\nCapBnd:\t000001ffffffffff\n";
         assert_eq!(

@@ -43,3 +43,22 @@ pub(super) fn machines(named: &[Arch]) -> Vec<Machine> {
     let second = named.contains(&SECOND.0).then_some(SECOND.1);
     std::iter::once(NATIVE).chain(second).collect()
 }
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+    use crate::headers;
+
+    #[test]
+    fn numbers_are_the_kernels() {
+        for (header, machine) in [("asm/unistd_64.h", NATIVE), ("asm/unistd_32.h", SECOND.1)] {
+            let ours = (machine.numbers)();
+            let header = headers::numbers(header, "__NR_");
+            // The library cannot name it, and the kernel never had code for it.
+            let named = |name: &str| name != "break";
+            let other = header.iter().filter(|(n, v)| named(n) && ours.get(n.as_str()) != Some(*v));
+            let other: Vec<_> = other.map(|(n, v)| (n, v, ours.get(n.as_str()))).collect();
+            assert!(other.is_empty(), "{other:?}");
+        }
+    }
+}

@@ -297,6 +297,21 @@ mod tests {
         assert!(doubles.is_empty(), "{doubles:?}");
     }
 
+    /// A name that no kernel has would allow nothing and be seen by nobody.
+    #[test]
+    fn names_are_of_calls() {
+        let mut known: HashSet<&str> = syscalls::x86_64::Sysno::iter().map(|s| s.name()).collect();
+        known.extend(syscalls::x86::Sysno::iter().map(|s| s.name()));
+        known.extend(syscalls::aarch64::Sysno::iter().map(|s| s.name()));
+        known.extend(syscalls::arm::Sysno::iter().map(|s| s.name()));
+        // Of 32-bit ARM alone, for which the library has no numbers, and of RISC-V.
+        known.extend(["breakpoint", "cacheflush", "set_tls", "sync_file_range2", "riscv_hwprobe"]);
+        let guarded = GUARDED.iter().flat_map(|(_, names)| names.iter().copied());
+        let named = ALLOWED.iter().flat_map(|names| names.split_whitespace()).chain(guarded);
+        let unknown: Vec<&str> = named.filter(|n| !known.contains(n)).collect();
+        assert!(unknown.is_empty(), "{unknown:?}");
+    }
+
     #[test]
     fn the_old_path_form() {
         for (path, want) in [
