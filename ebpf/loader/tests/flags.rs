@@ -29,7 +29,7 @@ const LO: u32 = 1;
 const SYN: u8 = 2;
 const FIN_ACK: u8 = 17;
 
-/// A change that is a reading and a writing loses something about once in a thousand of them.
+/// A change that is a reading and a writing loses something once in some thousands of them.
 const ROUNDS: usize = 100_000;
 /// Two CPUs that others keep busy meet seldom; then fewer must do.
 const TIME: Duration = Duration::from_secs(8);

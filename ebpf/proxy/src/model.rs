@@ -95,6 +95,8 @@ pub struct Model {
     /// Slices by service. Few each, so a list.
     of_service: HashMap<Name, Vec<Name>>,
     dirty: HashSet<Name>,
+    /// Endpoints left slices since this was last asked.
+    gone: bool,
     /// This node's addresses.
     node_ips: Vec<IpAddr>,
 }
@@ -129,6 +131,7 @@ impl Model {
             return;
         }
         if let Some((key, old)) = self.slices.remove_entry(name) {
+            self.gone |= slice.as_ref().is_none_or(|new| lacks(new, &old));
             if let Some(list) = self.of_service.get_mut(&old.service) {
                 list.retain(|s| *s != key);
                 if list.is_empty() {
@@ -144,6 +147,11 @@ impl Model {
             self.dirty.insert(slice.service.clone());
             self.slices.insert(key, slice);
         }
+    }
+
+    /// Whether endpoints left slices since this was last asked.
+    pub fn take_gone(&mut self) -> bool {
+        std::mem::take(&mut self.gone)
     }
 
     /// Notes this node's addresses, on which source ranges depend.
@@ -199,5 +207,53 @@ impl Model {
 
     pub fn is_clean(&self) -> bool {
         self.dirty.is_empty()
+    }
+}
+
+/// Whether an endpoint of the one is not in the other any more, in whatever state.
+fn lacks(new: &Slice, old: &Slice) -> bool {
+    // Most changes are of conditions, and those that add put it at the end.
+    let same = old.endpoints.iter().zip(&new.endpoints).take_while(|(o, n)| o.ip == n.ip).count();
+    let rest: HashSet<IpAddr> = new.endpoints[same..].iter().map(|e| e.ip).collect();
+    old.endpoints[same..].iter().any(|e| !rest.contains(&e.ip))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endpoints_that_leave_are_noticed_whatever_their_state() {
+        let slice = |ips: &[u8]| Slice {
+            service: "n/s".into(),
+            v4: true,
+            ports: Vec::new(),
+            endpoints: ips
+                .iter()
+                .map(|n| Endpoint {
+                    ip: IpAddr::from([10, 0, 0, *n]),
+                    ready: false,
+                    serving: n.is_multiple_of(2),
+                    terminating: true,
+                    local: false,
+                    hints: Hints::default(),
+                })
+                .collect(),
+        };
+        let mut m = Model::default();
+        for (now, gone) in [
+            (Some(slice(&[1, 2, 3])), false),
+            (Some(slice(&[1, 2, 3, 4])), false),
+            (Some(slice(&[4, 3, 2, 1])), false),
+            (Some(slice(&[4, 2, 1])), true),
+            (Some(slice(&[4, 2, 1])), false),
+            (Some(slice(&[4, 2])), true),
+            (Some(slice(&[4, 5])), true),
+            (None, true),
+            (None, false),
+        ] {
+            m.set_slice("n/s-1", now.clone());
+            assert_eq!(m.take_gone(), gone, "{now:?}");
+        }
     }
 }

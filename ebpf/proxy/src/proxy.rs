@@ -334,23 +334,25 @@ impl Proxy {
         news
     }
 
-    /// Closes sockets that talk to backends which are gone.
+    /// Closes connected sockets that talk to backends which are gone, and forgets whom others have sent to: these may have sent to
+    /// many, and their next datagram goes elsewhere.
     async fn close_sockets(&mut self) {
         self.closing = None;
-        let sockets = match self.datapath.lock().maps.sockets() {
+        let read = |maps: &RealMaps| Ok::<_, MapFailure>((maps.connected()?, maps.sent()?));
+        let (connected, sent) = match read(&self.datapath.lock().maps) {
             Ok(s) => s,
             Err(e) => {
                 tracing::warn!(error = %chain(&e), "sockets of backends that are gone stay open");
                 return;
             }
         };
-        let stale = closer::stale(&sockets, &self.tables, &self.model);
-        if stale.is_empty() {
-            return;
-        }
-        for key in &stale {
+        let stale = closer::stale(&connected, &self.tables, &self.model);
+        for key in stale.iter().chain(&closer::stale(&sent, &self.tables, &self.model)) {
             // It is looked at again when it stays.
             let _ = self.datapath.lock().maps.del_socket(key);
+        }
+        if stale.is_empty() {
+            return;
         }
         let cookies = stale.iter().map(|k| k.cookie).collect();
         let closed =
@@ -443,7 +445,9 @@ impl Proxy {
         };
         let ranges = self.write_ranges(&mut datapath.maps);
         drop(datapath);
-        if self.tables.take_lost() && self.closing.is_none() {
+        // One that was in no set any more may still have connections.
+        let lost = self.tables.take_lost() | self.model.take_gone();
+        if lost && self.closing.is_none() {
             self.closing = Some(tokio::time::Instant::now() + CLOSE_AFTER);
         }
         let clean = failed.is_empty() && ranges;

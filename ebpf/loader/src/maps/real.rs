@@ -279,10 +279,20 @@ impl RealMaps {
         self.connections.all()
     }
 
-    /// Sockets that were given a backend: connected ones, and those that have sent without connecting, also closed ones of these.
+    /// Connected sockets that were given a backend.
+    pub fn connected(&self) -> Result<Vec<(SockKey, SockReverse)>, MapFailure> {
+        self.reverse.all()
+    }
+
+    /// Sockets that were given a backend when they sent without connecting, also closed ones.
+    pub fn sent(&self) -> Result<Vec<(SockKey, SockReverse)>, MapFailure> {
+        self.sent.all()
+    }
+
+    /// Both.
     pub fn sockets(&self) -> Result<Vec<(SockKey, SockReverse)>, MapFailure> {
-        let mut all = self.reverse.all()?;
-        all.extend(self.sent.all()?);
+        let mut all = self.connected()?;
+        all.extend(self.sent()?);
         Ok(all)
     }
 

@@ -23,6 +23,9 @@ use tokio_util::sync::CancellationToken;
 /// For what must come; a loaded machine takes its time.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// For reading ten thousand Services.
+const START: Duration = Duration::from_secs(120);
+
 /// A process is in one cgroup, so the tests take turns.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
@@ -131,7 +134,7 @@ async fn start(
     orlop_base::telemetry::init("warn");
     let mut task = tokio::spawn(run(config.clone(), ready.clone(), stop.clone()));
     tokio::select! {
-        r = tokio::time::timeout(PATIENCE, ready.wait()) => r.expect("ready in time"),
+        r = tokio::time::timeout(START, ready.wait()) => r.expect("ready in time"),
         r = &mut task => panic!("the proxy ended: {r:?}"),
     }
     (stop, task)
@@ -247,7 +250,14 @@ async fn is_a_proxy_for_the_other() {
     }
     config.datapath.pins = f[2].into();
     config.datapath.cgroup = Some(f[3].into());
-    run(config, Ready::default(), CancellationToken::new()).await.unwrap();
+    // Killed, or asked to stop by the end of its input.
+    let stop = CancellationToken::new();
+    let asked = stop.clone();
+    std::thread::spawn(move || {
+        let _ = io::stdin().read_to_end(&mut Vec::new());
+        asked.cancel();
+    });
+    run(config, Ready::default(), stop).await.unwrap();
 }
 
 struct Killed(std::process::Child);
@@ -266,7 +276,14 @@ impl Killed {
             c.host_routing
         );
         let command = command.args(["--exact", "is_a_proxy_for_the_other", "--nocapture"]).env(PROXY, text);
-        Killed(command.stdout(std::process::Stdio::null()).spawn().unwrap())
+        let command = command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::null());
+        Killed(command.spawn().unwrap())
+    }
+
+    /// Lets it end by itself, as on SIGTERM.
+    fn stop(mut self) {
+        drop(self.0.stdin.take());
+        assert!(self.0.wait().unwrap().success());
     }
 
     /// Starts a proxy and waits until it says that it is in step.
@@ -369,14 +386,22 @@ async fn connections_outlive_a_killed_proxy_and_end_with_their_backend() {
     api.put("endpointslices", echo_slice(a, false, true));
     tokio::time::sleep(Duration::from_millis(300)).await;
     works("while the backend terminates");
-    api.put("endpointslices", echo_slice(b, true, false));
-    wait_until("the connection is closed", PATIENCE, || async { tcp_error(&tcp).then_some(()) }).await;
+    // Beside another one it gets nothing new any more. Datagrams go to that at once; a connection stays as long as it is there.
+    let mut both = echo_slice(b, true, false);
+    both["endpoints"]
+        .as_array_mut()
+        .unwrap()
+        .extend(echo_slice(a, false, true)["endpoints"].as_array().cloned().unwrap());
+    api.put("endpointslices", both);
     let lost = wait_until("the datagram socket says so", PATIENCE, || async {
         udp.send(b"ping").and_then(|_| udp.recv(&mut [0; 8])).err()
     })
     .await;
     // ECONNABORTED, or EDESTADDRREQ as the kernel has disconnected it.
     assert_ne!(lost.kind(), io::ErrorKind::WouldBlock, "nobody waits: {lost}");
+    works("while another one serves");
+    api.put("endpointslices", echo_slice(b, true, false));
+    wait_until("the connection is closed", PATIENCE, || async { tcp_error(&tcp).then_some(()) }).await;
     ask_new(vip);
     drop(proxy);
 }

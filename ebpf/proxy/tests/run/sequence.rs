@@ -1,5 +1,6 @@
-//! Any sequence of changes, with the proxy killed and started again inside it: the maps end up saying what the objects
-//! say, and no connection to a living backend breaks.
+//! Any sequence of changes, with the proxy stopped or killed and started again inside it: the maps end up saying what the objects
+//! say, no conversation with a living backend breaks, and none goes on with one that is gone: connected sockets are closed,
+//! datagrams of others move.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, UdpSocket};
@@ -54,6 +55,8 @@ enum State {
 struct Truth {
     servers: Vec<SocketAddr>,
     services: [bool; SERVICES],
+    /// How often each has been deleted.
+    deleted: [usize; SERVICES],
     affinity: [bool; SERVICES],
     /// Internal traffic policy Local.
     local: [bool; SERVICES],
@@ -209,50 +212,110 @@ fn programmed(place: &Place) -> BTreeMap<String, BTreeSet<IpAddr>> {
 struct Flow {
     service: usize,
     server: usize,
-    tcp: Option<TcpStream>,
-    udp: Option<UdpSocket>,
+    by: Means,
+    /// How often the Service had been deleted when this began.
+    deleted: usize,
+}
+
+enum Means {
+    Tcp(TcpStream),
+    Udp(UdpSocket),
+    /// A socket that is connected to nobody and that others use as well.
+    Shared(UdpSocket),
 }
 
 impl Flow {
-    fn open(service: usize, udp: bool) -> Flow {
+    fn open(service: usize, deleted: usize, shared: Option<&UdpSocket>, udp: bool) -> Flow {
         let vip = SocketAddr::new(Truth::vip(service), 80);
         let patience = Some(Duration::from_secs(5));
         let mut number = [0];
-        if udp {
+        let by = if let Some(s) = shared {
+            let s = s.try_clone().unwrap();
+            number[0] = ask_by(&s, vip).unwrap();
+            Means::Shared(s)
+        } else if udp {
             let s = UdpSocket::bind("0.0.0.0:0").unwrap();
             s.connect(vip).unwrap();
             s.set_read_timeout(patience).unwrap();
             s.send(b"?").unwrap();
             s.recv(&mut number).unwrap();
-            return Flow { service, server: usize::from(number[0]), tcp: None, udp: Some(s) };
+            Means::Udp(s)
+        } else {
+            let mut s = TcpStream::connect_timeout(&vip, Duration::from_secs(5)).unwrap();
+            s.set_read_timeout(patience).unwrap();
+            s.read_exact(&mut number).unwrap();
+            Means::Tcp(s)
+        };
+        Flow { service, server: usize::from(number[0]), by, deleted }
+    }
+
+    fn kind(&self) -> &'static str {
+        match self.by {
+            Means::Tcp(_) => "TCP",
+            Means::Udp(_) => "UDP",
+            Means::Shared(_) => "UDP by one socket for all",
         }
-        let mut s = TcpStream::connect_timeout(&vip, Duration::from_secs(5)).unwrap();
-        s.set_read_timeout(patience).unwrap();
-        s.read_exact(&mut number).unwrap();
-        Flow { service, server: usize::from(number[0]), tcp: Some(s), udp: None }
     }
 
     /// Nothing has been said that could end it: a connection goes on with a server that drains, and without its Service;
     /// datagrams go where new ones go.
     fn may_live(&self, truth: &Truth) -> bool {
-        if self.tcp.is_some() {
+        if matches!(self.by, Means::Tcp(_)) {
             return truth.states[self.service][self.server] != State::Gone;
         }
         truth.services[self.service] && truth.usable(self.service).contains(&self.server)
     }
 
+    /// Of one that has ended: whether the proxy, told of how things are now, must have closed its socket. A server that has come
+    /// back meanwhile may never have been gone for the proxy, and nobody knows whose connection it was when the Service is another.
+    fn must_be_closed(&self, truth: &Truth) -> bool {
+        match self.by {
+            Means::Tcp(_) => {
+                !self.may_live(truth)
+                    && truth.services[self.service]
+                    && truth.deleted[self.service] == self.deleted
+            }
+            Means::Udp(_) => !self.may_live(truth),
+            Means::Shared(_) => false,
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        match &self.by {
+            Means::Tcp(s) => tcp_error(s),
+            // What is sent to a server that lives is answered.
+            Means::Udp(s) => s.send(b"?").is_err(),
+            Means::Shared(_) => false,
+        }
+    }
+
     fn works(&mut self) -> io::Result<bool> {
         let mut buf = [0; 1];
-        if let Some(s) = &mut self.tcp {
-            s.write_all(b"!")?;
-            s.read_exact(&mut buf)?;
-            return Ok(buf == *b"!");
+        match &mut self.by {
+            Means::Tcp(s) => {
+                s.write_all(b"!")?;
+                s.read_exact(&mut buf)?;
+                Ok(buf == *b"!")
+            }
+            Means::Udp(s) => {
+                s.send(b"?")?;
+                s.recv(&mut buf)?;
+                Ok(usize::from(buf[0]) == self.server)
+            }
+            Means::Shared(s) => {
+                let server = ask_by(s, SocketAddr::new(Truth::vip(self.service), 80))?;
+                Ok(usize::from(server) == self.server)
+            }
         }
-        let Some(s) = &self.udp else { return Ok(true) };
-        s.send(b"?")?;
-        s.recv(&mut buf)?;
-        Ok(usize::from(buf[0]) == self.server)
     }
+}
+
+/// Asks by a socket that is not connected; the answer must have the name that was asked.
+fn ask_by(s: &UdpSocket, vip: SocketAddr) -> io::Result<u8> {
+    let mut number = [0];
+    s.send_to(b"?", vip)?;
+    let (_, from) = s.recv_from(&mut number)?;
+    if from == vip { Ok(number[0]) } else { Err(io::Error::other(format!("{from} answers for {vip}"))) }
 }
 
 struct Sequence {
@@ -262,6 +325,13 @@ struct Sequence {
     place: Place,
     truth: Truth,
     flows: Vec<Flow>,
+    /// Those that have lost their server since the proxy was last in step.
+    ended: Vec<Flow>,
+    /// For datagrams to all Services.
+    shared: UdpSocket,
+    /// Sockets that were closed, and datagrams that went to another server.
+    closed: usize,
+    moved: usize,
     said: Vec<String>,
 }
 
@@ -278,6 +348,7 @@ impl Sequence {
             }
             5 if self.truth.services[i] => {
                 self.truth.services[i] = false;
+                self.truth.deleted[i] += 1;
                 self.api.delete("services", &format!("q{i}"));
                 self.said.push(format!("q{i} deleted"));
             }
@@ -314,8 +385,10 @@ impl Sequence {
                     self.api.put("endpointslices", slice(&name, 80));
                 }
                 std::thread::sleep(Duration::from_micros(random.below(20_000) as u64));
-                if self.proxy.take().is_some() {
-                    self.said.push("killed".into());
+                if let Some(proxy) = self.proxy.take() {
+                    let stops = random.below(3) == 0;
+                    self.said.push(if stops { "stopped" } else { "killed" }.into());
+                    if stops { proxy.stop() } else { drop(proxy) }
                 }
                 for b in 0..BURST {
                     self.api.delete("services", &format!("b{b}"));
@@ -323,7 +396,8 @@ impl Sequence {
                 }
             }
         }
-        self.flows.retain(|f| f.may_live(&self.truth));
+        let ended = self.flows.extract_if(.., |f| !f.may_live(&self.truth));
+        self.ended.extend(ended);
     }
 
     /// With a proxy: the maps say what the objects say, and all conversations go on.
@@ -340,16 +414,26 @@ impl Sequence {
                 break;
             }
             assert!(
-                begin.elapsed() < Duration::from_secs(20),
+                begin.elapsed() < PATIENCE,
                 "{have:?}\nnot\n{want:?}\nafter {:#?}",
                 self.said
             );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         self.check_flows("settled");
+        self.check_ended().await;
         for i in (0..SERVICES).filter(|i| self.truth.services[*i] && !self.truth.usable(*i).is_empty()) {
-            if self.flows.iter().filter(|f| f.service == i).count() < 4 {
-                self.flows.extend([Flow::open(i, false), Flow::open(i, true)]);
+            let count = |shared| {
+                let all = self.flows.iter().filter(|f| f.service == i);
+                all.filter(|f| matches!(f.by, Means::Shared(_)) == shared).count()
+            };
+            let (own, shared) = (count(false), count(true));
+            let deleted = self.truth.deleted[i];
+            if own < 4 {
+                self.flows.extend([Flow::open(i, deleted, None, false), Flow::open(i, deleted, None, true)]);
+            }
+            if shared == 0 {
+                self.flows.push(Flow::open(i, deleted, Some(&self.shared), true));
             }
         }
         assert!(
@@ -359,10 +443,46 @@ impl Sequence {
         );
     }
 
+    /// Nobody waits for a server that is gone.
+    async fn check_ended(&mut self) {
+        for mut f in std::mem::take(&mut self.ended) {
+            let (service, server, kind) = (f.service, f.server, f.kind());
+            if f.must_be_closed(&self.truth) {
+                let begin = Instant::now();
+                while !f.is_closed() {
+                    assert!(
+                        begin.elapsed() < PATIENCE,
+                        "{kind} of q{service} to server {server} is not closed after {:#?}",
+                        self.said
+                    );
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                self.closed += 1;
+            } else if let Means::Shared(s) = &f.by
+                && self.truth.services[service]
+                && !self.truth.usable(service).is_empty()
+            {
+                let vip = SocketAddr::new(Truth::vip(service), 80);
+                let now = ask_by(s, vip).unwrap_or_else(|e| {
+                    panic!("{kind} of q{service} from {server}: {e}, after {:#?}", self.said)
+                });
+                f.server = usize::from(now);
+                assert!(
+                    f.may_live(&self.truth),
+                    "{kind} of q{service} moved to {now} after {:#?}",
+                    self.said
+                );
+                f.deleted = self.truth.deleted[service];
+                self.moved += usize::from(f.server != server);
+                self.flows.push(f);
+            }
+        }
+    }
+
     fn check_flows(&mut self, when: &str) {
         for f in &mut self.flows {
             let works = f.works();
-            let kind = if f.tcp.is_some() { "TCP" } else { "UDP" };
+            let kind = f.kind();
             assert!(
                 matches!(works, Ok(true)),
                 "{when}: {kind} of q{} to server {}: {works:?} after {:#?}",
@@ -387,6 +507,7 @@ async fn maps_and_connections_survive_any_changes_and_kills() {
     let truth = Truth {
         servers,
         services: [true; SERVICES],
+        deleted: [0; SERVICES],
         affinity: [false; SERVICES],
         local: [false; SERVICES],
         states: [[State::Ready; SERVERS]; SERVICES],
@@ -399,7 +520,20 @@ async fn maps_and_connections_survive_any_changes_and_kills() {
         truth.put_slice(&api, i, 0);
         truth.put_slice(&api, i, 1);
     }
-    let mut s = Sequence { api, place, truth, proxy: None, flows: Vec::new(), said: Vec::new() };
+    let shared = UdpSocket::bind("0.0.0.0:0").unwrap();
+    shared.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let mut s = Sequence {
+        api,
+        place,
+        truth,
+        proxy: None,
+        flows: Vec::new(),
+        ended: Vec::new(),
+        shared,
+        closed: 0,
+        moved: 0,
+        said: Vec::new(),
+    };
     s.settle().await;
     let mut random = Random::new();
     let mut kills = 0;
@@ -414,5 +548,10 @@ async fn maps_and_connections_survive_any_changes_and_kills() {
         }
     }
     s.settle().await;
-    println!("{STEPS} steps, {kills} kills, {} conversations held at the end", s.flows.len());
+    println!(
+        "{STEPS} steps, {kills} ends of the proxy, {} sockets closed, {} datagrams moved, {} conversations held at the end",
+        s.closed,
+        s.moved,
+        s.flows.len()
+    );
 }
