@@ -119,6 +119,78 @@ fn refused_sandboxes_leave_nothing() {
     pod.finish();
 }
 
+/// What a vendor's device or a plugin may ask for, beyond what the CRI does.
+#[test]
+fn settings_of_a_single_container() {
+    let pod = Pod::new("single");
+    let mut c = pod.client();
+    let host = || fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap();
+    let before = host();
+    fs::create_dir(pod.dir.join("volume")).unwrap();
+    let process = json!({
+        "scheduler": {"policy": "SCHED_BATCH", "nice": 5},
+        "ioPriority": {"class": "IOPRIO_CLASS_BE", "priority": 6},
+    });
+    let mut extra = json!({"process": process, "linux": {"sysctl": {"net.core.somaxconn": "1234", "kernel.shmmni": "77"}}});
+    let bundle = pod.bundle("a", &["true"], json!({}));
+    let spec: Value =
+        serde_json::from_slice(&fs::read(Path::new(&bundle.bundle).join("config.json")).unwrap()).unwrap();
+    let mut mounts = spec["mounts"].clone();
+    let volume = pod.dir.join("volume");
+    mounts.as_array_mut().unwrap().extend([
+        json!({"destination": "/t", "type": "tmpfs", "source": "tmpfs", "options": ["sync", "lazytime", "noexec"]}),
+        json!({"destination": "/v", "type": "bind", "source": volume, "options": ["rbind", "ro", "sync", "rrw"]}),
+    ]);
+    extra["mounts"] = mounts;
+    // Of /proc/PID/stat: nice and policy, counted from behind the name.
+    let look = "cat /proc/sys/net/core/somaxconn /proc/sys/kernel/shmmni; busybox ionice -p $$; \
+        cut -d' ' -f 19,41 /proc/self/stat";
+    let script =
+        format!("{look}; grep ' /t ' /proc/self/mountinfo; touch /v/made && echo made; exec sleep 100");
+    std::os::unix::fs::symlink("busybox", pod.dir.join("rootfs/bin/cut")).unwrap();
+    pod.create(&mut c, "a", &["sh", "-c", &script], extra);
+    c.start("a");
+    wait_until(|| pod.log("a").len() == 6);
+    let lines: Vec<String> = pod.log("a").into_iter().map(|l| l.2).collect();
+    assert_eq!(lines[..4], ["1234", "77", "best-effort: prio 6", "5 3"]);
+    let (mount, whole) = lines[4].split_once(" - ").unwrap();
+    assert!(mount.contains("noexec") && whole.contains("sync") && whole.contains("lazytime"), "{lines:?}");
+    assert_eq!(lines[5], "made");
+    assert!(volume.join("made").exists() && host() == before);
+    // An exec has those of its own process.
+    let request = Exec {
+        container_id: "a".into(),
+        process: common::process(&["sh", "-c", look], process),
+        ..Default::default()
+    };
+    let out = String::from_utf8(c.exec_with(request).stdout).unwrap();
+    assert_eq!(out.lines().skip(2).collect::<Vec<_>>(), ["best-effort: prio 6", "5 3"]);
+    assert_eq!(
+        String::from_utf8(c.exec_sync("a", &["sh", "-c", "cut -d' ' -f 19,41 /proc/self/stat"]).stdout)
+            .unwrap(),
+        "0 0\n"
+    );
+    // A path that leads to the host's namespace does not help.
+    for (kind, file, name) in [("network", "net", "net.core.somaxconn"), ("ipc", "ipc", "kernel.shmmni")] {
+        let hosts = format!("/proc/{}/ns/{file}", std::process::id());
+        let bad = json!({"linux": {"sysctl": {name: "1234"},
+            "namespaces": [{"type": "mount"}, {"type": "pid"}, {"type": kind, "path": hosts}]}});
+        let f = c.failure(Ask::CreateContainer(pod.bundle("b", &["true"], bad)));
+        assert!(f.message.contains(name) && f.message.contains("host"), "{f:?}");
+    }
+    assert_eq!(host(), before);
+    for (section, value, stage) in [
+        // Its number has a name and no code in the kernel.
+        ("scheduler", json!({"policy": "SCHED_ISO"}), "scheduler"),
+        ("ioPriority", json!({"class": "IOPRIO_CLASS_BE", "priority": 9}), "spec"),
+    ] {
+        let f =
+            c.failure(Ask::CreateContainer(pod.bundle("b", &["true"], json!({"process": {section: value}}))));
+        assert_eq!(f.stage, stage, "{f:?}");
+    }
+    pod.finish();
+}
+
 #[test]
 fn limits_land_and_change() {
     let pod = Pod::new("limits");

@@ -21,6 +21,7 @@ use crate::lsm::Confinement;
 use crate::notify::Notify;
 use crate::ops::{Outcome, Stdio, check_id, filter_path, set_oom_score_adj};
 use crate::rlimits::Rlimits;
+use crate::schedule::Schedule;
 use crate::seccomp::Filter;
 use crate::{Error, Helper, Kind, cgroup, helper, sys};
 
@@ -111,6 +112,7 @@ fn in_helper(e: &ExecSpec<'_>, init: BorrowedFd<'_>) -> Result<(i32, Option<Owne
         stdio: &e.stdio,
         tty: tty.as_ref(),
         limits: (!userns).then_some(limits),
+        schedule: Schedule::of(&process)?,
         confinement,
         cwd: process.cwd(),
         program: Program::new(&process),
@@ -150,11 +152,8 @@ fn parse(json: &[u8]) -> Result<Process, Error> {
     if process.args().as_ref().is_none_or(Vec::is_empty) {
         return Err(invalid("the process has no arguments".into()));
     }
-    if process.scheduler().is_some()
-        || process.io_priority().is_some()
-        || process.exec_cpu_affinity().is_some()
-    {
-        return Err(invalid("a scheduler, I/O priority or CPU affinity is not supported for an exec".into()));
+    if process.exec_cpu_affinity().is_some() {
+        return Err(invalid("CPU affinity of an exec is not supported".into()));
     }
     Ok(process)
 }
@@ -175,6 +174,7 @@ struct Begun<'a> {
     stdio: &'a Stdio,
     tty: Option<&'a Console>,
     limits: Option<Rlimits>,
+    schedule: Schedule,
     confinement: Option<Confinement>,
     cwd: &'a Path,
     program: Program,
@@ -205,6 +205,7 @@ impl Begun<'_> {
         if let Some(l) = &self.limits {
             l.set().map_err(|e| (e.errno, e.message))?;
         }
+        self.schedule.set().map_err(|e| (e.errno, e.message))?;
         nix::unistd::setsid().map_err(nix("cannot make a session"))?;
         self.connect().map_err(io("cannot connect the standard streams"))?;
         if let Some(c) = &self.confinement {

@@ -26,8 +26,10 @@ mod lsm;
 mod notify;
 mod ops;
 mod rlimits;
+mod schedule;
 mod seccomp;
 mod sys;
+mod sysctl;
 
 pub use adapt::Adaptation;
 pub use create::{Context, CreateSpec, Created, create};
@@ -39,6 +41,7 @@ pub use hooks::poststart;
 pub use ops::{
     Outcome, Stdio, delete, delete_in_place, delete_now, end_groups, start, start_channel, update,
 };
+pub use sysctl::sysctl_file;
 
 use serde::{Deserialize, Serialize};
 

@@ -112,6 +112,54 @@ pub(crate) fn drop_from_bounding_set(number: u32) -> io::Result<()> {
     }
 }
 
+/// What sched_setattr(2) takes, without the length at its beginning.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct SchedulerAttributes {
+    pub policy: u32,
+    pub flags: u64,
+    pub nice: i32,
+    pub priority: u32,
+    pub runtime: u64,
+    pub deadline: u64,
+    pub period: u64,
+}
+
+/// For the calling process.
+pub(crate) fn set_scheduler(a: &SchedulerAttributes) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        size: u32,
+        policy: u32,
+        flags: u64,
+        nice: i32,
+        priority: u32,
+        runtime: u64,
+        deadline: u64,
+        period: u64,
+    }
+    let attributes = Attributes {
+        size: size_of::<Attributes>() as u32,
+        policy: a.policy,
+        flags: a.flags,
+        nice: a.nice,
+        priority: a.priority,
+        runtime: a.runtime,
+        deadline: a.deadline,
+        period: a.period,
+    };
+    // SAFETY: the struct outlives the call and is as long as it says.
+    let done = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// For the calling process: class and priority as ioprio_set(2) has them.
+pub(crate) fn set_io_priority(value: i32) -> io::Result<()> {
+    const WHO_PROCESS: i32 = 1;
+    // SAFETY: plain integers.
+    let done = unsafe { libc::syscall(libc::SYS_ioprio_set, WHO_PROCESS, 0, value) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// The caller's controlling terminal becomes the one that is its standard input.
 pub(crate) fn take_terminal() -> io::Result<()> {
     // SAFETY: an integer argument.

@@ -4,10 +4,10 @@ mod dev;
 mod mount;
 pub(crate) mod plan;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use libcontainer::container::State;
 use libcontainer::hooks::run_hooks;
@@ -140,8 +140,12 @@ impl First<'_> {
         if let Some(l) = self.limits.take() {
             l.set().map_err(|e| Failure { stage: "rlimit", message: e.message, errno: e.errno })?;
         }
+        let failure = |e: Error| Failure { stage: "scheduler", message: e.message, errno: e.errno };
+        plan.schedule.set().map_err(failure)?;
         nix::unistd::setsid().map_err(nix("runtime", "cannot make a session"))?;
         self.connect().map_err(nix("stdio", "cannot connect the standard streams"))?;
+        let hosts = plan.sysctls.iter().map(|s| own_namespace(s.namespace)).collect::<Result<Vec<_>, _>>();
+        let hosts = hosts.map_err(io("namespace", "cannot tell the host's namespaces"))?;
         for (fd, (path, flag)) in self.opened.namespaces.iter().zip(&plan.join) {
             setns(fd, *flag).map_err(|e| {
                 Failure::io("namespace", format!("cannot join {}", path.display()), &e.into())
@@ -153,6 +157,10 @@ impl First<'_> {
         }
         if let Some(name) = &plan.domainname {
             sys::set_domain_name(name).map_err(io("namespace", "cannot set the domain name"))?;
+        }
+        for (s, host) in plan.sysctls.iter().zip(&hosts) {
+            set_sysctl(s, host)
+                .map_err(|e| Failure::io("sysctl", format!("cannot set {} to {:?}", s.name, s.value), &e))?;
         }
         self.file_system()?;
         self.close_off()?;
@@ -231,6 +239,20 @@ impl First<'_> {
         }
         mount::mask(&plan.masked, null.as_fd(), plan.mount_label.as_deref())
     }
+}
+
+/// What tells a namespace of this process from all others of its kind.
+fn own_namespace(name: &str) -> io::Result<PathBuf> {
+    fs::read_link(Path::new("/proc/self/ns").join(name))
+}
+
+/// By the host's /proc, whose files are those of the namespaces that the caller is in. `host`: the namespace that is the host's,
+/// which a path in the spec may lead to.
+fn set_sysctl(s: &plan::Sysctl, host: &Path) -> io::Result<()> {
+    if own_namespace(s.namespace)? == host {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "that namespace is the host's"));
+    }
+    fs::write(&s.file, &s.value)
 }
 
 /// Waits until the first process says `word`, or why it cannot.

@@ -211,6 +211,9 @@ fn mount_one(root: &Root, m: &Mount, label: Option<&str>, opened: Option<OwnedFd
         }
     };
     set(&tree, m.recursive_attributes, true)?;
+    if !m.recursive_clear.is_empty() {
+        sys::set_mount(tree.as_fd(), 0, u64::from(m.recursive_clear.bits()), 0, true)?;
+    }
     if let Some(p) = m.propagation {
         propagate(&tree, p)?;
     }

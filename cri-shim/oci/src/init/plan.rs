@@ -3,10 +3,11 @@
 use std::path::{Component, Path, PathBuf};
 
 use nix::sched::CloneFlags;
-use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, LinuxNamespaceType, Mount as SpecMount, Spec};
+use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, LinuxNamespaceType, Mount as SpecMount, Spec};
 use rustix::mount::{MountAttrFlags, MountPropagationFlags};
 
-use crate::{Error, Kind};
+use crate::schedule::Schedule;
+use crate::{Error, Kind, sysctl_file};
 
 /// How a mount passes mounts on, with all below it if `recursive`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +36,8 @@ pub(crate) struct Mount {
     pub attributes: MountAttrFlags,
     /// Set on everything below, too.
     pub recursive_attributes: MountAttrFlags,
+    /// Cleared there.
+    pub recursive_clear: MountAttrFlags,
     pub propagation: Option<Propagation>,
 }
 
@@ -57,7 +60,7 @@ pub(crate) enum NodeKind {
 }
 
 /// Everything but who the process becomes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Plan {
     /// Namespaces to join, by their files.
     pub join: Vec<(PathBuf, CloneFlags)>,
@@ -76,6 +79,8 @@ pub(crate) struct Plan {
     pub cwd: PathBuf,
     pub hostname: Option<String>,
     pub domainname: Option<String>,
+    pub sysctls: Vec<Sysctl>,
+    pub schedule: Schedule,
     /// The SELinux label of file systems that are made for the container alone.
     pub mount_label: Option<String>,
 }
@@ -86,14 +91,8 @@ impl Plan {
         let process = spec.process().as_ref().ok_or_else(|| refused("a spec without a process"))?;
         let root = spec.root().as_ref().ok_or_else(|| refused("a spec without a root"))?;
         for (asked, what) in [
-            (
-                linux.sysctl().as_ref().is_some_and(|s| !s.is_empty()),
-                "sysctls of a container, not its sandbox,",
-            ),
             (linux.personality().is_some(), "a personality"),
             (linux.memory_policy().is_some(), "a memory policy"),
-            (process.scheduler().is_some(), "a scheduler"),
-            (process.io_priority().is_some(), "an I/O priority"),
             (process.exec_cpu_affinity().is_some(), "CPU affinity of execs"),
         ] {
             if asked {
@@ -133,6 +132,8 @@ impl Plan {
             cwd: process.cwd().clone(),
             hostname: spec.hostname().clone(),
             domainname: spec.domainname().clone(),
+            sysctls: sysctls(linux)?,
+            schedule: Schedule::of(process)?,
             mount_label: linux.mount_label().clone().filter(|l| !l.is_empty()),
         };
         for n in linux.namespaces().iter().flatten() {
@@ -153,6 +154,37 @@ impl Plan {
         }
         Ok(plan)
     }
+}
+
+/// A kernel setting of one of the container's namespaces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Sysctl {
+    pub name: String,
+    pub file: PathBuf,
+    pub value: String,
+    /// The file's name below /proc/self/ns.
+    pub namespace: &'static str,
+}
+
+fn sysctls(linux: &Linux) -> Result<Vec<Sysctl>, Error> {
+    let one = |(name, value): (&String, &String)| {
+        let invalid = |text: String| Error::new(Kind::Invalid, "sysctl", text, libc::EINVAL);
+        let (of, file) = sysctl_file(name).map_err(invalid)?;
+        let (kind, namespace) = match of {
+            CloneFlags::CLONE_NEWNET => (LinuxNamespaceType::Network, "net"),
+            CloneFlags::CLONE_NEWIPC => (LinuxNamespaceType::Ipc, "ipc"),
+            _ => (LinuxNamespaceType::Uts, "uts"),
+        };
+        if !linux.namespaces().iter().flatten().any(|n| n.typ() == kind) {
+            return Err(invalid(format!(
+                "{name} would be the host's: the container has no {namespace} namespace"
+            )));
+        }
+        Ok(Sysctl { name: name.clone(), file, value: value.clone(), namespace })
+    };
+    let mut all = linux.sysctl().iter().flatten().map(one).collect::<Result<Vec<_>, _>>()?;
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(all)
 }
 
 fn refused(what: &str) -> Error {
@@ -184,10 +216,13 @@ fn clean(path: &Path) -> Option<PathBuf> {
 enum Word {
     Set(MountAttrFlags),
     SetBelow(MountAttrFlags),
+    ClearBelow(MountAttrFlags),
     Clear(MountAttrFlags),
     Propagate(MountPropagationFlags, bool),
     Bind(bool),
     Nothing,
+    /// Of the whole file system, wherever it is mounted: says nothing of a bind mount, as with mount(2).
+    FileSystem,
     Option,
 }
 
@@ -228,13 +263,18 @@ fn word(option: &str) -> Option<Word> {
         "rnodiratime" => Word::SetBelow(A::MOUNT_ATTR_NODIRATIME),
         "nosymfollow" => Word::Set(A::MOUNT_ATTR_NOSYMFOLLOW),
         "rnosymfollow" => Word::SetBelow(A::MOUNT_ATTR_NOSYMFOLLOW),
+        "rrw" => Word::ClearBelow(A::MOUNT_ATTR_RDONLY),
+        "rsuid" => Word::ClearBelow(A::MOUNT_ATTR_NOSUID),
+        "rdev" => Word::ClearBelow(A::MOUNT_ATTR_NODEV),
+        "rexec" => Word::ClearBelow(A::MOUNT_ATTR_NOEXEC),
+        "rdiratime" => Word::ClearBelow(A::MOUNT_ATTR_NODIRATIME),
+        "rsymfollow" => Word::ClearBelow(A::MOUNT_ATTR_NOSYMFOLLOW),
+        "sync" | "dirsync" | "lazytime" | "mand" => Word::FileSystem,
         // What mounts are anyhow.
         "symfollow" | "async" | "nomand" | "loud" | "silent" | "rrelatime" | "norelatime"
         | "nostrictatime" | "diratime" | "nolazytime" | "noiversion" => Word::Nothing,
-        // Flags of the file system rather than of the mount, and what is done in no other way than by path.
-        "idmap" | "ridmap" | "sync" | "dirsync" | "remount" | "mand" | "tmpcopyup" | "rrw" | "rsuid"
-        | "rdev" | "rexec" | "ratime" | "rnorelatime" | "rnostrictatime" | "rdiratime" | "rsymfollow"
-        | "lazytime" | "iversion" => {
+        "idmap" | "ridmap" | "remount" | "tmpcopyup" | "ratime" | "rnorelatime" | "rnostrictatime"
+        | "iversion" => {
             return None;
         }
         _ => Word::Option,
@@ -249,15 +289,25 @@ fn mount(m: &SpecMount) -> Result<Mount, Error> {
         source: Source::Cgroup,
         attributes: MountAttrFlags::empty(),
         recursive_attributes: MountAttrFlags::empty(),
+        recursive_clear: MountAttrFlags::empty(),
         propagation: None,
     };
     let mut bind = None;
     let mut options = Vec::new();
+    let mut whole = Vec::new();
     for o in m.options().iter().flatten() {
         match word(o).ok_or_else(|| refused(&format!("mount option {o:?} of {place}")))? {
             Word::Nothing => {}
             Word::Set(flag) => out.attributes |= flag,
-            Word::SetBelow(flag) => out.recursive_attributes |= flag,
+            Word::SetBelow(flag) => {
+                out.recursive_attributes |= flag;
+                out.recursive_clear &= !flag;
+            }
+            Word::ClearBelow(flag) => {
+                out.recursive_attributes &= !flag;
+                out.recursive_clear |= flag;
+            }
+            Word::FileSystem => whole.push((o.clone(), None)),
             Word::Clear(flag) => out.attributes &= !flag,
             Word::Propagate(flags, recursive) => out.propagation = Some(Propagation { flags, recursive }),
             Word::Bind(recursive) => bind = Some(recursive),
@@ -283,6 +333,7 @@ fn mount(m: &SpecMount) -> Result<Mount, Error> {
         return Ok(out);
     }
     if kind != "cgroup" {
+        options.extend(whole);
         let source = m.source().as_ref().map_or(kind.clone(), |s| s.to_string_lossy().into_owned());
         out.source = Source::New { kind, source, options };
     } else {
@@ -364,10 +415,10 @@ mod tests {
     #[test]
     fn what_is_rare_is_refused_by_name() {
         for (rare, named) in [
-            (json!({"linux": {"sysctl": {"a": "b"}}}), "sysctl"),
+            (json!({"linux": {"sysctl": {"vm.swappiness": "1"}}}), "the whole machine's"),
+            (json!({"linux": {"sysctl": {"kernel.shmmax": "1"}}}), "no ipc namespace"),
             (json!({"linux": {"personality": {"domain": "LINUX"}}}), "personality"),
             (json!({"linux": {"rootfsPropagation": "odd"}}), "odd"),
-            (json!({"process": {"ioPriority": {"class": "IOPRIO_CLASS_BE", "priority": 1}}}), "I/O priority"),
             (
                 json!({"mounts": [{"destination": "/a", "type": "tmpfs", "options": ["tmpcopyup"]}]}),
                 "tmpcopyup",
@@ -397,6 +448,14 @@ mod tests {
     }
 
     #[test]
+    fn sysctls_of_its_namespaces() {
+        let p = Plan::of(&spec(json!({"linux": {"sysctl": {"net.core.somaxconn": "7"}}}))).unwrap();
+        let file = PathBuf::from("/proc/sys/net/core/somaxconn");
+        let (name, value) = ("net.core.somaxconn".to_owned(), "7".to_owned());
+        assert_eq!(p.sysctls, [Sysctl { name, file, value, namespace: "net" }]);
+    }
+
+    #[test]
     fn labels() {
         let p = Plan::of(&spec(
             json!({"linux": {"mountLabel": "u:r:t:s0"}, "process": {"selinuxLabel": "u:r:p:s0"}}),
@@ -423,6 +482,16 @@ mod tests {
         let options = vec![("mode".into(), Some("755".into())), ("size".into(), Some("64k".into()))];
         assert_eq!(m.source, Source::New { kind: "tmpfs".into(), source: "tmpfs".into(), options });
         assert_eq!(m.attributes, MountAttrFlags::MOUNT_ATTR_RDONLY);
+        let with = |kind: &str, options: Value| {
+            mount_of(json!({"destination": "/t", "type": kind, "source": "/s", "options": options})).unwrap()
+        };
+        let m = with("tmpfs", json!(["sync", "lazytime", "noexec"]));
+        let options = vec![("sync".into(), None), ("lazytime".into(), None)];
+        assert_eq!(m.source, Source::New { kind: "tmpfs".into(), source: "/s".into(), options });
+        let m = with("bind", json!(["rbind", "sync", "rro", "rrw", "rnodev"]));
+        assert_eq!(m.source, Source::Bind { path: "/s".into(), recursive: true });
+        assert_eq!(m.recursive_clear, MountAttrFlags::MOUNT_ATTR_RDONLY, "the last word counts");
+        assert_eq!(m.recursive_attributes, MountAttrFlags::MOUNT_ATTR_NODEV);
         let m =
             mount_of(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup"})).unwrap();
         assert_eq!(m.source, Source::Cgroup);
