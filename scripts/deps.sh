@@ -120,3 +120,22 @@ go_tool kubelet k8s.io/kubernetes/cmd/kubelet k8s.io/kubernetes v1.36.3 "-X k8s.
 if ! command -v kubectl >/dev/null; then
     go_tool kubectl kubectl k8s.io/kubectl v0.36.3 ""
 fi
+
+# The plugin of the CRI server's tests is ours, its library upstream's.
+nri_version=v0.12.5
+source=$PWD/cri-shim/server/tests/nri-plugin/main.go
+plugin=nri-test-plugin-$nri_version-$(sha256sum "$source" | cut -c 1-12)
+if [ ! -x "$tools/$plugin" ]; then
+    command -v go >/dev/null || die "Go is missing to build the tests' NRI plugin; apt-get install golang"
+    echo "deps: building the tests' NRI plugin"
+    (
+        work=$(mktemp -d)
+        trap 'rm -rf "$work"' EXIT
+        cd "$work"
+        cp "$source" .
+        printf 'module orlop.invalid/tools\ngo 1.24.0\nrequire github.com/containerd/nri %s\n' "$nri_version" >go.mod
+        go mod tidy >log 2>&1 && CGO_ENABLED=0 go build -ldflags "-s -w" -o "$tools/$plugin" . >>log 2>&1 ||
+            { tail -5 log >&2; exit 1; }
+    ) || die "the tests' NRI plugin did not build with github.com/containerd/nri $nri_version"
+fi
+ln -sfn "$plugin" "$tools/nri-test-plugin"

@@ -269,6 +269,30 @@ pub struct RuntimeArgs {
     #[arg(long = "runtime-handler", value_name = "NAME=PROGRAM")]
     pub runtime_handlers: Vec<orlop_cri::Handler>,
 
+    /// Serve NRI plugins
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub nri: bool,
+
+    /// What NRI plugins connect to
+    #[arg(long, value_name = "SOCK", default_value = "/var/run/nri/nri.sock")]
+    pub nri_socket: PathBuf,
+
+    /// Programs NN-NAME that are started as NRI plugins
+    #[arg(long, value_name = "DIR", default_value = "/opt/nri/plugins")]
+    pub nri_plugin_dir: PathBuf,
+
+    /// Configuration of these: NN-NAME.conf or NAME.conf
+    #[arg(long, value_name = "DIR", default_value = "/etc/nri/conf.d")]
+    pub nri_config_dir: PathBuf,
+
+    /// How long an NRI plugin may take to register once it is connected, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub nri_registration_timeout: u64,
+
+    /// How long an NRI plugin may take for a request, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub nri_request_timeout: u64,
+
     /// End exec, attach and port-forward sessions on which nothing has moved for this long, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 4 * 3600, value_parser = clap::value_parser!(u64).range(1..))]
     pub streaming_idle_timeout: u64,

@@ -281,6 +281,14 @@ fn cri_config(
         cni_cache_dir: data_dir.join("cri/cni"),
         streaming_idle_timeout: Duration::from_secs(runtime.streaming_idle_timeout),
         runtimes: runtime.runtime_handlers.iter().map(|h| (h.0.clone(), h.1.clone())).collect(),
+        nri: runtime.nri.then(|| orlop_cri::NriConfig {
+            socket: runtime.nri_socket.clone(),
+            plugin_dir: runtime.nri_plugin_dir.clone(),
+            config_dir: runtime.nri_config_dir.clone(),
+            registration_timeout: Duration::from_secs(runtime.nri_registration_timeout),
+            request_timeout: Duration::from_secs(runtime.nri_request_timeout),
+            ..orlop_cri::nri_defaults()
+        }),
         cgroup_driver: match runtime.cgroup_driver {
             CgroupDriver::Cgroupfs => orlop_cri::CgroupDriver::Cgroupfs,
             CgroupDriver::Systemd => orlop_cri::CgroupDriver::Systemd,

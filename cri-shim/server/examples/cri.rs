@@ -1,5 +1,5 @@
 //! Runs the CRI server alone: `cri --root DIR --monitor FILE [--cni-conf DIR] [--cni-bin DIR]...
-//! [--certs-dir DIR] [--cdi-dir DIR] [--cgroup-parent PATH] [--criu FILE] [--runtime-handler NAME=PROGRAM]... [--cni-timeout SECONDS] [--streaming-idle-timeout SECONDS] [--import ARCHIVE] [--purge]`. Everything is below the root folder; the socket is DIR/cri.sock.
+//! [--certs-dir DIR] [--cdi-dir DIR] [--nri-socket SOCK] [--nri-plugin-dir DIR] [--nri-config-dir DIR] [--nri-request-timeout MILLISECONDS] [--cgroup-parent PATH] [--criu FILE] [--runtime-handler NAME=PROGRAM]... [--cni-timeout SECONDS] [--streaming-idle-timeout SECONDS] [--import ARCHIVE] [--purge]`. Everything is below the root folder; the socket is DIR/cri.sock.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -43,6 +43,18 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Asked, String> {
             }
             "--certs-dir" => config.images.certs_dir = Some(value.into()),
             "--cdi-dir" => config.cdi_spec_dirs = vec![value.into()],
+            "--nri-socket" => config.nri.get_or_insert_with(orlop_cri::nri_defaults).socket = value.into(),
+            "--nri-plugin-dir" => {
+                config.nri.get_or_insert_with(orlop_cri::nri_defaults).plugin_dir = value.into()
+            }
+            "--nri-config-dir" => {
+                config.nri.get_or_insert_with(orlop_cri::nri_defaults).config_dir = value.into()
+            }
+            "--nri-request-timeout" => {
+                let millis = value.parse().map_err(|_| format!("{value} is no number of milliseconds"))?;
+                config.nri.get_or_insert_with(orlop_cri::nri_defaults).request_timeout =
+                    Duration::from_millis(millis);
+            }
             "--runtime-handler" => {
                 let orlop_cri::Handler(name, runtime) = value.parse()?;
                 config.runtimes.insert(name, runtime);

@@ -91,6 +91,8 @@ pub struct Config {
     pub seccomp_profile_root: PathBuf,
     /// Folders with CDI spec files; a later one counts more.
     pub cdi_spec_dirs: Vec<PathBuf>,
+    /// NRI plugins; `None` has none. The default has none, since the places of plugins are the machine's, not a server's.
+    pub nri: Option<orlop_nri::Config>,
 }
 
 impl Default for Config {
@@ -119,8 +121,14 @@ impl Default for Config {
             runtimes: BTreeMap::new(),
             seccomp_profile_root: "/var/lib/kubelet/seccomp".into(),
             cdi_spec_dirs: crate::container::cdi::default_dirs(),
+            nri: None,
         }
     }
+}
+
+/// NRI plugins at upstream's places.
+pub fn nri_defaults() -> orlop_nri::Config {
+    orlop_nri::Config::new(crate::status::RUNTIME, env!("CARGO_PKG_VERSION"))
 }
 
 impl Config {

@@ -53,6 +53,10 @@ pub enum Error {
     ExecTimeout { id: String, seconds: i64 },
     #[error("{program} could not checkpoint container {id}: {message}", program = program.display())]
     Checkpoint { id: String, program: PathBuf, message: String },
+    #[error(transparent)]
+    Nri(#[from] orlop_nri::Error),
+    #[error("the container cannot be created as NRI plugins have adjusted it ({plugins})")]
+    Adjusted { plugins: String, source: Box<Error> },
     #[error("nothing moved on the stream for {seconds} s")]
     StreamIdle { seconds: u64 },
     #[error("the checkpoint of container {id} did not end within {seconds} s; the container goes on")]
@@ -155,10 +159,15 @@ fn code(e: &Error) -> Code {
         },
         Error::Image(e) => image_code(e),
         Error::ImageVolume(e) => code(e),
+        Error::Adjusted { source, .. } => code(source),
+        Error::Nri(orlop_nri::Error::Conflict { .. } | orlop_nri::Error::Rejected { .. }) => {
+            Code::FailedPrecondition
+        }
         Error::Io { .. }
         | Error::Durable(_)
         | Error::Failpoint(_)
         | Error::Cni(_)
+        | Error::Nri(_)
         | Error::Checkpoint { .. }
         | Error::Listen { .. }
         | Error::Internal(_)

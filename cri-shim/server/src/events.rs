@@ -34,6 +34,9 @@ impl Events {
 impl Runtime {
     /// Tells listeners what happened to a container, with the whole pod's state as it is now.
     pub fn emit(&self, container: &Container, what: cri::ContainerEventType) {
+        if what == cri::ContainerEventType::ContainerStoppedEvent {
+            self.plugins.has_ended(container);
+        }
         if !self.events.wanted() {
             return;
         }

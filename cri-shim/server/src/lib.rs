@@ -17,6 +17,7 @@ mod monitor;
 mod mount_setattr;
 mod mounts;
 mod network;
+mod nri;
 mod recover;
 mod runtime;
 mod sandbox;
@@ -28,9 +29,11 @@ mod status;
 mod store;
 mod streaming;
 
-pub use config::{CgroupDriver, Config, Handler, OciRuntime};
+pub use config::{CgroupDriver, Config, Handler, OciRuntime, nri_defaults};
 pub use error::Error;
 pub use monitor::Error as MonitorError;
+/// Where NRI plugins are; see [`Config::nri`].
+pub use orlop_nri::Config as NriConfig;
 pub use serve::{purge, run};
 
 use container::create::image_ref as container_image_ref;

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::facts::Facts;
 use crate::network::Network;
+use crate::nri::Plugins;
 use crate::store::Store;
 use crate::streaming::Sessions;
 
@@ -26,6 +27,7 @@ pub(crate) struct Runtime {
     pub facts: Facts,
     /// Whether this run has loaded the default AppArmor profile; an earlier release's may differ.
     pub apparmor: tokio::sync::Mutex<bool>,
+    pub plugins: Plugins,
     pub tasks: TaskGroup,
 }
 

@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::facts::Facts;
 use crate::network::Network;
+use crate::nri::Plugins;
 use crate::runtime::Runtime;
 use crate::service::Service;
 use crate::store::Store;
@@ -62,6 +63,7 @@ async fn open(
         sessions: Sessions::new(streaming_at),
         facts: Facts::read(),
         apparmor: Default::default(),
+        plugins: Plugins::new(config.nri.clone()),
         tasks: TaskGroup::new(stop),
         config,
     });
@@ -123,6 +125,7 @@ pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Resul
     let listener = listen(&socket).await?;
     let runtime = open(config, &stop, at).await?;
     runtime.facts.warn();
+    runtime.start_plugins().await;
     let tasks = runtime.tasks.clone();
     tasks.spawn_essential("streaming server", streaming::serve(runtime.clone(), streaming));
     let service = Service(runtime.clone());

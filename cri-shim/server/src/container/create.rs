@@ -9,6 +9,7 @@ use oci_spec::image::ImageConfiguration;
 use orlop_base::durable::{self, Sync};
 use orlop_base::failpoint;
 use orlop_images::{Image, RootfsOptions};
+use orlop_nri::api::Event;
 use orlop_proto::{cri, monitor as proto};
 
 use super::spec::mounts::Resolved;
@@ -139,6 +140,7 @@ impl Runtime {
         }
         .await;
         if let Err(e) = built {
+            self.plugins_see_container_undone(&container).await;
             if let Err(again) = self.unmake_container(&container, Some(sandbox)).await {
                 tracing::warn!(container = %container.id, error = %again, "could not take back all of a failed container; the next start will");
             }
@@ -182,6 +184,17 @@ impl Runtime {
             // crun before 1.9 refuses all but 1.0; runtimes that know more do not look at the version.
             spec.0.set_version("1.0.2".to_owned());
         }
+        // Until it is among those that a new plugin is told of.
+        let told = self.plugins.hold().await;
+        let adjusted = self.adjust(sandbox, container, &mut spec.0, &spec.1, runtime.is_none()).await?;
+        if let Some(adjusted) = &adjusted {
+            container.update(|r| {
+                r.resources = Encoded(adjusted.resources.clone());
+                if let Some(path) = &adjusted.cgroups_path {
+                    r.cgroups_path.clone_from(path);
+                }
+            })?;
+        }
         let path = bundle.join("config.json");
         let text =
             serde_json::to_vec(&spec.0).map_err(|e| Error::Internal(format!("cannot write a spec: {e}")))?;
@@ -202,7 +215,11 @@ impl Runtime {
                 log_line_limit: 0,
                 runtime,
             })
-            .await?;
+            .await
+            .map_err(|e| match &adjusted {
+                Some(adjusted) => adjusted.context(e.into()),
+                None => e.into(),
+            })?;
         failpoint::pass("create-container-before-record")?;
         // Before the record says so, for the monitor's events find it by id.
         container.update(|r| {
@@ -213,6 +230,8 @@ impl Runtime {
         })?;
         container.keep_copy()?;
         self.store.add_container(container.clone());
+        drop(told);
+        self.plugins_see(container, Event::PostCreateContainer).await;
         Ok(())
     }
 

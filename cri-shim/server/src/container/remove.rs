@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use orlop_nri::api::Event;
 use orlop_proto::cri;
 
 use crate::error::Result;
@@ -42,6 +43,9 @@ impl Runtime {
             container.update(|r| r.exited(137, false, now_ns()))?;
             self.emit(container, cri::ContainerEventType::ContainerStoppedEvent);
         }
+        let _told = self.plugins.hold().await;
+        self.plugins_see_end(container).await;
+        self.plugins_see(container, Event::RemoveContainer).await;
         self.remove_files(container).await?;
         self.store.drop_container(&container.id);
         self.store.names.release(&container.id);

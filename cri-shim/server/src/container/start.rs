@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use orlop_nri::api::Event;
 use orlop_proto::cri;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::runtime::{Runtime, now_ns};
 use crate::store::ContainerPhase;
 
@@ -19,7 +20,12 @@ impl Runtime {
         self.detached(async move {
             let _held = container.op.lock().await;
             container.in_phase(&[ContainerPhase::Created], "start it")?;
-            if let Err(e) = sandbox.monitor.start_container(&container.id).await {
+            let _told = this.plugins.hold().await;
+            let started = async {
+                this.plugins_see_start(&container).await?;
+                Ok::<_, Error>(sandbox.monitor.start_container(&container.id).await?)
+            };
+            if let Err(e) = started.await {
                 let text = orlop_base::telemetry::chain(&e);
                 container.update(|r| {
                     if !r.phase.has_ended() {
@@ -29,7 +35,7 @@ impl Runtime {
                     r.message = text;
                 })?;
                 this.emit(&container, cri::ContainerEventType::ContainerStoppedEvent);
-                return Err(e.into());
+                return Err(e);
             }
             let mut news = false;
             container.update(|r| {
@@ -45,6 +51,7 @@ impl Runtime {
             if news {
                 this.emit(&container, cri::ContainerEventType::ContainerStartedEvent);
             }
+            this.plugins_see(&container, Event::PostStartContainer).await;
             Ok(cri::StartContainerResponse {})
         })
         .await

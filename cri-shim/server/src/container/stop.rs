@@ -32,6 +32,7 @@ impl Runtime {
             self.signal(&container, container.record().stop_signal, false).await?;
             let grace = Duration::from_secs(request.timeout.unsigned_abs());
             if timeout(grace, container.ended()).await.is_ok() {
+                self.plugins_see_end(&container).await;
                 return Ok(cri::StopContainerResponse {});
             }
         }
@@ -42,6 +43,7 @@ impl Runtime {
                 container.id
             ))
         })?;
+        self.plugins_see_end(&container).await;
         Ok(cri::StopContainerResponse {})
     }
 

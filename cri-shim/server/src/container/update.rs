@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use orlop_nri::api::Event;
 use orlop_proto::cri;
 
-use super::spec::resources::{merge, resources};
-use crate::error::{Error, Result};
+use super::spec::resources::merge;
+use crate::error::Result;
 use crate::runtime::Runtime;
-use crate::store::{ContainerPhase, Encoded};
+use crate::store::ContainerPhase;
 
 impl Runtime {
     pub async fn update_container_resources(
@@ -15,7 +16,6 @@ impl Runtime {
         request: cri::UpdateContainerResourcesRequest,
     ) -> Result<cri::UpdateContainerResourcesResponse> {
         let container = self.store.container(&request.container_id)?;
-        let sandbox = self.store.sandbox(&container.sandbox_id)?;
         let update = request.linux.unwrap_or_default();
         let annotations = request.annotations;
         let this = self.clone();
@@ -24,15 +24,9 @@ impl Runtime {
             let alive = [ContainerPhase::Created, ContainerPhase::Running];
             let record = container.in_phase(&alive, "change its resources")?;
             let merged = merge(&record.resources, &update);
-            let oci = resources(&merged, &this.facts)?;
-            let json = serde_json::to_vec(&oci)
-                .map_err(|e| Error::Internal(format!("cannot write resources: {e}")))?;
-            sandbox.monitor.update_container(&container.id, json).await?;
-            container.update(|r| {
-                r.resources = Encoded(merged);
-                r.config.0.annotations.extend(annotations);
-            })?;
-            container.keep_copy()?;
+            let (merged, given) = this.plugins_see_update(&container, &update, merged).await?;
+            this.put_resources(&container, merged, given.as_ref(), annotations).await?;
+            this.plugins_see(&container, Event::PostUpdateContainer).await;
             Ok(cri::UpdateContainerResourcesResponse {})
         })
         .await

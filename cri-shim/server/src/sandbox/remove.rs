@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use orlop_nri::api::Event;
 use orlop_proto::cri;
 
 use crate::error::Result;
@@ -35,6 +36,8 @@ impl Runtime {
             for container in this.store.containers_of(&sandbox.id) {
                 this.remove_one(&container).await?;
             }
+            let _told = this.plugins.hold().await;
+            this.plugins_see_pod(&sandbox, Event::RemovePodSandbox).await;
             mounts::remove_tree(&this.config.sandbox_state_dir(&sandbox.id))?;
             this.store.drop_sandbox(&sandbox.id);
             this.store.names.release(&sandbox.id);

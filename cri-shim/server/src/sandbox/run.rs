@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use orlop_base::durable::{self, Sync};
 use orlop_base::failpoint;
+use orlop_nri::Held;
 use orlop_proto::{cri, monitor as proto};
 
 use crate::config::{CgroupDriver, OciRuntime};
@@ -173,8 +174,9 @@ impl Runtime {
         let this = self.clone();
         self.detached(async move {
             match this.make_sandbox(record).await {
-                Ok(sandbox) => {
+                Ok((sandbox, told)) => {
                     this.store.add_sandbox(sandbox.clone());
+                    drop(told);
                     this.watch(sandbox.clone(), None);
                     this.emit_sandbox(&sandbox, cri::ContainerEventType::ContainerCreatedEvent);
                     this.emit_sandbox(&sandbox, cri::ContainerEventType::ContainerStartedEvent);
@@ -196,7 +198,7 @@ impl Runtime {
 
     /// Builds the sandbox, or takes back what there is of it. What cannot be taken back now (a network plugin may fail DEL too)
     /// shows as a sandbox that is not ready, for the kubelet to stop and remove; else each try would leave one more behind.
-    async fn make_sandbox(&self, record: SandboxRecord) -> Result<Arc<Sandbox>> {
+    async fn make_sandbox(&self, record: SandboxRecord) -> Result<(Arc<Sandbox>, Held)> {
         let state_dir = self.config.sandbox_state_dir(&record.id);
         let run_dir = self.config.sandbox_run_dir(&record.id);
         let file = state_dir.join("sandbox.json");
@@ -210,20 +212,24 @@ impl Runtime {
             self.build_sandbox(&sandbox, &state_dir, &run_dir).await
         }
         .await;
-        if let Err(e) = built {
-            if let Err(again) = self.tear_down(&sandbox).await {
-                tracing::warn!(sandbox = %sandbox.id, error = %again, "could not take back all of a failed sandbox; stopping it tries again");
-                sandbox.update(|r| r.phase = SandboxPhase::NotReady)?;
-                self.store.add_sandbox(sandbox);
-            } else if let Err(again) = mounts::remove_tree(&state_dir) {
-                tracing::warn!(sandbox = %sandbox.id, error = %again, "could not delete a failed sandbox's state");
-            }
+        let e = match built {
+            Ok(told) => return Ok((sandbox, told)),
+            Err(e) => e,
+        };
+        if let Err(again) = self.tear_down(&sandbox).await {
+            tracing::warn!(sandbox = %sandbox.id, error = %again, "could not take back all of a failed sandbox; stopping it tries again");
+            sandbox.update(|r| r.phase = SandboxPhase::NotReady)?;
+            self.store.add_sandbox(sandbox);
             return Err(e);
         }
-        Ok(sandbox)
+        self.plugins_see_sandbox_undone(&sandbox).await;
+        if let Err(again) = mounts::remove_tree(&state_dir) {
+            tracing::warn!(sandbox = %sandbox.id, error = %again, "could not delete a failed sandbox's state");
+        }
+        Err(e)
     }
 
-    async fn build_sandbox(&self, sandbox: &Arc<Sandbox>, state_dir: &Path, run_dir: &Path) -> Result<()> {
+    async fn build_sandbox(&self, sandbox: &Arc<Sandbox>, state_dir: &Path, run_dir: &Path) -> Result<Held> {
         let record = sandbox.record();
         let config = &*record.config;
         let ns = record.namespaces();
@@ -248,6 +254,9 @@ impl Runtime {
             failpoint::pass("run-sandbox-before-network")?;
             ips = self.network.attach(&record, netns_path(run_dir)).await?;
         }
+        // Until it is among those that a new plugin is told of.
+        let told = self.plugins.hold().await;
+        self.plugins_see_run(sandbox, &ips, created.init_pid).await?;
         failpoint::pass("run-sandbox-before-ready")?;
         sandbox.update(|r| {
             r.phase = SandboxPhase::Ready;
@@ -255,7 +264,8 @@ impl Runtime {
             r.ips = ips;
             r.init_pid = created.init_pid;
         })?;
-        sandbox.keep_copy()
+        sandbox.keep_copy()?;
+        Ok(told)
     }
 
     fn sandbox_request(&self, record: &SandboxRecord, hostname: &str) -> proto::CreateSandbox {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use orlop_nri::api::Event;
 use orlop_proto::cri;
 use tokio::time::timeout;
 
@@ -69,6 +70,11 @@ impl Runtime {
                 tracing::warn!(container = %c.id, "did not end within {KILL_LIMIT:?} of SIGKILL");
             }
         }
+        // While their bundles are there.
+        for c in containers.iter().filter(|c| c.record().phase.has_ended()) {
+            self.plugins_see_end(c).await;
+        }
+        self.plugins_see_pod(sandbox, Event::StopPodSandbox).await;
         self.tear_down(sandbox).await?;
         for c in containers.iter().filter(|c| !c.record().phase.has_ended()) {
             c.update(|r| {

@@ -1,6 +1,7 @@
 //! UpdatePodSandboxResources (KEP-1287): the kubelet sets the pod's cgroup itself; what the runtime keeps of the pod's resources
 //! follows.
 
+use orlop_nri::api::Event;
 use orlop_proto::cri;
 
 use crate::container::spec::resources::merge;
@@ -13,6 +14,7 @@ impl Runtime {
         request: cri::UpdatePodSandboxResourcesRequest,
     ) -> Result<cri::UpdatePodSandboxResourcesResponse> {
         let sandbox = self.store.sandbox(&request.pod_sandbox_id)?;
+        self.plugins_see_pod_update(&sandbox, &request).await?;
         sandbox.update(|r| {
             let linux = r.config.0.linux.get_or_insert_default();
             if let Some(new) = &request.resources {
@@ -23,6 +25,7 @@ impl Runtime {
             }
         })?;
         sandbox.keep_copy()?;
+        self.plugins_see_pod(&sandbox, Event::PostUpdatePodSandbox).await;
         Ok(cri::UpdatePodSandboxResourcesResponse {})
     }
 }

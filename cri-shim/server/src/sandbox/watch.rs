@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use orlop_nri::api::Event;
 use orlop_proto::cri::ContainerEventType;
 use orlop_proto::monitor::{self as proto, ContainerPhase as MonitorPhase};
 
@@ -193,6 +194,7 @@ impl Runtime {
                 self.emit(&c, ContainerEventType::ContainerStoppedEvent);
             }
         }
+        self.plugins_see_pod(sandbox, Event::StopPodSandbox).await;
         self.tear_down(sandbox).await?;
         sandbox.update(|r| r.stopped = true)?;
         self.emit_sandbox(sandbox, ContainerEventType::ContainerStoppedEvent);

@@ -20,6 +20,7 @@ pub(crate) use records::{ContainerPhase, ContainerRecord, SandboxPhase, SandboxR
 
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
+use crate::nri::Told;
 
 /// Version of both records' on-disk form.
 pub(crate) const RECORD_VERSION: u32 = 1;
@@ -76,12 +77,14 @@ pub(crate) struct Sandbox {
     pub op: tokio::sync::Mutex<()>,
     /// CPU usage at the last stats call, for the momentary rate.
     pub cpu_sample: Mutex<Option<(i64, u64)>>,
+    pub told: Told,
 }
 
 impl Sandbox {
     pub fn new(record: SandboxRecord, file: PathBuf, monitor: Monitor) -> Arc<Sandbox> {
         Arc::new(Sandbox {
             id: record.id.clone(),
+            told: Told::new(record.stopped),
             file,
             record: Mutex::new(Arc::new(record)),
             monitor,
@@ -131,6 +134,7 @@ pub(crate) struct Container {
     /// The phase as it changes, for those who wait for an exit.
     phase: watch::Sender<ContainerPhase>,
     pub cpu_sample: Mutex<Option<(i64, u64)>>,
+    pub told: Told,
 }
 
 impl Container {
@@ -140,6 +144,7 @@ impl Container {
             sandbox_id: record.sandbox_id.clone(),
             file,
             phase: watch::channel(record.phase).0,
+            told: Told::new(record.phase.has_ended()),
             record: Mutex::new(Arc::new(record)),
             op: tokio::sync::Mutex::new(()),
             cpu_sample: Mutex::new(None),

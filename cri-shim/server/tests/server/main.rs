@@ -6,6 +6,7 @@ mod images;
 mod namespaces;
 mod network;
 mod node;
+mod nri;
 mod pods;
 mod races;
 mod records;

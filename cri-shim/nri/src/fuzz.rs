@@ -1,0 +1,185 @@
+//! Fuzz target: what plugins send. Known good bytes are mutated and cut anywhere; what arrives is put together as if it were the
+//! answer of a plugin. The gate runs a fixed number of cases; for longer: `PROPTEST_CASES=1000000 cargo test --release -p orlop-nri
+//! fuzz`.
+
+use proptest::prelude::*;
+use proptest::sample::Index;
+use prost::Message as _;
+
+use crate::api;
+use crate::merge::{Creation, Updates};
+use crate::mux::{Decoder, Stream, encode};
+use crate::ttrpc::{Message, wire};
+
+fn adjustment() -> api::ContainerAdjustment {
+    let memory = api::LinuxMemory { limit: Some(api::OptionalInt64 { value: -1 }), ..Default::default() };
+    let resources = api::LinuxResources {
+        memory: Some(memory),
+        unified: [("memory.high".to_owned(), "1".to_owned())].into(),
+        ..Default::default()
+    };
+    api::ContainerAdjustment {
+        annotations: [("-a".to_owned(), String::new()), ("a".to_owned(), "1".to_owned())].into(),
+        mounts: vec![api::Mount { destination: "-/a".into(), ..Default::default() }],
+        env: vec![api::KeyValue { key: "-".into(), value: "x".into() }],
+        args: vec![String::new(), "a".into()],
+        linux: Some(api::LinuxContainerAdjustment { resources: Some(resources), ..Default::default() }),
+        ..Default::default()
+    }
+}
+
+fn update(id: &str) -> api::ContainerUpdate {
+    let linux = adjustment().linux.and_then(|l| l.resources);
+    api::ContainerUpdate {
+        container_id: id.into(),
+        linux: Some(api::LinuxContainerUpdate { resources: linux }),
+        ignore_failure: true,
+    }
+}
+
+fn seeds() -> Vec<Vec<u8>> {
+    let call = |method: &str, payload: Vec<u8>| wire::Request {
+        service: "nri.pkg.api.v1alpha1.Runtime".into(),
+        method: method.into(),
+        payload,
+        timeout_nano: 1,
+    };
+    let register = api::RegisterPluginRequest {
+        plugin_name: "a".into(),
+        plugin_idx: "10".into(),
+        nri_version: "v0.12.5".into(),
+    };
+    let updates = api::UpdateContainersRequest { update: vec![update("c")], evict: Vec::new() };
+    let create = api::CreateContainerResponse {
+        adjust: Some(adjustment()),
+        update: vec![update("c"), update("new")],
+        evict: Vec::new(),
+    };
+    let mut out = vec![
+        encode(Stream::Runtime, &Message::request(1, &call("RegisterPlugin", register.encode_to_vec()))),
+        encode(Stream::Runtime, &Message::request(3, &call("UpdateContainers", updates.encode_to_vec()))),
+        encode(Stream::Plugin, &Message::response(1, Ok(create.encode_to_vec()))),
+        encode(Stream::Plugin, &Message::response(3, Err((2, "no".into())))),
+        encode(Stream::Plugin, &Message::response(5, Ok(vec![0; 9000]))),
+    ];
+    out.push(out.concat());
+    out
+}
+
+const WORDS: &[&[u8]] = &[
+    b"\0\0\0\0",
+    b"\0\0\0\x01",
+    b"\0\0\0\x02",
+    b"\xff\xff\xff\xff",
+    b"\0\x40\0\x0a",
+    b"\0\x40\0\x0b",
+    b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01",
+    b"\x0a\x00",
+];
+
+#[derive(Clone, Debug)]
+enum Mutation {
+    Flip(Index, u8),
+    Overwrite(Index, usize),
+    Insert(Index, usize),
+    Remove(Index, usize),
+    Repeat(Index, usize),
+    Truncate(Index),
+}
+
+fn mutation() -> impl Strategy<Value = Mutation> {
+    let at = any::<Index>;
+    prop_oneof![
+        (at(), 0..8u8).prop_map(|(i, b)| Mutation::Flip(i, b)),
+        (at(), 0..WORDS.len()).prop_map(|(i, w)| Mutation::Overwrite(i, w)),
+        (at(), 0..WORDS.len()).prop_map(|(i, w)| Mutation::Insert(i, w)),
+        (at(), 1..40usize).prop_map(|(i, n)| Mutation::Remove(i, n)),
+        (at(), 1..200usize).prop_map(|(i, n)| Mutation::Repeat(i, n)),
+        at().prop_map(Mutation::Truncate),
+    ]
+}
+
+fn mutate(mut data: Vec<u8>, mutations: &[Mutation]) -> Vec<u8> {
+    for m in mutations {
+        if data.is_empty() {
+            data.push(0);
+        }
+        let len = data.len();
+        match m {
+            Mutation::Flip(i, bit) => data[i.index(len)] ^= 1 << bit,
+            Mutation::Overwrite(i, w) => {
+                for (to, from) in data[i.index(len)..].iter_mut().zip(WORDS[*w]) {
+                    *to = *from;
+                }
+            }
+            Mutation::Insert(i, w) => {
+                drop(data.splice(i.index(len)..i.index(len), WORDS[*w].iter().copied()));
+            }
+            Mutation::Remove(i, n) => drop(data.drain(i.index(len)..(i.index(len) + n).min(len))),
+            Mutation::Repeat(i, n) => {
+                let at = i.index(len);
+                let piece = data[at..(at + n).min(len)].to_vec();
+                drop(data.splice(at..at, piece));
+            }
+            Mutation::Truncate(i) => data.truncate(i.index(len)),
+        }
+    }
+    data
+}
+
+/// Whatever it says, nothing of the container's own identity changes, and each value has one owner.
+fn judge(payload: &[u8]) {
+    if let Ok(answer) = api::CreateContainerResponse::decode(payload) {
+        let container =
+            api::Container { id: "new".into(), pod_sandbox_id: "pod".into(), ..Default::default() };
+        let mut creation = Creation::new(container);
+        let first = creation.apply("10-a", answer.clone());
+        let set = first.is_ok() && !creation.adjust.mounts.is_empty();
+        assert_eq!(
+            (creation.container.id.as_str(), creation.container.pod_sandbox_id.as_str()),
+            ("new", "pod")
+        );
+        assert!(creation.updates.others.iter().all(|u| u.container_id != "new"));
+        let again = creation.apply("20-b", answer.clone());
+        let sets_mount =
+            answer.adjust.is_some_and(|a| a.mounts.iter().any(|m| !m.destination.starts_with('-')));
+        let takes_away = creation.adjust.mounts.iter().any(|m| m.destination.starts_with('-'));
+        assert!(!(set && sets_mount && !takes_away) || again.is_err());
+    }
+    if let Ok(request) = api::UpdateContainersRequest::decode(payload) {
+        // Errors are answers, too.
+        let _ = Updates::requested("c", api::LinuxResources::default()).apply("10-a", request.update);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases.max(2000), ..ProptestConfig::default() })]
+
+    #[test]
+    fn fuzz_plugin_bytes(
+        seed in prop::sample::select(seeds()),
+        mutations in prop::collection::vec(mutation(), 0..8),
+        cuts in prop::collection::vec(1usize..400, 1..8),
+    ) {
+        let bytes = mutate(seed, &mutations);
+        let (mut decoder, mut got) = (Decoder::default(), Vec::new());
+        let mut cuts = cuts.into_iter().cycle();
+        let mut at = 0;
+        while at < bytes.len() {
+            let end = (at + cuts.next().unwrap_or(1)).min(bytes.len());
+            if decoder.feed(&bytes[at..end], &mut got).is_err() {
+                break;
+            }
+            at = end;
+        }
+        prop_assert!(decoder.held() + got.iter().map(|(_, m)| m.payload.len()).sum::<usize>() <= bytes.len());
+        for (_, message) in &got {
+            if let Ok(response) = wire::Response::decode(&*message.payload) {
+                judge(&response.payload);
+            }
+            if let Ok(request) = wire::Request::decode(&*message.payload) {
+                judge(&request.payload);
+            }
+        }
+    }
+}
