@@ -22,6 +22,8 @@ use crate::ttrpc::{Kind, MAX_MESSAGE, Message, code, wire};
 const OUTGOING: usize = 16;
 /// Calls of the plugin that wait for us.
 const INCOMING: usize = 8;
+/// How long the last answers may take to be written.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 const READ_BUFFER: usize = 16 << 10;
 /// Bytes of a request beside its payload: names, the timeout, lengths.
 const REQUEST_ROOM: usize = 256;
@@ -95,10 +97,14 @@ impl Connection {
         });
         tasks.spawn(async move {
             let ended = writer.0.closed.clone();
+            let late = async {
+                ended.cancelled().await;
+                tokio::time::sleep(LAST_WORDS).await;
+            };
             tokio::select! {
                 // As above.
-                why = write_all(write, to_write) => writer.close(&why),
-                () = ended.cancelled() => {}
+                why = write_all(write, to_write, &ended) => writer.close(&why),
+                () = late => {}
             }
         });
         (connection, incoming)
@@ -240,8 +246,20 @@ impl Calls {
     }
 }
 
-async fn write_all(mut socket: OwnedWriteHalf, mut messages: mpsc::Receiver<Vec<u8>>) -> String {
-    while let Some(message) = messages.recv().await {
+/// Writes until `ended`, and then what is there already: why a plugin is let go stands in the answer to its call.
+async fn write_all(
+    mut socket: OwnedWriteHalf,
+    mut messages: mpsc::Receiver<Vec<u8>>,
+    ended: &CancellationToken,
+) -> String {
+    loop {
+        let message = tokio::select! {
+            biased;
+            // Nothing is lost: a message is taken whole or not.
+            message = messages.recv() => message,
+            () = ended.cancelled() => None,
+        };
+        let Some(message) = message else { break };
         if let Err(e) = socket.write_all(&message).await {
             return format!("its connection broke: {e}");
         }

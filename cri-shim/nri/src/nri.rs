@@ -505,3 +505,6 @@ async fn answer_calls(
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
