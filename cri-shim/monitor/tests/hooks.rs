@@ -141,6 +141,48 @@ fn the_end_is_told_while_a_hook_runs() {
     pod.finish();
 }
 
+/// Those of the runtime have the host's rights, that in the container's namespaces has its root's.
+#[test]
+fn with_a_user_namespace() {
+    let pod = Pod::new("hooks-user");
+    let mut c = pod.client();
+    let map = || vec![IdMap { container_id: 0, host_id: 700_000, size: 65536 }];
+    let sandbox =
+        CreateSandbox { new_net: true, new_ipc: true, uid_map: map(), gid_map: map(), ..Default::default() };
+    match c.call(Ask::CreateSandbox(sandbox)) {
+        Body::SandboxCreated(_) => {}
+        other => panic!("{other:?}"),
+    }
+    let joined = |kind: &str, name: &str| json!({"type": kind, "path": pod.dir.join("ns").join(name)});
+    let mapping = json!([{"containerID": 0, "hostID": 700_000, "size": 65536}]);
+    let mut extra = hooks(&pod);
+    extra["linux"] = json!({"uidMappings": mapping, "gidMappings": mapping, "namespaces": [
+        {"type": "mount"}, {"type": "pid"}, {"type": "uts"},
+        joined("user", "user"), joined("network", "net"), joined("ipc", "ipc")]});
+    extra["hooks"]["createRuntime"] = json!([telling(&pod, "creating")]);
+    let inside = r#"cat /proc/self/uid_map > "$out.inside""#;
+    extra["hooks"]["createContainer"] = json!([hook(&pod, inside)]);
+    // The container's root is nobody in the pod's folder.
+    let inside = pod.dir.join("out.inside");
+    fs::write(&inside, "").unwrap();
+    std::os::unix::fs::chown(&inside, Some(700_000), None).unwrap();
+    let pid = pod.create(&mut c, "a", &["sleep", "100"], extra.clone());
+    assert_eq!(told(&pod)[0].1["pid"], json!(pid));
+    let users = fs::read_to_string(&inside).unwrap();
+    assert_eq!(users.split_whitespace().collect::<Vec<_>>(), ["0", "700000", "65536"]);
+    c.start("a");
+    c.delete("a");
+    assert_eq!(names(&pod), ["creating", "started", "stopped"]);
+    // One that fails: all is taken back with the host's rights.
+    extra["hooks"]["createRuntime"] = json!([hook(&pod, "exit 3")]);
+    let f = c.failure(Ask::CreateContainer(pod.bundle("b", &["true"], extra)));
+    assert!(f.stage == "hook" && f.message.contains("poststop hook /bin/busybox"), "{f:?}");
+    assert_eq!(names(&pod), ["creating", "started", "stopped", "stopped"]);
+    assert_eq!(cgroups_of(&pod.name, false), Vec::<PathBuf>::new());
+    assert_eq!(fs::read_dir(pod.dir.join("oci")).unwrap().count(), 0, "state is left");
+    pod.finish();
+}
+
 fn kill_monitor(pod: &Pod) {
     let pid = rustix::process::Pid::from_raw(pod.monitor_pid()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();

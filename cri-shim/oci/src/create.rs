@@ -22,6 +22,7 @@ use crate::console::{self, Console};
 use crate::executor::{Init, Program};
 use crate::identity::{Identity, become_root};
 use crate::init::{First, HOOKS, Hooking, Opened, Plan, READY, hear};
+use crate::keeper::Keeper;
 use crate::kept::{self, Kept, Listener};
 use crate::lsm::{self, Confinement};
 use crate::notify::Notify;
@@ -145,7 +146,7 @@ fn in_helper(c: &CreateSpec<'_>) -> Result<(Created, Option<OwnedFd>), Error> {
     match make(c, Asked { spec, taken, filter, state, notify }, &mut made) {
         Ok(console) => {
             if let Some(keeper) = made.keeper.take() {
-                keeper.end(Keeper::LEAVE);
+                keeper.leave();
             }
             adapted.extend(made.clamped.into_iter().map(Adaptation::RlimitClamped));
             let adapted = adapted.iter().map(|a| format!("{a:?}")).collect();
@@ -174,49 +175,13 @@ struct Made {
     keeper: Option<Keeper>,
 }
 
-/// A fork that keeps the host's rights, which the helper gives up when it joins a user namespace: without them it could not take
-/// back what it has made.
-struct Keeper {
-    pid: Pid,
-    order: OwnedFd,
-}
-
-impl Keeper {
-    const TAKE_BACK: &[u8] = b"-";
-    const LEAVE: &[u8] = b"+";
-
-    fn new(c: &CreateSpec<'_>, made: &Made) -> std::io::Result<Keeper> {
-        let (orders, order) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
-        if let Some(pid) = sys::fork_child(None)? {
-            return Ok(Keeper { pid, order });
-        }
-        std::mem::forget(order);
-        // Others wait for the end of what is open here.
-        helper::close_all_but(&[orders.as_raw_fd()]);
-        let mut order = [0u8; 1];
-        if nix::unistd::read(&orders, &mut order) == Ok(1) && order == Self::TAKE_BACK {
-            remove_made(c, made);
-        }
-        helper::leave(0)
-    }
-
-    /// Its end is waited for. The order is a word, not the pipe's end, because the container's process has a copy of that.
-    fn end(self, order: &[u8]) {
-        let _ = nix::unistd::write(&self.order, order);
-        let _ = nix::sys::wait::waitpid(self.pid, None);
-    }
-}
-
 /// What went wrong on the way.
 fn take_back(c: &CreateSpec<'_>, made: &mut Made) -> Vec<String> {
     if made.pid > 1 {
         let _ = cgroup::signal_pid(Pid::from_raw(made.pid), libc::SIGKILL);
     }
     match made.keeper.take() {
-        Some(keeper) => {
-            keeper.end(Keeper::TAKE_BACK);
-            Vec::new()
-        }
+        Some(keeper) => keeper.take_back(),
         None => remove_made(c, made),
     }
 }
@@ -292,8 +257,12 @@ impl Parts<'_> {
         if let Some(users) = &self.users {
             // Raising limits needs the host's rights.
             self.limits.set()?;
-            let keeper = Keeper::new(self.c, made).map_err(|e| Error::io("helper", "cannot fork", &e))?;
-            made.keeper = Some(keeper);
+            let hooks = |pid| match self.spec.hooks() {
+                Some(hooks) => run_creation_hooks(hooks, &self.state, pid),
+                None => Ok(()),
+            };
+            let keeper = Keeper::new(hooks, || remove_made(self.c, made));
+            made.keeper = Some(keeper.map_err(|e| Error::io("helper", "cannot fork", &e))?);
             enter(users, CloneFlags::CLONE_NEWUSER)?;
             become_root().map_err(|e| Error::new(Kind::Runtime, "namespace", e.to_string(), e.errno))?;
         }
@@ -319,10 +288,6 @@ impl Parts<'_> {
         let (ready, report) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(failed)?;
         let (resumed, resume) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(failed)?;
         let hooks = self.spec.hooks().clone();
-        if hooks.is_some() && self.users.is_some() {
-            let text = "hooks cannot run for a container with a user namespace";
-            return Err(Error::new(Kind::Invalid, "hook", text, 0));
-        }
         let here = fs::File::open("/proc/self/ns/pid")
             .map_err(|e| Error::io("namespace", "/proc/self/ns/pid", &e))?;
         let Some(pid) = self.fork(made)? else {
@@ -355,7 +320,15 @@ impl Parts<'_> {
         drop((report, resumed));
         if let Some(hooks) = hooks {
             hear(ready.as_fd(), HOOKS)?;
-            run_creation_hooks(&hooks, &self.state, pid, &here)?;
+            match &made.keeper {
+                Some(keeper) => keeper.run_hooks(pid)?,
+                None => {
+                    setns(&here, CloneFlags::CLONE_NEWPID).map_err(|e| {
+                        Error::io("hook", "cannot leave the container's PID namespace", &e.into())
+                    })?;
+                    run_creation_hooks(&hooks, &self.state, pid)?;
+                }
+            }
             nix::unistd::write(&resume, b"+")
                 .map_err(|e| Error::io("hook", "the first process is gone", &e.into()))?;
         }
@@ -369,9 +342,7 @@ impl Parts<'_> {
 }
 
 /// Those that run in the runtime's namespaces, once the container's mounts are made.
-fn run_creation_hooks(hooks: &Hooks, state: &State, pid: Pid, here: &fs::File) -> Result<(), Error> {
-    setns(here, CloneFlags::CLONE_NEWPID)
-        .map_err(|e| Error::io("hook", "cannot leave the container's PID namespace", &e.into()))?;
+fn run_creation_hooks(hooks: &Hooks, state: &State, pid: Pid) -> Result<(), Error> {
     let run = |h: &Option<Vec<Hook>>| {
         run_hooks(h.as_ref(), Some(state), None, Some(nix29::unistd::Pid::from_raw(pid.as_raw())), None)
             .map_err(|e| Error::new(Kind::Runtime, "hook", convert::chain(&e), 0))

@@ -20,6 +20,7 @@ pub mod helper;
 mod hooks;
 mod identity;
 mod init;
+mod keeper;
 mod kept;
 mod limits;
 mod lsm;

@@ -413,11 +413,7 @@ impl Sequence {
             if have == want {
                 break;
             }
-            assert!(
-                begin.elapsed() < PATIENCE,
-                "{have:?}\nnot\n{want:?}\nafter {:#?}",
-                self.said
-            );
+            assert!(begin.elapsed() < PATIENCE, "{have:?}\nnot\n{want:?}\nafter {:#?}", self.said);
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         self.check_flows("settled");
