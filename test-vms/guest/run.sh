@@ -9,6 +9,8 @@ there /dev || mount -t devtmpfs dev /dev
 mkdir -p /dev/pts /dev/shm
 there /dev/pts || mount -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts
 there /dev/shm || mount -t tmpfs shm /dev/shm
+# shellcheck source=/dev/null
+[ ! -e /vm/cgroups ] || . /vm/cgroups
 there /sys/fs/cgroup || mount -t cgroup2 -o nsdelegate cgroup /sys/fs/cgroup
 there /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf
 there /run || mount -t tmpfs -o mode=755 run /run

@@ -1,33 +1,15 @@
 //! The node on Linux 6.1 with cgroup v2 only, which is what Debian 12 gives its users: one machine under QEMU, booted once; each
 //! test looks at what one of its steps said.
 
-use std::os::unix::fs::PermissionsExt;
+mod huge_pages;
+
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use orlop_base::testkit::elf_program;
 use orlop_test_vms::vm::{Guest, Outcome, busybox_image, on_path};
 use orlop_test_vms::{program, root};
 
 const LIMIT: Duration = Duration::from_secs(480);
-
-/// A program that maps as many huge pages as it has arguments, itself the first, and touches each; it ends with the error number.
-/// (x86-64, without a C library.)
-fn maps_huge_pages() -> Vec<u8> {
-    let code: &[u8] = &[
-        0x8b, 0x34, 0x24, 0xc1, 0xe6, 0x15, // esi = arguments * 2 MiB
-        0xb8, 9, 0, 0, 0, 0x31, 0xff, 0xba, 3, 0, 0, 0, // mmap(0, esi, read and write,
-        0x41, 0xba, 0x22, 0x00, 0x04, 0x00, // private, anonymous, huge,
-        0x49, 0xc7, 0xc0, 0xff, 0xff, 0xff, 0xff, 0x45, 0x31, 0xc9, 0x0f, 0x05, // -1, 0)
-        0x48, 0x85, 0xc0, 0x78, 0x15, // failed?
-        0xc6, 0x00, 0x01, 0x48, 0x05, 0, 0, 0x20, 0, // touch, next page
-        0x81, 0xee, 0, 0, 0x20, 0, 0x75, 0xef, // until all are touched
-        0x31, 0xff, 0xeb, 0x04, // edi = 0
-        0xf7, 0xd8, 0x89, 0xc7, // failed: edi = -eax
-        0xb8, 60, 0, 0, 0, 0x0f, 0x05, // exit(edi)
-    ];
-    elf_program(code)
-}
 
 fn guest() -> Result<Outcome, String> {
     let mut guest = Guest::new()?;
@@ -54,10 +36,7 @@ fn guest() -> Result<Outcome, String> {
     guest.text("/vm/cri-flags", "--runtime-handler crun=/usr/local/bin/crun")?;
     guest.step("cri", include_str!("../guest/cri.sh"))?;
     guest.step("pod", include_str!("../guest/pod.sh"))?;
-    let huge = dir.path().join("huge");
-    std::fs::write(&huge, maps_huge_pages()).map_err(|e| e.to_string())?;
-    std::fs::set_permissions(&huge, PermissionsExt::from_mode(0o755)).map_err(|e| e.to_string())?;
-    guest.file("/vm/huge", &huge)?;
+    guest.file("/vm/huge", &huge_pages::program(dir.path())?)?;
     guest.kernel_word("hugepages=8");
     guest.step("limits", include_str!("../guest/limits.sh"))?;
     guest.step("oom", include_str!("../guest/oom.sh"))?;

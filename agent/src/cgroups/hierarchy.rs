@@ -30,8 +30,9 @@ pub struct Mounted {
     root: PathBuf,
     v2: bool,
     subsystems: Vec<Subsystem>,
-    /// The empty version 2 beside version 1: some runtimes put containers there too.
-    beside: Option<PathBuf>,
+    /// Of every tree, also of those where pods get nothing from us: runtimes make groups in all that they find, below a pod's (`net_cls`,
+    /// `perf_event`, an empty version 2 beside version 1).
+    roots: Vec<PathBuf>,
 }
 
 impl Hierarchy for Mounted {
@@ -73,6 +74,13 @@ fn subsystem(controller: &str, at: PathBuf, v2: bool) -> Option<Subsystem> {
     })
 }
 
+/// The trees of version 1, and a version 2 beside them. Links are other names of the same (`cpu` of `cpu,cpuacct`).
+fn trees(mount: &Path) -> Vec<PathBuf> {
+    let all = std::fs::read_dir(mount).into_iter().flatten().flatten();
+    let folders = all.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path());
+    folders.filter(|d| d.join("cgroup.procs").exists()).collect()
+}
+
 impl Mounted {
     /// Looks at what there is: one tree of version 2, or one for each controller of version 1 (also beside an empty
     /// version 2).
@@ -89,7 +97,7 @@ impl Mounted {
             root: mount.to_owned(),
             v2,
             subsystems: found.filter_map(|c| subsystem(c, at(c), v2)).collect(),
-            beside: Some(mount.join("unified")).filter(|d| !v2 && d.join("cgroup.controllers").exists()),
+            roots: if v2 { vec![mount.to_owned()] } else { trees(mount) },
         }
     }
 
@@ -97,15 +105,8 @@ impl Mounted {
         self.v2
     }
 
-    /// The roots of the trees.
-    pub fn roots(&self) -> Vec<PathBuf> {
-        match self.v2 {
-            true => vec![self.root.clone()],
-            false => {
-                let own = self.subsystems.iter().map(|s| s.to_controller().path().to_owned());
-                own.chain(self.beside.clone()).collect()
-            }
-        }
+    pub fn roots(&self) -> &[PathBuf] {
+        &self.roots
     }
 
     /// Huge page sizes that can be limited, as the kernel writes them.
@@ -187,4 +188,28 @@ fn error(what: &'static str, path: &str, e: &cgroups_rs::fs::error::Error) -> Er
         None => e.kind().to_string(),
     };
     Error::Cgroup { what, path: path.to_owned(), message }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_are_looked_for_in_every_tree() {
+        let t = tempfile::tempdir().unwrap();
+        let at = |name: &str| t.path().join(name);
+        for tree in ["cpu,cpuacct", "perf_event", "unified"] {
+            std::fs::create_dir(at(tree)).unwrap();
+            std::fs::write(at(tree).join("cgroup.procs"), "").unwrap();
+        }
+        std::fs::create_dir(at("not-mounted")).unwrap();
+        for link in ["cpu", "cpuacct"] {
+            std::os::unix::fs::symlink("cpu,cpuacct", at(link)).unwrap();
+        }
+        let mut roots = Mounted::at(t.path()).roots().to_vec();
+        roots.sort();
+        assert_eq!(roots, ["cpu,cpuacct", "perf_event", "unified"].map(at));
+        std::fs::write(at("cgroup.controllers"), "cpu memory").unwrap();
+        assert_eq!(Mounted::at(t.path()).roots(), [t.path()], "version 2 is one tree");
+    }
 }

@@ -202,7 +202,7 @@ impl Cgroups {
         let removed = self.work(move || {
             for class in CLASSES {
                 let folder = all.folder(class, Some(&pod));
-                let dirs: Vec<_> = all.0.mounted.roots().into_iter().map(|r| r.join(&folder)).collect();
+                let dirs: Vec<_> = all.0.mounted.roots().iter().map(|r| r.join(&folder)).collect();
                 if all.0.systemd && dirs.iter().any(|d| d.exists()) {
                     systemd::stop(&systemd::slice(&all.components(class, Some(&pod))))?;
                 }
