@@ -26,6 +26,9 @@ const MAX_LINKS: u32 = 40;
 /// The longest path, as in the kernel.
 const MAX_PATH: usize = 4096;
 
+/// So many zeros in a row are not written. Fewer would be more calls than they save.
+const HOLE: usize = 32 << 10;
+
 /// What of one layer may be kept in memory until its end: the records of 800,000 folders with paths of usual length.
 const MEMORY: usize = 128 << 20;
 /// What a record takes beside its bytes.
@@ -535,7 +538,31 @@ fn own(fd: BorrowedFd<'_>, (uid, gid): (u32, u32)) -> rustix::io::Result<()> {
     rustix::fs::fchown(fd, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
 }
 
-/// Returns the bytes written.
+/// Compares a block with itself, which is fast.
+fn is_hole(block: &[u8]) -> bool {
+    block.len() == HOLE && block[0] == 0 && block[1..] == block[..HOLE - 1]
+}
+
+/// Writes what is not zeros and passes over what is. Returns the bytes written.
+fn write_filled(file: &mut Descriptor<'_>, piece: &[u8]) -> std::io::Result<u64> {
+    let run = |of: &[u8], hole: bool| -> usize {
+        of.chunks(HOLE).take_while(|b| is_hole(b) == hole).map(<[u8]>::len).sum()
+    };
+    let (mut rest, mut written) = (piece, 0);
+    while !rest.is_empty() {
+        let (data, after) = rest.split_at(run(rest, false));
+        file.write_all(data)?;
+        written += data.len() as u64;
+        let zeros = run(after, true);
+        if zeros > 0 {
+            rustix::fs::seek(file.0, rustix::fs::SeekFrom::Current(zeros as i64))?;
+        }
+        rest = &after[zeros..];
+    }
+    Ok(written)
+}
+
+/// Returns the bytes written: long runs of zeros become holes.
 fn write_data<R: BufRead>(entry: &Entry, fd: BorrowedFd<'_>, tar: &mut TarReader<R>) -> Result<u64, Error> {
     let io = |e: std::io::Error| Error::Io {
         what: "write",
@@ -544,7 +571,7 @@ fn write_data<R: BufRead>(entry: &Entry, fd: BorrowedFd<'_>, tar: &mut TarReader
     };
     let whole = [(0, entry.size)];
     let pieces = entry.pieces.as_deref().unwrap_or(&whole);
-    let mut written = 0;
+    let (mut written, mut holes) = (0, entry.pieces.is_some());
     for &(offset, len) in pieces {
         let mut file = Descriptor(fd);
         if entry.pieces.is_some() {
@@ -555,13 +582,14 @@ fn write_data<R: BufRead>(entry: &Entry, fd: BorrowedFd<'_>, tar: &mut TarReader
         while left > 0 {
             let piece = tar.data(left)?;
             let n = piece.len();
-            file.write_all(piece).map_err(io)?;
+            let filled = write_filled(&mut file, piece).map_err(io)?;
+            holes |= filled < n as u64;
+            written += filled;
             tar.consume(n);
             left -= n as u64;
         }
-        written += len;
     }
-    if entry.pieces.is_some() {
+    if holes {
         rustix::fs::ftruncate(fd, entry.size).map_err(Error::io("set the size of", &entry.path))?;
     }
     Ok(written)

@@ -360,6 +360,30 @@ fn a_link_to_a_sparse_file_below_copies_no_holes() {
 }
 
 #[test]
+fn long_runs_of_zeros_take_no_space() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut data = vec![0u8; 6 << 20];
+    // At the start, in the middle, short of the end; and a file that ends with zeros.
+    for at in [0, 1, (2 << 20) + 7, (4 << 20) - 1, 4 << 20, (6 << 20) - 1] {
+        data[at] = 7;
+    }
+    let text = |d: &[u8]| d.iter().map(|b| *b as char).collect::<String>();
+    let mut l = Layer::new();
+    l.file("mixed", &text(&data))
+        .file("zeros", &text(&vec![0; (3 << 20) + 5]))
+        .file("short", &text(&[0; 100]));
+    let u = unpack_into(&dir.path().join("r"), &l.bytes()).unwrap();
+    let read = |name: &str| fs::read(dir.path().join("r").join(name)).unwrap();
+    assert!(read("mixed") == data);
+    assert!(read("zeros") == vec![0; (3 << 20) + 5]);
+    assert!(read("short") == [0; 100]);
+    let blocks: u64 =
+        ["mixed", "zeros"].iter().map(|n| fs::metadata(dir.path().join("r").join(n)).unwrap().blocks()).sum();
+    assert!(blocks * 512 < 3 << 20, "{blocks} blocks");
+    assert!(u.usage.bytes < 3 << 20, "{:?}", u.usage);
+}
+
+#[test]
 fn deleting_does_not_follow_links() {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir_all(dir.path().join("in/a/b/c")).unwrap();

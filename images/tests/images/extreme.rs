@@ -97,6 +97,38 @@ async fn pulls_and_weighs_itself() {
     assert!(above < MEMORY, "{above} bytes above idle");
 }
 
+/// A registry with one image.
+fn serving(layers: Vec<Blob>) -> Fake {
+    let config = config(&layers);
+    let manifest = manifest(&config, &layers).to_string().into_bytes();
+    Fake::start(Box::new(move |r, _| {
+        let body = if r.line.contains("/manifests/") {
+            Some(&manifest)
+        } else if r.line.contains(&Digest::of(&config).hex()) {
+            Some(&config)
+        } else {
+            let named = |l: &&Blob| r.line.contains(&l.digest.hex());
+            layers.iter().find(named).map(|l| &l.bytes)
+        };
+        match body {
+            Some(body) => response("200 OK", "", body.len(), body),
+            None => response("404 Not Found", "", 0, b""),
+        }
+    }))
+}
+
+/// A pull in a process of its own, which fails when that takes too much memory.
+fn weigh(root: &std::path::Path, name: &str) {
+    let out = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "extreme::pulls_and_weighs_itself", "--ignored", "--nocapture"])
+        .env("IMAGES_TEST_ROOT", root)
+        .env("IMAGES_TEST_NAME", name)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success() && said.contains("above idle"), "{said}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_thousand_files_and_26_gigabytes_need_little_memory_and_disk() {
     let mut seed = 0x9e37_79b9_7f4a_7c15u64;
@@ -115,36 +147,14 @@ async fn a_hundred_thousand_files_and_26_gigabytes_need_little_memory_and_disk()
         // Without compression at all, which costs the test nothing.
         layers.push(if i % 2 == 0 { gzip_level(tar, 0) } else { zstd(tar) });
     }
-    let config = config(&layers);
-    let manifest = manifest(&config, &layers).to_string().into_bytes();
-    let fake = Fake::start(Box::new(move |r, _| {
-        let body = if r.line.contains("/manifests/") {
-            Some(&manifest)
-        } else if r.line.contains(&Digest::of(&config).hex()) {
-            Some(&config)
-        } else {
-            let named = |l: &&Blob| r.line.contains(&l.digest.hex());
-            layers.iter().find(named).map(|l| &l.bytes)
-        };
-        match body {
-            Some(body) => response("200 OK", "", body.len(), body),
-            None => response("404 Not Found", "", 0, b""),
-        }
-    }));
+    let fake = serving(layers);
     let place = Place::new();
     // In memory: a disk's time for so many files is not what is tested.
     fs::create_dir_all(place.root()).unwrap();
     rustix::mount::mount("images-extreme", place.root(), "tmpfs", rustix::mount::MountFlags::empty(), None)
         .unwrap();
     let name = format!("{}/a:v1", fake.address);
-    let out = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "extreme::pulls_and_weighs_itself", "--ignored", "--nocapture"])
-        .env("IMAGES_TEST_ROOT", place.root())
-        .env("IMAGES_TEST_NAME", &name)
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success() && said.contains("above idle"), "{said}");
+    weigh(&place.root(), &name);
 
     let store = place.open().await;
     let image = store.get(&name).unwrap();
@@ -169,6 +179,64 @@ async fn a_hundred_thousand_files_and_26_gigabytes_need_little_memory_and_disk()
     let files: usize = folders.map(|d| fs::read_dir(d).unwrap().count()).sum();
     assert_eq!(files, FILES);
     assert_eq!(fs::read(target.join("many/d99/f99990")).unwrap(), b"some text");
+    store.remove_rootfs("c").await.unwrap();
+    store.remove(&name).await.unwrap();
+    assert_eq!((place.count("layers"), place.count("trash")), (1, 0));
+}
+
+/// Of the layer below; to compute it in the test would take as long as the test.
+const TEN_GIGABYTES: &str = "sha256:bcf07cc1a838b71bb2e687075983dad1912876a8925ec0ddad3d2e0795c2afd0";
+
+/// 10 GiB of one file in the archive itself, whose size fits into no octal field. The first GiB is not zeros.
+fn ten_gigabytes() -> Blob {
+    const UNIT: usize = 64 << 20;
+    let size: u64 = 10 << 30;
+    let mut h = header(EntryType::Regular, size);
+    h.set_path("ten").unwrap();
+    h.set_cksum();
+    assert_eq!(h.as_bytes()[124], 0x80, "base 256");
+    let frame = |data: &[u8]| zstd::encode_all(data, 1).unwrap();
+    let text: Vec<u8> = (0..UNIT as u32 / 4).flat_map(|i| (i % 1000 + 1).to_le_bytes()).collect();
+    let (text, zeros) = (frame(&text), frame(&vec![0; UNIT]));
+    let texts = (1 << 30) / UNIT;
+    let rest = size as usize / UNIT - texts;
+    let bytes = [frame(h.as_bytes()), text.repeat(texts), zeros.repeat(rest), frame(&[0; 1024])].concat();
+    Blob {
+        digest: Digest::of(&bytes),
+        diff: TEN_GIGABYTES.parse().unwrap(),
+        bytes,
+        kind: "application/vnd.oci.image.layer.v1.tar+zstd",
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_of_ten_gigabytes_is_written_to_disk() {
+    let fake = serving(vec![ten_gigabytes()]);
+    let place = Place::new();
+    let room = rustix::fs::statvfs(place.dir.path()).unwrap();
+    assert!(
+        room.f_bavail * room.f_frsize > 3 << 30,
+        "{} has less than 3 GiB left: free some, or set TMPDIR to another disk",
+        place.dir.path().display()
+    );
+    let name = format!("{}/a:v1", fake.address);
+    weigh(&place.root(), &name);
+    let store = place.open().await;
+    let image = store.get(&name).unwrap();
+    let target = place.target("c");
+    store.prepare_rootfs("c", &image, &target, &RootfsOptions::default()).await.unwrap();
+    let file = fs::File::open(target.join("ten")).unwrap();
+    let meta = file.metadata().unwrap();
+    assert_eq!(meta.len(), 10 << 30);
+    let taken = meta.blocks() * 512;
+    assert!((1 << 30..(1 << 30) + (8 << 20)).contains(&taken), "{taken} bytes on disk");
+    let number = |at: u64| {
+        let mut n = [0; 4];
+        file.read_exact_at(&mut n, at).unwrap();
+        u32::from_le_bytes(n)
+    };
+    assert_eq!([number(0), number(4 * 999), number((1 << 30) - (64 << 20))], [1, 1000, 1]);
+    assert_eq!([number(1 << 30), number((10 << 30) - 4)], [0, 0]);
     store.remove_rootfs("c").await.unwrap();
     store.remove(&name).await.unwrap();
     assert_eq!((place.count("layers"), place.count("trash")), (1, 0));
