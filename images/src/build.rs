@@ -59,7 +59,7 @@ pub fn build(spec: &Build, out: &Path) -> Result<String> {
     history.set_created_by(Some("orlop image build".to_owned()));
     let mut config = ImageConfiguration::default();
     config.set_created(Some(created));
-    config.set_architecture(Arch::from(manifest::host_platform().0));
+    config.set_architecture(Arch::from(manifest::host_architecture()));
     config.set_os(Os::Linux);
     config.set_config(Some(spec.config.clone()));
     config.set_rootfs(rootfs);

@@ -1,4 +1,4 @@
-//! Images as OCI layout archives. Blocking code.
+//! Images as archives that are OCI layouts and docker archives at once. Blocking code.
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read};
@@ -10,6 +10,7 @@ use tar::{EntryType, Header};
 
 use crate::build::{canonical_json, compress};
 use crate::layout::{ImageRecord, LayerBlob, Layout};
+use crate::manifest::{self, Manifest};
 use crate::pack::{Deletions, Style};
 use crate::state::Entry;
 use crate::{Digest, Error, Result};
@@ -22,6 +23,8 @@ pub(crate) struct ArchiveWriter {
     path: PathBuf,
     written: std::collections::HashSet<Digest>,
     index: Vec<serde_json::Value>,
+    /// The same images for those who read docker archives only.
+    docker: Vec<serde_json::Value>,
 }
 
 impl ArchiveWriter {
@@ -33,6 +36,7 @@ impl ArchiveWriter {
             path: path.to_owned(),
             written: Default::default(),
             index: Vec::new(),
+            docker: Vec::new(),
         };
         writer.file("oci-layout", &mut &br#"{"imageLayoutVersion":"1.0.0"}"#[..], 30)?;
         Ok(writer)
@@ -58,6 +62,11 @@ impl ArchiveWriter {
     /// Adds a manifest under `names`.
     pub fn image(&mut self, manifest: &[u8], names: &[String]) -> Result<()> {
         let digest = Digest::of(manifest);
+        if let Manifest::Image { config, layers } = manifest::parse(manifest, &digest.to_string())? {
+            let layers: Vec<_> = layers.iter().map(|l| blob_name(&l.digest)).collect();
+            self.docker
+                .push(json!({"Config": blob_name(&config.digest), "RepoTags": names, "Layers": layers}));
+        }
         self.blob(&digest, manifest.len() as u64, &mut &manifest[..])?;
         let plain = json!({"mediaType": MANIFEST, "digest": digest, "size": manifest.len()});
         if names.is_empty() {
@@ -82,6 +91,8 @@ impl ArchiveWriter {
         })
         .to_string();
         self.file("index.json", &mut index.as_bytes(), index.len() as u64)?;
+        let docker = serde_json::Value::from(std::mem::take(&mut self.docker)).to_string();
+        self.file("manifest.json", &mut docker.as_bytes(), docker.len() as u64)?;
         let io = |e: io::Error| Error::Io { what: "write", path: self.path.clone(), source: Arc::new(e) };
         let file = self.tar.into_inner().map_err(io)?.into_inner().map_err(|e| io(e.into_error()))?;
         let readable: fs::Permissions = std::os::unix::fs::PermissionsExt::from_mode(0o644);

@@ -39,7 +39,12 @@ impl Source {
     fn open(&self, name: &str) -> std::io::Result<(File, u64)> {
         match self {
             Source::Dir(dir) => {
-                let file = File::open(dir.join(name))?;
+                let path = fs::canonicalize(dir.join(name))?;
+                // What the folder's documents name must lie in it, whichever way it is named.
+                if !path.starts_with(fs::canonicalize(dir)?) {
+                    return Err(std::io::Error::other("it leads out of the folder"));
+                }
+                let file = File::open(path)?;
                 let len = file.metadata()?.len();
                 Ok((file, len))
             }
@@ -94,7 +99,9 @@ impl Source {
             Ok(())
         });
         if let Err(e) = result {
-            let _ = to.blocking_send(Err(Error::io("read", Path::new(name))(e)));
+            let (Source::Dir(archive) | Source::Tar { file: archive, .. }) = self;
+            let (archive, why) = (archive.clone(), format!("{name}: {e}"));
+            let _ = to.blocking_send(Err(Error::Archive { archive, why }));
         }
     }
 }
@@ -207,7 +214,11 @@ fn open(inner: &Inner, archive: &Path) -> Result<Source> {
         // Layers are read in any order, several at a time.
         let temporary = inner.layout.ingest();
         let mut out = File::create_new(&temporary.path).map_err(Error::io("create", &temporary.path))?;
-        std::io::copy(&mut plain, &mut out).map_err(Error::io("decompress", archive))?;
+        std::io::copy(&mut plain, &mut out).map_err(|e| match e.raw_os_error() {
+            // Of the disk, not of the data.
+            Some(_) => Error::io("decompress", archive)(e),
+            None => Error::Archive { archive: archive.to_owned(), why: e.to_string() },
+        })?;
         path.clone_from(&temporary.path);
         unpacked = Some(temporary);
     }

@@ -222,8 +222,13 @@ impl Session {
             url.query_pairs_mut().append_pair("ns", &self.reference.registry);
         }
         let first = self.send(endpoint, &method, url.clone(), range).await?;
+        // The caller knows what to make of that.
+        let as_asked = |r: Response<Incoming>| {
+            let unsatisfied = range.is_some() && r.status() == StatusCode::RANGE_NOT_SATISFIABLE;
+            if unsatisfied { Ok(r) } else { self.check(endpoint, r) }
+        };
         if first.status() != StatusCode::UNAUTHORIZED {
-            return self.check(endpoint, first);
+            return as_asked(first);
         }
         let challenge = first
             .headers()
@@ -248,7 +253,7 @@ impl Session {
         header.set_sensitive(true);
         *endpoint.granted.lock() = Some(header);
         let second = self.send(endpoint, &method, url, range).await?;
-        self.check(endpoint, second)
+        as_asked(second)
     }
 
     /// One request with redirects followed. Credentials go to the first host only.

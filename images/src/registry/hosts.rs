@@ -2,12 +2,15 @@
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use serde::Deserialize;
 use url::Url;
 
 use crate::{Error, Result};
+
+const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One endpoint that may serve a registry's images.
 #[derive(Clone, Debug)]
@@ -22,6 +25,8 @@ pub(crate) struct Host {
     /// Certificate and key, which may be one file.
     pub client: Option<(PathBuf, PathBuf)>,
     pub skip_verify: bool,
+    /// How long a connection may take to come about.
+    pub dial_timeout: Duration,
     pub headers: HeaderMap,
     /// The registry that the reference names, not a mirror: it may see the credentials of the pull.
     pub upstream: bool,
@@ -45,6 +50,7 @@ struct Settings {
     skip_verify: Option<bool>,
     header: toml::Table,
     override_path: bool,
+    dial_timeout: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -145,6 +151,7 @@ fn default_host(registry: &str) -> Host {
         ca: Vec::new(),
         client: None,
         skip_verify: false,
+        dial_timeout: DIAL_TIMEOUT,
         headers: HeaderMap::new(),
         upstream: true,
     }
@@ -216,7 +223,18 @@ fn make(name: &str, s: Settings, dir: &Path) -> Result<Host, String> {
             headers.append(key.clone(), v);
         }
     }
+    let dial_timeout = match &s.dial_timeout {
+        None => DIAL_TIMEOUT,
+        Some(text) => duration(text).ok_or_else(|| {
+            format!("host {name:?} has the dial_timeout {text:?}; write it as \"2s\" or \"500ms\"")
+        })?,
+    };
     let file = |f: &String| dir.join(f);
+    // A certificate whose key is not named has it in the same file.
+    let pair = |cert: &String, key: Option<&String>| {
+        let key = key.filter(|k| !k.is_empty()).unwrap_or(cert);
+        (file(cert), file(key))
+    };
     Ok(Host {
         base: format!("{}://{authority}{path}", url.scheme()),
         authority,
@@ -228,17 +246,39 @@ fn make(name: &str, s: Settings, dir: &Path) -> Result<Host, String> {
             None => Vec::new(),
         },
         client: match &s.client {
-            Some(Client::One(f)) => Some((file(f), file(f))),
-            Some(Client::Files(f)) => f.first().map(|c| (file(c), file(f.get(1).unwrap_or(c)))),
-            Some(Client::Pairs(p)) => {
-                p.first().and_then(|p| p.first().map(|c| (file(c), file(p.get(1).unwrap_or(c)))))
-            }
+            Some(Client::One(f)) => Some(pair(f, None)),
+            Some(Client::Files(f)) => f.first().map(|c| pair(c, None)),
+            Some(Client::Pairs(p)) => p.first().and_then(|p| p.first().map(|c| pair(c, p.get(1)))),
             None => None,
         },
         skip_verify: s.skip_verify.unwrap_or(false),
+        dial_timeout,
         headers,
         upstream: false,
     })
+}
+
+/// A duration as Go writes it: numbers with units, such as `1m30s`.
+fn duration(text: &str) -> Option<Duration> {
+    let mut rest = text.trim();
+    let mut total = Duration::ZERO;
+    while !rest.is_empty() {
+        let (number, after) = rest.split_at(rest.find(|c: char| !c.is_ascii_digit() && c != '.')?);
+        let (unit, after) = after.split_at(after.find(|c: char| c.is_ascii_digit()).unwrap_or(after.len()));
+        let seconds = match unit {
+            "h" => 3600.0,
+            "m" => 60.0,
+            "s" => 1.0,
+            "ms" => 1e-3,
+            "us" | "µs" => 1e-6,
+            "ns" => 1e-9,
+            _ => return None,
+        };
+        total =
+            total.checked_add(Duration::try_from_secs_f64(number.parse::<f64>().ok()? * seconds).ok()?)?;
+        rest = after;
+    }
+    (!total.is_zero()).then_some(total)
 }
 
 #[cfg(test)]
@@ -308,6 +348,50 @@ mod tests {
         assert_eq!(z.headers.get_all("x-token").iter().count(), 2);
         assert!(hosts[1].skip_verify && hosts[1].resolve);
         assert_eq!(hosts[2].ca, [PathBuf::from("/c/b1.pem"), PathBuf::from("/abs/b2.pem")]);
+    }
+
+    #[test]
+    fn every_way_to_name_a_client_certificate() {
+        let dir = Path::new("/c");
+        for (text, cert, key) in [
+            ("\"a.pem\"", "/c/a.pem", "/c/a.pem"),
+            // Files that hold both; the first counts.
+            ("[\"a.pem\", \"b.pem\"]", "/c/a.pem", "/c/a.pem"),
+            ("[[\"a.cert\", \"/k/a.key\"], [\"b.cert\", \"b.key\"]]", "/c/a.cert", "/k/a.key"),
+            ("[[\"a.pem\", \"\"]]", "/c/a.pem", "/c/a.pem"),
+            ("[[\"a.pem\"]]", "/c/a.pem", "/c/a.pem"),
+        ] {
+            let hosts = parse(&format!("client = {text}"), "quay.io", dir, false).unwrap();
+            assert_eq!(hosts[0].client, Some((cert.into(), key.into())), "{text}");
+        }
+    }
+
+    #[test]
+    fn how_long_a_connection_may_take() {
+        let seconds = |text: &str| duration(text).map(|d| d.as_secs_f64());
+        for (text, want) in [
+            ("2s", Some(2.0)),
+            ("500ms", Some(0.5)),
+            ("1m30s", Some(90.0)),
+            ("1.5h", Some(5400.0)),
+            ("", None),
+            ("0s", None),
+            ("5", None),
+            ("s", None),
+            ("-1s", None),
+            ("1d", None),
+            ("1e300h", None),
+        ] {
+            assert_eq!(seconds(text), want, "{text:?}");
+        }
+        let dir = Path::new("/c");
+        let text =
+            "dial_timeout = \"7s\"\n[host.\"https://a\"]\ndial_timeout = \"250ms\"\n[host.\"https://b\"]";
+        let hosts = parse(text, "quay.io", dir, false).unwrap();
+        let times: Vec<u128> = hosts.iter().map(|h| h.dial_timeout.as_millis()).collect();
+        assert_eq!(times, [250, 10_000, 7000]);
+        let e = parse("dial_timeout = \"soon\"", "quay.io", dir, false).unwrap_err();
+        assert!(e.contains("\"soon\"") && e.contains("500ms"), "{e}");
     }
 
     #[test]

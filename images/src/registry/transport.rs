@@ -26,7 +26,7 @@ pub(crate) type Http = Client<HttpsConnector<Connector>, Full<Bytes>>;
 pub(crate) fn http_client(host: &Host, routes: &Arc<Routes>) -> Result<Http> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
-    tcp.set_connect_timeout(Some(Duration::from_secs(10)));
+    tcp.set_connect_timeout(Some(host.dial_timeout));
     tcp.set_nodelay(true);
     let tls = tls_config(host)?;
     // HTTP/1.1 only: layers come over connections of their own, without one window for all of them.

@@ -1,5 +1,6 @@
 //! The store against real registries, real mounts and its own leftovers. Needs root and Debian's docker-registry.
 
+mod archives;
 mod damage;
 mod digests;
 mod extreme;

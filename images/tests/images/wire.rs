@@ -276,3 +276,120 @@ async fn a_mirror_is_asked_as_hosts_toml_says() {
         assert!(r.headers.contains_key("x-token"), "{r:?}");
     }
 }
+
+/// A registry may have less of a blob than it sent before the connection broke, or no ranges at all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_range_that_cannot_be_had_means_all_of_it() {
+    let data = image();
+    let layer = data.2.clone();
+    let path = Digest::of(&layer.bytes).hex();
+    let plain = std::sync::atomic::AtomicU32::new(0);
+    let fake = Fake::start(Box::new(move |r, _| {
+        if !r.line.contains(&Digest::of(&layer.bytes).hex()) {
+            return serve(&r.line, &data);
+        }
+        let all = &layer.bytes;
+        if r.headers.contains_key("range") {
+            return response("416 Range Not Satisfiable", "content-range: bytes */7\r\n", 0, b"");
+        }
+        // The first breaks off.
+        let first = plain.fetch_add(1, std::sync::atomic::Ordering::SeqCst) == 0;
+        response("200 OK", "", all.len(), if first { &all[..all.len() / 2] } else { all })
+    }));
+    let place = Place::new();
+    store(&place, None).await.pull(&format!("{}/a:v1", fake.address), None).await.unwrap();
+    let asked = fake.requests(&path);
+    let ranges: Vec<bool> = asked.iter().map(|r| r.headers.contains_key("range")).collect();
+    assert_eq!(ranges, [false, true, false]);
+}
+
+/// The token of a long transfer may be no good any more when the transfer breaks off.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transfer_goes_on_with_a_new_token() {
+    let data = image();
+    let layer = data.2.clone();
+    let path = Digest::of(&layer.bytes).hex();
+    let given = std::sync::atomic::AtomicUsize::new(0);
+    let fake = Fake::start(Box::new(move |r, own| {
+        use std::sync::atomic::Ordering::SeqCst;
+        if r.line.contains("/token") {
+            let body = format!("{{\"token\":\"t{}\"}}", given.fetch_add(1, SeqCst) + 1);
+            return response("200 OK", "", body.len(), body.as_bytes());
+        }
+        let is_layer = r.line.contains(&Digest::of(&layer.bytes).hex());
+        let from: Option<usize> = r
+            .headers
+            .get("range")
+            .map(|v| v.trim_start_matches("bytes=").trim_end_matches('-').parse().unwrap());
+        let all = &layer.bytes;
+        // Each third of the layer wants the next token.
+        let third = all.len() / 3;
+        let wanted = match (is_layer, from) {
+            (true, Some(n)) => format!("Bearer t{}", n / third + 1),
+            _ => "Bearer t1".to_owned(),
+        };
+        if r.headers.get("authorization") != Some(&wanted) {
+            let header = format!("www-authenticate: Bearer realm=\"http://{own}/token\"\r\n");
+            return response("401 Unauthorized", &header, 0, b"");
+        }
+        match (is_layer, from) {
+            (false, _) => serve(&r.line, &data),
+            (true, None) => response("200 OK", "", all.len(), &all[..third]),
+            (true, Some(n)) => {
+                let headers = format!("content-range: bytes {n}-{}/{}\r\n", all.len() - 1, all.len());
+                let end = if n / third == 1 { 2 * third } else { all.len() };
+                response("206 Partial Content", &headers, all.len() - n, &all[n..end])
+            }
+        }
+    }));
+    let place = Place::new();
+    store(&place, None).await.pull(&format!("{}/a:v1", fake.address), None).await.unwrap();
+    assert_eq!(fake.requests("/token").len(), 3, "{:?}", fake.requests(""));
+    assert_eq!(fake.requests(&path).len(), 5, "{:?}", fake.requests(&path));
+}
+
+/// A host where no connection comes about costs the time that hosts.toml gives it, and whoever a registry redirects to sees none of
+/// the headers that are meant for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_mirror_costs_its_dial_timeout() {
+    // One whose queue is full: what comes next is not answered at all.
+    let silent = tokio::net::TcpSocket::new_v4().unwrap();
+    silent.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let silent = silent.listen(1).unwrap();
+    let at = silent.local_addr().unwrap();
+    let limit = std::time::Duration::from_millis(500);
+    let mut queue = Vec::new();
+    while let Ok(stream) = std::net::TcpStream::connect_timeout(&at, limit) {
+        queue.push(stream);
+        assert!(queue.len() < 100, "a queue of one takes any number");
+    }
+    let (data, stored) = (image(), image());
+    let storage = Fake::start(Box::new(move |r, _| serve(&r.line, &stored)));
+    let to = storage.address.clone();
+    let fake = Fake::start(Box::new(move |r, _| {
+        if !r.line.contains("/blobs/") {
+            return serve(&r.line, &data);
+        }
+        let path = r.line.split(' ').nth(1).unwrap();
+        response("307 Temporary Redirect", &format!("location: http://{to}{path}\r\n"), 0, b"")
+    }));
+    let place = Place::new();
+    let certs = place.dir.path().join("certs.d");
+    std::fs::create_dir_all(certs.join("registry.example")).unwrap();
+    let hosts = format!(
+        "server = \"http://{}\"\nheader = {{ x-secret = \"s\", authorization = \"Basic c2VjcmV0\" }}\n\
+         [host.\"http://{at}\"]\ncapabilities = [\"resolve\"]\ndial_timeout = \"300ms\"\n",
+        fake.address
+    );
+    std::fs::write(certs.join("registry.example/hosts.toml"), hosts).unwrap();
+    let begun = std::time::Instant::now();
+    store(&place, Some(certs)).await.pull("registry.example/a:v1", None).await.unwrap();
+    // Three attempts of ten seconds otherwise.
+    assert!(begun.elapsed().as_secs() < 20, "{:?}", begun.elapsed());
+    assert!(fake.requests("").iter().all(|r| r.headers.contains_key("x-secret")));
+    let redirected = storage.requests("");
+    assert!(!redirected.is_empty());
+    for r in redirected {
+        assert!(!r.headers.contains_key("x-secret") && !r.headers.contains_key("authorization"), "{r:?}");
+    }
+}

@@ -76,7 +76,11 @@ impl Session {
             return Ok(());
         }
         let range = (*sent > 0).then(|| format!("bytes={sent}-"));
-        let response = self.request(endpoint, Method::GET, path, range.as_deref()).await?;
+        let mut response = self.request(endpoint, Method::GET, path, range.as_deref()).await?;
+        if response.status() == StatusCode::RANGE_NOT_SATISFIABLE {
+            // It has less than it sent before, or cannot do ranges: all of it, then.
+            response = self.request(endpoint, Method::GET, path, None).await?;
+        }
         // A server that ignores the range starts over: skip what is known.
         let mut skip = match response.status() {
             StatusCode::PARTIAL_CONTENT => {
