@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use crate::node::{Node, container_config, exec, make_image, sandbox_config, shell};
+use crate::node::{Node, container_config, exec, make_image, sandbox_config, shell, wait_for};
 use orlop_base::testkit::DockerRegistry;
 use orlop_proto::cri::image_service_client::ImageServiceClient;
 use orlop_proto::{cri, images};
@@ -147,6 +147,88 @@ async fn what_is_damaged_on_disk_is_named_and_pulled_again() {
     }
     // Nobody else noticed.
     assert_eq!(shell(&node, &steady, "echo on").await, "on");
+    drop(registry);
+    node.purge_and_check();
+}
+
+#[tokio::test]
+async fn an_image_is_found_by_all_its_names_and_goes_with_all_of_them() {
+    let node = Node::start("names", &[]).await;
+    let registry = registry(&node, &["one", "two"]);
+    let name = |rest: &str| format!("{}/{rest}", registry.address);
+    let done = Command::new("skopeo")
+        .args(["copy", "--quiet", "--insecure-policy", "--src-tls-verify=false", "--dest-tls-verify=false"])
+        .args([format!("docker://{}", name("one:1")), format!("docker://{}", name("more/one:latest"))])
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let mut client = ImageServiceClient::new(node.channel().await.unwrap());
+    let used = async |client: &mut ImageServiceClient<_>| {
+        let info = client.image_fs_info(cri::ImageFsInfoRequest {}).await.unwrap().into_inner();
+        let images = &info.image_filesystems[0];
+        (images.used_bytes.unwrap().value, images.inodes_used.unwrap().value)
+    };
+    let before = used(&mut client).await;
+    let id = pull(&node, &name("one:1")).await.unwrap();
+    assert_eq!(pull(&node, &name("more/one")).await.unwrap(), id);
+    let two = pull(&node, &name("two:1")).await.unwrap();
+    assert_ne!(two, id);
+    let status = |image: &str| {
+        let request = cri::ImageStatusRequest { image: spec(image), verbose: false };
+        let mut client = client.clone();
+        async move { client.image_status(request).await.unwrap().into_inner().image }
+    };
+    let image = status(&id).await.unwrap();
+    assert_eq!(image.repo_tags, [name("more/one:latest"), name("one:1")]);
+    let digest = image.repo_digests[0].split_once('@').unwrap().1;
+    let hex = id.strip_prefix("sha256:").unwrap();
+    let list = async |filter: &str| -> Vec<String> {
+        let filter = Some(cri::ImageFilter { image: spec(filter) });
+        let images = client.clone().list_images(cri::ListImagesRequest { filter }).await.unwrap();
+        images.into_inner().images.into_iter().map(|i| i.id).collect()
+    };
+    for by in [
+        name("one:1"),
+        name("more/one"),
+        name("more/one:latest"),
+        name(&format!("one@{digest}")),
+        name(&format!("more/one:latest@{digest}")),
+        id.clone(),
+        hex.to_owned(),
+        hex[..12].to_owned(),
+    ] {
+        assert_eq!(list(&by).await, [id.as_str()], "{by}");
+        assert_eq!(status(&by).await.map(|i| i.id).as_deref(), Some(id.as_str()), "{by}");
+    }
+    for by in [name("one:2"), name("one"), name(&format!("three@{digest}")), "localhost/one:1".to_owned()] {
+        assert!(list(&by).await.is_empty() && status(&by).await.is_none(), "{by}");
+    }
+    assert_eq!(list("").await.len(), 3, "the two and busybox");
+    // One container runs on it, and goes on when it goes.
+    let config = sandbox_config(&node, "names", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    let runs = node.run_container(&pod, of(&id, "runs"), &config).await;
+    let full = used(&mut client.clone()).await;
+    assert!(full.0 > before.0 + (1 << 20) && full.1 > before.1 + 10, "{before:?}, {full:?}");
+    for _ in 0..2 {
+        let request = cri::RemoveImageRequest { image: spec(&name("one:1")) };
+        client.clone().remove_image(request).await.unwrap();
+    }
+    for by in [&name("one:1"), &name("more/one"), &id] {
+        assert!(list(by).await.is_empty() && status(by).await.is_none(), "{by}");
+    }
+    assert_eq!(list(&name("two:1")).await, [two.as_str()]);
+    assert_eq!(shell(&node, &runs, "cat /name").await, "one");
+    let e = node.create(&pod, of(&id, "late"), &config).await.unwrap_err();
+    assert_eq!(e.code(), Code::NotFound, "{e}");
+    // With the container goes the last use of its layers.
+    let request = cri::RemoveContainerRequest { container_id: runs };
+    node.client().await.remove_container(request).await.unwrap();
+    let request = cri::RemoveImageRequest { image: spec(&two) };
+    client.clone().remove_image(request).await.unwrap();
+    let left = layers(&node);
+    wait_for("the images' space", || layers(&node).len() == 2).await;
+    assert!(used(&mut client.clone()).await.0 <= before.0, "{before:?}: {left:?}");
     drop(registry);
     node.purge_and_check();
 }
