@@ -305,6 +305,45 @@ fn datagrams_do_not_take_the_place_of_connections() {
     purge(&config).unwrap();
 }
 
+/// Connected sockets that reach one backend by several names at the same time: each knows its peer by the name that it asked.
+#[test]
+fn two_names_of_one_backend_do_not_meet() {
+    let place = Place::new("tn");
+    let config = place.config();
+    let mut dp = Datapath::open(&config).unwrap();
+    let web = tcp_server("one");
+    let names: Vec<SocketAddr> = (1..=3).map(|n| SocketAddr::from(([127, 201, 16, n], 80))).collect();
+    let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let own = server.local_addr().unwrap();
+    std::thread::spawn(move || {
+        while let Ok((_, from)) = server.recv_from(&mut [0; 8]) {
+            let _ = server.send_to(b"answer", from);
+        }
+    });
+    for (set, vip) in (20..).zip(&names) {
+        service(&mut dp, *vip, TCP, set, &[web]);
+        service(&mut dp, *vip, UDP, set + 10, &[own]);
+    }
+    let connected: Vec<_> = (0..12)
+        .map(|i| {
+            let vip = names[i % names.len()];
+            let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
+            datagrams.set_read_timeout(Some(PATIENCE)).unwrap();
+            datagrams.connect(vip).unwrap();
+            (vip, TcpStream::connect(vip).unwrap(), datagrams)
+        })
+        .collect();
+    for (vip, mut tcp, udp) in connected {
+        assert_eq!((tcp.peer_addr().unwrap(), udp.peer_addr().unwrap()), (vip, vip));
+        let mut text = String::new();
+        tcp.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "one");
+        udp.send(b"?").unwrap();
+        assert_eq!(udp.recv_from(&mut [0; 8]).unwrap().1, vip);
+    }
+    purge(&config).unwrap();
+}
+
 /// A socket that has reached a backend by a Service's name and then asks it by its own hears its own name.
 #[test]
 fn peers_have_the_name_that_was_asked_last() {

@@ -1,7 +1,7 @@
 //! Changing a packet's addresses and ports with their checksums, and sending it where it now belongs.
 
 use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_fib_lookup as FibLookup};
-use aya_ebpf::helpers::{bpf_csum_diff, bpf_fib_lookup, bpf_redirect_neigh};
+use aya_ebpf::helpers::{bpf_csum_diff, bpf_fib_lookup, bpf_redirect_neigh, bpf_skb_change_head};
 use aya_ebpf::programs::TcContext;
 use orlop_ebpf_common::*;
 
@@ -13,6 +13,8 @@ pub const DROP: i32 = 2;
 
 pub const AF_INET: u8 = 2;
 pub const AF_INET6: u8 = 10;
+/// Bytes of a link header.
+const ETHERNET: u32 = 14;
 const FIB_SUCCESS: i64 = 0;
 /// The route is known, the neighbour not yet: bpf_redirect_neigh resolves it.
 const FIB_NO_NEIGH: i64 = 7;
@@ -103,6 +105,11 @@ pub fn apply(ctx: &TcContext, p: &Packet, v: &CtValue) -> Option<()> {
 #[inline(always)]
 pub fn send(ctx: &TcContext, l3: u32, v4: bool, out: u32) -> i32 {
     if lower_ttl(ctx, l3, v4).is_none() {
+        return dropped();
+    }
+    // The kernel takes a link header off before it puts the next one on, and drops what came without.
+    // SAFETY: the context is valid while the program runs.
+    if l3 == 0 && unsafe { bpf_skb_change_head(ctx.skb.skb, ETHERNET, 0) } != 0 {
         return dropped();
     }
     // SAFETY: no parameters: the kernel looks the next hop up itself.

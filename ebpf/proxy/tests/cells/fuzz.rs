@@ -48,7 +48,7 @@ fn octets(ip: IpAddr) -> Vec<u8> {
 }
 
 /// The Internet checksum of these bytes.
-fn checksum(bytes: &[u8]) -> u16 {
+pub fn checksum(bytes: &[u8]) -> u16 {
     let mut sum = 0u32;
     for pair in bytes.chunks(2) {
         sum += u32::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));
@@ -174,7 +174,7 @@ fn wrong(frame: &[u8], backend: Both) -> Option<String> {
     (port != BACKEND_PORT).then(|| format!("it is for port {port}"))
 }
 
-fn mac(net: &Net, interface: &'static str) -> [u8; 6] {
+pub fn mac(net: &Net, interface: &'static str) -> [u8; 6] {
     let text = net.run(move || {
         let out = std::process::Command::new("ip").args(["-o", "link", "show", interface]).output().unwrap();
         String::from_utf8(out.stdout).unwrap()

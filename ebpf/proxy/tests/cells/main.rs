@@ -8,6 +8,7 @@ mod nobody;
 mod ports;
 mod says;
 mod short;
+mod tunnel;
 mod ways;
 mod wire;
 mod world;
@@ -157,6 +158,7 @@ impl Spec {
             ports: vec![port("t", TCP), port("u", UDP)],
             internal_local: self.internal_local,
             external_local: self.external_local,
+            selection: self.number.is_multiple_of(2).then_some(Selection::Random),
             ..Service::default()
         }
     }

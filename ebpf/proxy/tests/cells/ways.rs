@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
@@ -432,4 +433,67 @@ fn evicted_connections_go_on() {
         .join()
         .unwrap();
     assert!(dp.maps.counter(counters::RESUMED) >= 2, "{}", dp.maps.counter(counters::RESUMED));
+}
+
+/// What may be cut on its way to another node and does not fit is dropped and counted, as its pieces could not be told apart there; a
+/// piece that comes before the first one of its datagram is counted and left as it is.
+#[test]
+fn pieces_are_dropped_or_counted() {
+    let w = World::new();
+    let home = Home::new(false);
+    echo(&w.other, REMOTE_POD);
+    let dp = remote_only(&w, &home);
+    w.node.ip(&format!("route replace {} mtu lock {NARROW}", TO_THE_OTHER[0]));
+    let to = SocketAddr::new(NODE[0].parse().unwrap(), spec(State::RemoteOnly).node_port(true));
+    let before = (dp.maps.counter(counters::TOO_BIG), dp.maps.counter(counters::PACKET_DROPPED));
+    let ask = move |size: usize| {
+        let s = UdpSocket::bind("0.0.0.0:0").unwrap();
+        crate::wire::may_be_cut(s.as_raw_fd());
+        s.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        s.connect(to).unwrap();
+        s.send(&vec![1; size]).unwrap();
+        s.recv(&mut [0; 2048])
+    };
+    assert!(w.outside.run(move || ask(DATAGRAM)).join().unwrap().is_err());
+    assert_eq!(dp.maps.counter(counters::TOO_BIG), before.0 + 1);
+    assert_eq!(dp.maps.counter(counters::PACKET_DROPPED), before.1 + 1);
+
+    assert_eq!(dp.maps.counter(counters::FRAGMENTS), 0);
+    let node = crate::fuzz::mac(&w.node, "up0");
+    for v in [0, 1] {
+        let frame = later_piece(node, OUTSIDE[v].parse().unwrap(), NODE[v].parse().unwrap());
+        w.outside.run(move || crate::wire::Wire::open("eth0").send(&frame)).join().unwrap();
+        let begin = std::time::Instant::now();
+        while dp.maps.counter(counters::FRAGMENTS) <= v as u64 {
+            assert!(begin.elapsed() < Duration::from_secs(30), "family {v} is not counted");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// The second fragment of a datagram, in a frame.
+fn later_piece(to: [u8; 6], from: IpAddr, node: IpAddr) -> Vec<u8> {
+    const UDP: u8 = 17;
+    let mut f = to.to_vec();
+    f.extend([2, 0, 0, 0, 9, 9]);
+    match (from, node) {
+        (IpAddr::V4(from), IpAddr::V4(node)) => {
+            f.extend([0x08, 0x00]);
+            let mut ip = vec![0x45, 0, 0, 28, 0, 7, 0, 100, 64, UDP, 0, 0];
+            ip.extend(from.octets());
+            ip.extend(node.octets());
+            let sum = crate::fuzz::checksum(&ip).to_be_bytes();
+            ip[10..12].copy_from_slice(&sum);
+            f.extend(ip);
+        }
+        (IpAddr::V6(from), IpAddr::V6(node)) => {
+            f.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 16, 44, 64]);
+            f.extend(from.octets());
+            f.extend(node.octets());
+            f.extend([UDP, 0, 3, 32, 0, 0, 0, 7]);
+        }
+        _ => panic!("{from} and {node} are of two families"),
+    }
+    f.extend([0; 8]);
+    f
 }

@@ -96,9 +96,39 @@ pub fn set_options(socket: std::os::fd::RawFd, v4: bool, bytes: usize) {
     };
     let (level, name) =
         if v4 { (libc::IPPROTO_IP, libc::IP_OPTIONS) } else { (libc::IPPROTO_IPV6, libc::IPV6_DSTOPTS) };
+    set(socket, level, name, &options);
+}
+
+/// Lets routers cut an IPv4 socket's packets into fragments.
+pub fn may_be_cut(socket: std::os::fd::RawFd) {
+    set(socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, &libc::IP_PMTUDISC_DONT.to_ne_bytes());
+}
+
+fn set(socket: std::os::fd::RawFd, level: libc::c_int, name: libc::c_int, value: &[u8]) {
     // SAFETY: the value is valid and its size is given.
     let r = unsafe {
-        libc::setsockopt(socket, level, name, options.as_ptr().cast(), options.len() as libc::socklen_t)
+        libc::setsockopt(socket, level, name, value.as_ptr().cast(), value.len() as libc::socklen_t)
     };
     assert_eq!(r, 0, "{}", std::io::Error::last_os_error());
+}
+
+#[repr(C)]
+struct TunRequest {
+    name: [u8; 16],
+    flags: libc::c_short,
+    rest: [u8; 22],
+}
+
+/// An interface without a link header in the namespace that the calling thread is in; its packets come out of the file, and go in.
+/// It goes with the file.
+pub fn tun(name: &str) -> File {
+    const TUNSETIFF: u64 = 0x4004_54ca;
+    const TUN_WITHOUT_HEADER: libc::c_short = 0x1001;
+    let file = File::options().read(true).write(true).open("/dev/net/tun").expect("/dev/net/tun is missing");
+    let mut request = TunRequest { name: [0; 16], flags: TUN_WITHOUT_HEADER, rest: [0; 22] };
+    request.name[..name.len()].copy_from_slice(name.as_bytes());
+    // SAFETY: the request is as long as struct ifreq and lives through the call.
+    let r = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF as _, &raw mut request) };
+    assert_eq!(r, 0, "{name}: {}", std::io::Error::last_os_error());
+    file
 }
