@@ -192,8 +192,8 @@ impl ImageStore {
         }
     }
 
-    /// Writes images as an OCI layout tar. A layer whose blob was not kept is packed anew from its files, and when
-    /// that does not give the same bytes, the exported image has another id.
+    /// Writes images as a tar that is an OCI layout and a docker archive at once. A layer whose blob was not kept is
+    /// packed anew from its files, and when that does not give the same bytes, the exported image has another id.
     pub async fn export(&self, references: &[&str], archive: &Path) -> Result<()> {
         let entries = {
             let state = self.inner.state.read();

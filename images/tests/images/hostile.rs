@@ -500,3 +500,79 @@ async fn proxies_are_used_and_told_who_we_are() {
     assert!(matches!(&e, Error::Unreachable { detail, .. } if detail.contains("proxy http://")), "{e}");
     assert!(proxy.requests("CONNECT registry.example:443").len() > 1);
 }
+
+/// With TLS, a proxy carries what it cannot read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_carries_tls_to_the_registry() {
+    use std::io::{BufRead, BufReader, Write};
+    let keys = tempfile::tempdir().unwrap();
+    certificates(keys.path());
+    let data = image();
+    let registry =
+        Fake::start_tls(Box::new(move |r, _| serve(&r.line, &data)), Some(server_tls(keys.path(), false)));
+    let to = registry.address.clone();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let proxy = listener.local_addr().unwrap();
+    let heads: Arc<std::sync::Mutex<Vec<String>>> = Arc::default();
+    let heads2 = heads.clone();
+    // Ends with the test's process.
+    std::thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            let mut reader = BufReader::new(client.try_clone().unwrap());
+            let mut head = String::new();
+            while !head.ends_with("\r\n\r\n") && reader.read_line(&mut head).unwrap_or(0) > 0 {}
+            heads2.lock().unwrap().push(head);
+            let mut server = std::net::TcpStream::connect(&to).unwrap();
+            let (mut back, mut out) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+            out.write_all(b"HTTP/1.1 200 Connection established\r\n\r\n").unwrap();
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut back, &mut out);
+                let _ = out.shutdown(std::net::Shutdown::Write);
+            });
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut reader, &mut server);
+                let _ = server.shutdown(std::net::Shutdown::Write);
+            });
+        }
+    });
+    let place = Place::new();
+    let certs = place.dir.path().join("certs");
+    std::fs::create_dir_all(certs.join("registry.example")).unwrap();
+    // Its certificate is for an address.
+    std::fs::write(certs.join("registry.example/hosts.toml"), "skip_verify = true\n").unwrap();
+    let proxies = Proxies { https: Some(format!("http://me:secret@{proxy}")), ..Proxies::default() };
+    let store = open(&place, Options { certs_dir: Some(certs), proxies, ..Options::default() }).await;
+    store.pull("registry.example/a:v1", None).await.unwrap();
+    let heads = heads.lock().unwrap();
+    let basic = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, "me:secret");
+    for head in heads.iter() {
+        assert!(head.starts_with("CONNECT registry.example:443 HTTP/1.1\r\n"), "{head}");
+        assert!(
+            head.to_lowercase().contains("proxy-authorization: basic") && head.contains(&basic),
+            "{head}"
+        );
+    }
+    let seen = registry.requests("");
+    assert!(!heads.is_empty() && !seen.is_empty());
+    assert!(seen.iter().all(|r| !r.headers.contains_key("proxy-authorization")), "{seen:?}");
+}
+
+/// A header is no proof: an image is called by what came.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_digest_in_a_header_is_not_believed() {
+    let body = image().0;
+    let own = Digest::of(&body);
+    let fake = Fake::start(only("/manifests/".into(), move |r, _| {
+        let header = format!("docker-content-digest: {}\r\n", Digest::of(b"another"));
+        let head = r.line.starts_with("HEAD");
+        response("200 OK", &header, body.len(), if head { b"" } else { &body })
+    }));
+    let place = Place::new();
+    let store = open(&place, plain_options()).await;
+    for _ in 0..2 {
+        let image = store.pull(&format!("{}/a:v1", fake.address), None).await.unwrap();
+        assert_eq!(image.repo_digests, [format!("{}/a@{own}", fake.address)]);
+    }
+    let e = store.pull(&format!("{}/a@{}", fake.address, Digest::of(b"another")), None).await.unwrap_err();
+    assert!(matches!(e, Error::DigestMismatch { .. }), "{e}");
+}

@@ -6,6 +6,7 @@ mod digests;
 mod extreme;
 mod fake;
 mod hostile;
+mod shared;
 mod store;
 mod support;
 mod trouble;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::node::{Node, container_config, sandbox_config, shell};
+use crate::node::{Node, container_config, exec, sandbox_config, shell, wait_for};
 use orlop_proto::cri;
 use tonic::Code;
 
@@ -152,7 +152,7 @@ fn damage(file: &Path, how: &str) {
     let bytes = fs::read(file).unwrap();
     match how {
         "empty" => fs::write(file, "").unwrap(),
-        "start" => fs::write(file, &bytes[..40]).unwrap(),
+        "start" => fs::write(file, &bytes[..bytes.len().min(40) - 1]).unwrap(),
         "half" => fs::write(file, &bytes[..bytes.len() / 2]).unwrap(),
         "garbage" => fs::write(file, [0xff; 300]).unwrap(),
         _ => fs::remove_file(file).unwrap(),
@@ -243,6 +243,36 @@ async fn a_pod_goes_without_what_the_network_told() {
         let calls = fs::read_to_string(node.dir.join("cni.log")).unwrap();
         assert_eq!(calls.matches("DEL").count(), n + 1, "{how}: {calls}");
         assert!(!file.exists(), "{how}");
+    }
+    node.purge_and_check();
+}
+
+/// Files of the run folder: what runs goes on without them, and goes without them. Only a new process in the container needs its
+/// specification.
+#[tokio::test]
+async fn a_pod_goes_on_and_ends_without_its_run_files() {
+    let mut node = Node::start("runfiles", &[]).await;
+    let config = sandbox_config(&node, "runfiles", true);
+    for how in DAMAGES {
+        let pod = node.run_pod(&config).await.unwrap();
+        let id = node.run_container(&pod, container_config("main", &["sleep", "1000"]), &config).await;
+        let run_dir = node.dir.join("run/s").join(&pod);
+        let monitor = fs::read_to_string(run_dir.join("monitor.pid")).unwrap();
+        let pids = [node.pid_of(&id).await.to_string(), monitor.trim().to_owned()];
+        node.kill();
+        damage(&run_dir.join("monitor.pid"), how);
+        node.restart(&[]).await;
+        let state = node.status(&id).await.state;
+        assert_eq!(state, cri::ContainerState::ContainerRunning as i32, "{how}: {}", node.log());
+        assert_eq!(shell(&node, &id, "echo on").await, "on", "{how}");
+        damage(&run_dir.join("bundles").join(&id).join("config.json"), how);
+        let e = exec(&mut node.client().await, &id, &["true"], 5).await.unwrap_err();
+        assert!(e.message().contains("config.json"), "{how}: {e}");
+        let request = cri::RemovePodSandboxRequest { pod_sandbox_id: pod.clone() };
+        node.client().await.remove_pod_sandbox(request).await.unwrap_or_else(|e| panic!("{how}: {e}"));
+        let lives = |pid: &String| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|l| !l.is_empty());
+        wait_for("the end of the pod's processes", || !pids.iter().any(lives)).await;
+        assert!(!run_dir.exists(), "{how}");
     }
     node.purge_and_check();
 }
