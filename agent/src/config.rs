@@ -43,6 +43,9 @@ pub struct Config {
     pub container_logs_dir: PathBuf,
     /// Manifests of static pods; `None` for none.
     pub static_pod_dir: Option<PathBuf>,
+    /// A CredentialProviderConfig, or a folder of them, and the folder of the programs that it names: both or none.
+    pub image_credential_provider_config: Option<PathBuf>,
+    pub image_credential_provider_bin_dir: Option<PathBuf>,
     pub on_pod_cidr: Option<PodCidrHook>,
     /// Where the node server (:10250) listens.
     pub listen: SocketAddr,
@@ -71,6 +74,8 @@ impl Config {
             pod_logs_dir: "/var/log/pods".into(),
             container_logs_dir: "/var/log/containers".into(),
             static_pod_dir: Some("/etc/kubernetes/manifests".into()),
+            image_credential_provider_config: None,
+            image_credential_provider_bin_dir: None,
             on_pod_cidr: None,
             listen: SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 10250),
             node_labels: BTreeMap::new(),

@@ -10,6 +10,8 @@ pub enum Error {
     Io { what: &'static str, path: PathBuf, source: io::Error },
     #[error("{path} is no KubeletConfiguration: {message}", path = path.display())]
     ConfigFile { path: PathBuf, message: String },
+    #[error("{path} is no CredentialProviderConfig: {message}", path = path.display())]
+    CredentialProviders { path: PathBuf, message: String },
     #[error(transparent)]
     Connect(#[from] orlop_client::ConnectError),
     #[error(transparent)]

@@ -16,6 +16,8 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 
 use crate::context::Context;
+use crate::credentials::CredentialProviders;
+use crate::credentials::patterns::fits;
 use crate::pods::ContainerKind;
 use crate::pods::state::Waiting;
 use crate::spec::security::ImageUser;
@@ -36,6 +38,7 @@ pub struct Images {
     trouble: Arc<Mutex<HashMap<String, Trouble>>>,
     /// When each image was last seen in use, by id.
     used: Arc<Mutex<HashMap<String, Instant>>>,
+    providers: CredentialProviders,
 }
 
 /// An image that is present.
@@ -72,9 +75,14 @@ fn blame(image: &str, message: String) -> (&'static str, String) {
 }
 
 impl Images {
-    pub fn new(parallel: Option<u32>) -> Images {
+    pub fn new(parallel: Option<u32>, providers: CredentialProviders) -> Images {
         let permits = parallel.map_or(PARALLEL, |p| p.max(1) as usize);
-        Images { pulls: Arc::new(Semaphore::new(permits)), trouble: Arc::default(), used: Arc::default() }
+        Images {
+            pulls: Arc::new(Semaphore::new(permits)),
+            trouble: Arc::default(),
+            used: Arc::default(),
+            providers,
+        }
     }
 
     async fn status(&self, ctx: &Context, image: &str) -> Result<Option<Present>, Waiting> {
@@ -175,11 +183,13 @@ impl Images {
         image: &str,
         sandbox: PodSandboxConfig,
     ) -> Result<String, String> {
+        let mut known = credentials(ctx, pod, image).await;
+        known.extend(self.providers.for_image(image).await);
+        let mut tries: Vec<Option<AuthConfig>> = known.into_iter().map(Some).collect();
+        tries.push(None);
+        // A program that is slow to say its credentials holds up no other image.
         let _permit = self.pulls.acquire().await.map_err(|e| e.to_string())?;
         let spec = ImageSpec { image: image.to_owned(), ..Default::default() };
-        let mut tries: Vec<Option<AuthConfig>> =
-            credentials(ctx, pod, image).await.into_iter().map(Some).collect();
-        tries.push(None);
         let mut last = String::new();
         for auth in tries {
             let request =
@@ -256,30 +266,6 @@ struct DockerAuth {
     auth: String,
     identitytoken: String,
     registrytoken: String,
-}
-
-/// The registry host and repository of an image reference.
-fn split(image: &str) -> (&str, &str) {
-    match image.split_once('/') {
-        Some((host, rest)) if host.contains(['.', ':']) || host == "localhost" => (host, rest),
-        _ => ("docker.io", image),
-    }
-}
-
-/// Whether credentials for `server` (a host, with or without scheme and path) serve this image; the longer the better.
-fn fits(server: &str, image: &str) -> Option<usize> {
-    let bare = server.trim_start_matches("https://").trim_start_matches("http://").trim_end_matches('/');
-    let bare = bare.trim_end_matches("/v1").trim_end_matches("/v2");
-    let (host, path) = bare.split_once('/').unwrap_or((bare, ""));
-    let host = if host == "index.docker.io" { "docker.io" } else { host };
-    let (wanted, repository) = split(image);
-    let host_fits = match host.strip_prefix("*.") {
-        Some(domain) => wanted.split_once('.').is_some_and(|(_, d)| d == domain),
-        None => host == wanted,
-    };
-    let below = path.is_empty()
-        || repository.strip_prefix(path).is_some_and(|r| r.is_empty() || r.starts_with(['/', ':', '@']));
-    (host_fits && below).then_some(host.len() + path.len())
 }
 
 /// Credentials in a docker config (or the older dockercfg) that serve an image, the most specific first.

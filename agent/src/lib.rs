@@ -4,6 +4,7 @@ pub mod cgroups;
 pub mod config;
 mod config_file;
 pub mod context;
+pub mod credentials;
 pub mod cri;
 pub mod error;
 pub mod events;

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::cgroups::Cgroups;
 use crate::config::Config;
 use crate::context::Context;
+use crate::credentials::CredentialProviders;
 use crate::cri::Cri;
 use crate::error::Error;
 use crate::events::Events;
@@ -141,7 +142,7 @@ async fn context(
     Ok(Context {
         events: Events::new(recorder, &config.node_name),
         metrics: AgentMetrics::register(&registry),
-        images: Images::new(config.kubelet.max_parallel_image_pulls),
+        images: Images::new(config.kubelet.max_parallel_image_pulls, CredentialProviders::read(&config)?),
         volumes: Volumes::new(client.clone(), &tasks, on_change),
         services: Services::start(client.clone(), &tasks),
         users: UserNamespaces::open(&config)?,

@@ -168,3 +168,45 @@ async fn a_job_ends_and_its_sidecar_with_it() {
     assert_eq!(fake.called("start a"), 1);
     agent.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_is_pulled_with_what_a_credential_provider_knows() {
+    let t = tempfile::Builder::new().prefix(&unique_name("agc")).tempdir().unwrap();
+    let dir = t.path();
+    prepare(dir);
+    let fake = Fake::serve(&dir.join("cri.sock"));
+    fake.world.lock().password = "secret".into();
+    let script = dir.join("provider");
+    std::fs::write(
+        &script,
+        "case $(cat) in *'\"image\":\"reg.test/app\"'*) echo \"{\\\"apiVersion\\\": \\\"$VERSION\\\", \\\"kind\\\": \\\"CredentialProviderResponse\\\", \\\"cacheKeyType\\\": \\\"Registry\\\", \
+         \\\"auth\\\": {\\\"reg.test\\\": {\\\"username\\\": \\\"u\\\", \\\"password\\\": \\\"secret\\\"}}}\" ;; esac\n",
+    )
+    .unwrap();
+    let version = "credentialprovider.kubelet.k8s.io/v1";
+    std::fs::write(
+        dir.join("providers.yaml"),
+        format!(
+            "apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n- {{name: sh, apiVersion: {version}, matchImages: ['*.test'], \
+             defaultCacheDuration: 1m, args: [{}], env: [{{name: VERSION, value: {version}}}]}}\n",
+            script.display()
+        ),
+    )
+    .unwrap();
+    for (name, image) in [("known", "reg.test/app:1"), ("unknown", "reg.invalid/app:1")] {
+        let spec = format!("  containers: [{{name: {name}, image: '{image}', imagePullPolicy: Always}}]\n");
+        manifest(dir, name, &spec);
+    }
+    let mut config = config(dir);
+    config.image_credential_provider_config = Some(dir.join("providers.yaml"));
+    let alone =
+        orlop_agent::run(config.clone(), Ready::default(), CancellationToken::new()).await.unwrap_err();
+    assert!(alone.to_string().contains("belong together"), "{alone}");
+    config.image_credential_provider_bin_dir = Some("/bin".into());
+    let stop = CancellationToken::new();
+    let task = tokio::spawn(orlop_agent::run(config, Ready::default(), stop.clone()));
+    until("the known image's container runs", || fake.running("known").len() == 1).await;
+    assert_eq!(fake.called("pull reg.test/app:1"), 1);
+    assert_eq!(fake.called("pull reg.invalid/app:1"), 0);
+    Agent { stop, task }.end().await;
+}

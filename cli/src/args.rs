@@ -148,6 +148,14 @@ pub struct NodeArgs {
     #[arg(long, default_value = "/etc/kubernetes/manifests")]
     pub static_pod_dir: PathBuf,
 
+    /// Programs that know credentials of registries: a CredentialProviderConfig, or a folder of them
+    #[arg(long, requires = "image_credential_provider_bin_dir")]
+    pub image_credential_provider_config: Option<PathBuf>,
+
+    /// Where these programs are
+    #[arg(long, requires = "image_credential_provider_config")]
+    pub image_credential_provider_bin_dir: Option<PathBuf>,
+
     /// CNI configuration
     #[arg(long, default_value = "/etc/cni/net.d")]
     pub cni_conf_dir: PathBuf,

@@ -145,6 +145,8 @@ impl Node {
         c.pod_logs_dir = a.pod_logs_dir.clone();
         c.container_logs_dir = a.container_logs_dir.clone();
         c.static_pod_dir = Some(a.static_pod_dir.clone());
+        c.image_credential_provider_config = a.image_credential_provider_config.clone();
+        c.image_credential_provider_bin_dir = a.image_credential_provider_bin_dir.clone();
         c.on_pod_cidr = Some(self.pod_cidr_hook());
         c.listen = SocketAddr::from(([0, 0, 0, 0], a.kubelet_port));
         c.node_labels = labels(&a.node_labels)?;

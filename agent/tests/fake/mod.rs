@@ -27,6 +27,8 @@ pub struct World {
     pub calls: Vec<String>,
     /// Exit code that exec answers with.
     pub exec_code: i32,
+    /// What images are pulled with; empty without credentials.
+    pub password: String,
 }
 
 #[derive(Clone)]
@@ -361,7 +363,15 @@ impl ImageService for Fake {
     }
 
     async fn pull_image(&self, r: Request<PullImageRequest>) -> Answer<PullImageResponse> {
-        Ok(Response::new(PullImageResponse { image_ref: r.into_inner().image.unwrap_or_default().image }))
+        let r = r.into_inner();
+        let image_ref = r.image.unwrap_or_default().image;
+        let password = r.auth.map(|a| a.password).unwrap_or_default();
+        let mut w = self.world.lock();
+        if password != w.password {
+            return Err(Status::unknown(format!("pull access denied for {image_ref}")));
+        }
+        w.calls.push(format!("pull {image_ref}"));
+        Ok(Response::new(PullImageResponse { image_ref }))
     }
 
     async fn remove_image(&self, _: Request<RemoveImageRequest>) -> Answer<RemoveImageResponse> {
