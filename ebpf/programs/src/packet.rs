@@ -190,7 +190,7 @@ fn ingress(ctx: &TcContext) -> i32 {
     let found = match kind {
         Kind::Transport => incoming(ctx, link, s),
         Kind::Error => icmp::find(ctx, s, true).ok_or(NEXT),
-        Kind::Foreign => return refuse::at_cluster_ip(ctx, s, false, refuse::OUT),
+        Kind::Foreign => return refuse::at_cluster_ip(ctx, s),
         Kind::Other => return NEXT,
     };
     carry_out(ctx, Some(link), s, kind, found)
@@ -205,7 +205,7 @@ fn egress(ctx: &TcContext) -> i32 {
         Kind::Transport => outgoing(ctx, link, s),
         Kind::Error => icmp::find(ctx, s, false).ok_or(NEXT),
         Kind::Foreign if link.flags & uplink_flags::POD == 0 => {
-            return refuse::leaving(ctx, s, false, true);
+            return refuse::leaving(ctx, s, true);
         }
         Kind::Foreign => return NEXT,
         Kind::Other => return NEXT,
@@ -293,7 +293,7 @@ fn outgoing(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const Ct
         // Something of the node's own, perhaps, that sockets have not decided about.
         let own = link.flags & uplink_flags::POD == 0;
         let begins = s.packet.proto != TCP || opens(&s.packet);
-        return Err(if own { refuse::leaving(ctx, s, true, begins) } else { NEXT });
+        return Err(if own { refuse::leaving(ctx, s, begins) } else { NEXT });
     };
     // SAFETY: a valid element.
     if unsafe { (*v).flags } & ct_flags::REDIRECT != 0 {

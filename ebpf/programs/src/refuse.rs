@@ -1,6 +1,6 @@
 //! Refusals that nobody else can say: of packets to a ClusterIP that are for no port of a Service's. TCP and UDP from outside of
 //! the node are led to the node's own stack, which refuses them. What the stack would answer (a ping), what it does not know,
-//! and what the node itself sends is answered here, with the ICMP error that kube-proxy's rules send: port unreachable.
+//! and what leaves the node untranslated is answered here, with the ICMP error that kube-proxy's rules send: port unreachable.
 //!
 //! Packets to addresses of the Service range that no Service has are dropped where they leave the node, as those rules do:
 //! whoever translates them by other means has done so by then.
@@ -17,7 +17,7 @@ use crate::packet::ifindex;
 use crate::rewrite::{NEXT, dropped, folded};
 
 /// Where the answer comes out: for who came in, out of the interface again; for who was about to leave, in by it.
-pub const OUT: u64 = 0;
+const OUT: u64 = 0;
 const IN: u64 = 1;
 
 const IPV4: usize = 20;
@@ -31,21 +31,22 @@ const HOPS: u8 = 64;
 const RECOMPUTE_CHECKSUM: u64 = 1;
 const FOR_THIS_HOST: u32 = 0;
 
-/// Refuses the packet in the scratch if it is for a ClusterIP. `transport`: it has ports, and goes on where one is a Service's.
+/// Refuses a packet that came in, and that has no ports of TCP or UDP, if it is for a ClusterIP.
 #[inline(always)]
-pub fn at_cluster_ip(ctx: &TcContext, s: &mut Scratch, transport: bool, answer: u64) -> i32 {
+pub fn at_cluster_ip(ctx: &TcContext, s: &mut Scratch) -> i32 {
     match cluster_ip(&s.packet.dst) {
-        Some(rest) => refuse(ctx, s, rest, transport, answer),
+        Some(rest) => refuse(ctx, s, rest, OUT),
         None => NEXT,
     }
 }
 
-/// The same for a packet that is about to leave the node, and that may be for nobody's address. `begins`: it is not of a connection
-/// that goes on.
+/// Refuses a packet that is about to leave the node for a ClusterIP, whatever the port: nobody will translate it any more. Its
+/// socket was connected before the Service was known, or is none that the socket programs see. What is for nobody's address is
+/// dropped. `begins`: it is not of a connection that goes on.
 #[inline(always)]
-pub fn leaving(ctx: &TcContext, s: &mut Scratch, transport: bool, begins: bool) -> i32 {
+pub fn leaving(ctx: &TcContext, s: &mut Scratch, begins: bool) -> i32 {
     match cluster_ip(&s.packet.dst) {
-        Some(rest) => refuse(ctx, s, rest, transport, IN),
+        Some(rest) => refuse(ctx, s, rest, IN),
         None if begins && admits(SERVICE_RANGE, &s.packet.dst) => {
             count(counters::UNALLOCATED);
             dropped()
@@ -65,17 +66,11 @@ fn cluster_ip(addr: &Addr) -> Option<&'static FrontendValue> {
 }
 
 #[inline(always)]
-fn refuse(ctx: &TcContext, s: &mut Scratch, rest: &FrontendValue, transport: bool, answer: u64) -> i32 {
+fn refuse(ctx: &TcContext, s: &mut Scratch, rest: &FrontendValue, answer: u64) -> i32 {
     let p = &s.packet;
     // What somebody has given the node as an address is the stack's.
     if LOCAL_ADDRS.get_ptr(&p.dst).is_some() {
         return NEXT;
-    }
-    if transport {
-        let own = FrontendKey { addr: p.dst, port: p.dport, proto: p.proto, scope: SCOPE_INTERNAL };
-        if FRONTENDS.get_ptr(&own).is_some() {
-            return NEXT;
-        }
     }
     // SAFETY: the context is valid while the program runs.
     if answer == OUT && unsafe { (*ctx.skb.skb).pkt_type } != FOR_THIS_HOST {

@@ -130,3 +130,44 @@ fn packets_with_options_are_refused_too() {
     // Told of the second one, the sender's stack may keep the third.
     assert!(dp.maps.counter(counters::PACKET_DROPPED) > before.1, "later fragments");
 }
+
+/// What sockets have sent that no program of theirs has translated: of processes outside of the cgroup, or connected before the
+/// Service was known. Its owner is told at once and does not wait for an answer that the default route will never bring.
+#[test]
+fn what_leaves_the_node_for_a_cluster_ip_is_refused() {
+    let w = World::new();
+    let home = Home::new(false);
+    serve(&w.outside, "nobody", NOBODYS);
+    let mut dp = program_with(&w, &home.config, |_| ());
+    // While it is nobody's there is a connection, by the default route.
+    let mut tables = Tables::adopt(dp.maps.dump().unwrap());
+    tables.sync_service_range(&mut dp.maps, &[]).unwrap();
+    let sockets = NOBODYS.map(|address| {
+        let to: SocketAddr = SocketAddr::new(address.parse().unwrap(), BACKEND_PORT);
+        let connect = move || {
+            let s = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).unwrap();
+            s.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+            s.connect(to).unwrap();
+            s.send(b"?").and_then(|_| s.recv(&mut [0; 64])).unwrap();
+            s
+        };
+        (to, w.node.run(connect).join().unwrap())
+    });
+    let mut model = Model::default();
+    let mut service = specs()[0].service();
+    service.cluster_ips = NOBODYS.map(|a| a.parse().unwrap()).to_vec();
+    for port in &mut service.ports {
+        port.port = BACKEND_PORT;
+    }
+    model.set_service("cells/late", Some(service));
+    for name in model.take_dirty() {
+        tables.sync(&mut dp.maps, &name, &desired(&model, &name, Selection::Maglev)).unwrap();
+    }
+    for (to, socket) in sockets {
+        let lost = socket.send(b"?").and_then(|_| socket.recv(&mut [0; 64])).unwrap_err();
+        assert_eq!(lost.kind(), std::io::ErrorKind::ConnectionRefused, "{to}");
+        for udp in [false, true] {
+            assert_eq!(w.node.run(move || probe(udp, to, 1)).join().unwrap(), "refused", "{to} udp={udp}");
+        }
+    }
+}
