@@ -93,7 +93,13 @@ fn adjust_linux(spec: &mut Value, given: &api::LinuxContainerAdjustment, target:
         spec["process"]["ioPriority"] = json!({"class": p.class().as_str_name(), "priority": p.priority});
     }
     if let Some(s) = &given.scheduler {
-        let flags: Vec<_> = s.flags().map(|f| f.as_str_name()).collect();
+        // Two that the library for OCI specs spells in its own way.
+        let name = |f: api::LinuxSchedulerFlag| match f {
+            api::LinuxSchedulerFlag::SchedFlagResetOnFork if target.own => "SCHED_RESET_ON_FORK",
+            api::LinuxSchedulerFlag::SchedFlagDlOverrun if target.own => "SCHED_FLAG_D_L_OVERRUN",
+            f => f.as_str_name(),
+        };
+        let flags: Vec<_> = s.flags().map(name).collect();
         spec["process"]["scheduler"] = json!({"policy": s.policy().as_str_name(), "nice": s.nice, "priority": s.priority,
             "flags": flags, "runtime": s.runtime, "deadline": s.deadline, "period": s.period});
     }
@@ -125,7 +131,6 @@ fn refuse_unknown(given: &api::LinuxContainerAdjustment, target: &Target) -> Res
     if !target.own {
         return Ok(());
     }
-    let sysctl = given.sysctl.keys().find(|k| !removal(k).1).cloned();
     let net = given.net_devices.keys().find(|k| !removal(k).1).cloned();
     let rdt = given
         .rdt
@@ -136,10 +141,7 @@ fn refuse_unknown(given: &api::LinuxContainerAdjustment, target: &Target) -> Res
         .find(|f| target.owners.of(target.id, *f, None).is_some())
         .unwrap_or(Field::RdtClosId);
     for (asked, field, key, what) in [
-        (sysctl.is_some(), Field::Sysctl, sysctl.as_deref(), "a sysctl of a container"),
         (net.is_some(), Field::LinuxNetDevices, net.as_deref(), "a network device"),
-        (given.io_priority.is_some(), Field::IoPriority, None, "an I/O priority"),
-        (given.scheduler.is_some(), Field::LinuxSched, None, "a scheduler"),
         (given.memory_policy.is_some(), Field::MemoryPolicy, None, "a memory policy"),
         (rdt, rdt_field, None, "Intel RDT"),
     ] {

@@ -252,7 +252,11 @@ async fn what_plugins_adjust_shows_in_the_container() {
             },
         }},
         "moved": {"adjust": {"linux": {"cgroups_path": format!("{}/moved", node.cgroup)}}},
-        "sysctl": {"adjust": {"linux": {"sysctl": {"kernel.msgmax": "1"}}}},
+        // SCHED_BATCH, and best effort.
+        "tuned": {"adjust": {"linux": {"sysctl": {"kernel.msgmax": "12345"}, "scheduler": {"policy": 4, "nice": 5},
+            "io_priority": {"class": 2, "priority": 6}}}},
+        "sysctl": {"adjust": {"linux": {"sysctl": {"kernel.panic": "1"}}}},
+        "card": {"adjust": {"linux": {"net_devices": {"eth9": {"name": "eth1"}}}}},
         "class": {"adjust": {"linux": {"resources": {"blockio_class": {"value": "gold"}}}}},
         "nowhere": {"adjust": {"mounts": [{"destination": "/x", "source": "/nowhere", "type": "bind"}]}},
     }});
@@ -295,11 +299,16 @@ async fn what_plugins_adjust_shows_in_the_container() {
 
     let moved = node.run_container(&pod, container_config("moved", &["sleep", "1000"]), &config).await;
     assert!(memory_of(&node, &moved).await.0.contains(&format!("{}/moved", node.cgroup)));
-    for (name, says) in [("sysctl", "kernel.msgmax"), ("class", "block I/O class"), ("nowhere", "/nowhere")] {
+    for (name, says) in [("card", "eth9"), ("class", "block I/O class"), ("nowhere", "/nowhere")] {
         let e = node.create(&pod, container_config(name, &["sleep", "1000"]), &config).await.unwrap_err();
         assert!(e.message().contains("10-adjust") && e.message().contains(says), "{name}: {e}");
     }
-    assert_eq!(node.list(None).await.len(), 2);
+    let tuned = node.run_container(&pod, container_config("tuned", &["sleep", "1000"]), &config).await;
+    let script = "cat /proc/sys/kernel/msgmax; cut -d' ' -f 19,41 /proc/1/stat; busybox ionice -p 1";
+    assert_eq!(shell(&node, &tuned, script).await, "12345\n5 3\nbest-effort: prio 6");
+    let e = node.create(&pod, container_config("sysctl", &["sleep", "1000"]), &config).await.unwrap_err();
+    assert!(e.message().contains("kernel.panic"), "{e}");
+    assert_eq!(node.list(None).await.len(), 3);
     remove(&node, &pod).await;
     drop(plugin);
     node.purge_and_check();

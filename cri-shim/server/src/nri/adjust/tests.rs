@@ -99,24 +99,9 @@ fn everything_arrives_in_the_spec() {
 #[test]
 fn what_our_runtime_lacks_is_refused_and_left_to_others() {
     let none = api::LinuxContainerAdjustment::default;
-    let priority = api::LinuxIoPriority { class: api::IoPrioClass::IoprioClassBe as i32, priority: 4 };
-    let scheduler = api::LinuxScheduler {
-        policy: api::LinuxSchedulerPolicy::SchedBatch as i32,
-        nice: 5,
-        ..Default::default()
-    };
     let rdt =
         api::LinuxRdt { clos_id: Some(api::OptionalString { value: "x".into() }), ..Default::default() };
     for (says, given) in [
-        (
-            "sysctl of a container, kernel.x",
-            api::LinuxContainerAdjustment {
-                sysctl: [("kernel.x".to_owned(), "1".to_owned())].into(),
-                ..none()
-            },
-        ),
-        ("I/O priority", api::LinuxContainerAdjustment { io_priority: Some(priority), ..none() }),
-        ("scheduler", api::LinuxContainerAdjustment { scheduler: Some(scheduler), ..none() }),
         ("Intel RDT", api::LinuxContainerAdjustment { rdt: Some(rdt), ..none() }),
         (
             "network device, eth7",
@@ -131,6 +116,30 @@ fn what_our_runtime_lacks_is_refused_and_left_to_others() {
         assert!(e.contains(says), "{e}");
         with(&given, false).unwrap();
     }
+}
+
+#[test]
+fn what_the_cri_has_not_and_the_runtime_does() {
+    let given = api::LinuxContainerAdjustment {
+        sysctl: [("kernel.msgmax".to_owned(), "1".to_owned())].into(),
+        io_priority: Some(api::LinuxIoPriority {
+            class: api::IoPrioClass::IoprioClassBe as i32,
+            priority: 4,
+        }),
+        scheduler: Some(api::LinuxScheduler {
+            policy: api::LinuxSchedulerPolicy::SchedBatch as i32,
+            nice: 5,
+            flags: (0..7).collect(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let spec = serde_json::to_value(with(&linux(given), true).unwrap()).unwrap();
+    assert_eq!(spec["linux"]["sysctl"], json!({"kernel.msgmax": "1"}));
+    assert_eq!(spec["process"]["ioPriority"], json!({"class": "IOPRIO_CLASS_BE", "priority": 4}));
+    let s = &spec["process"]["scheduler"];
+    assert_eq!((&s["policy"], &s["nice"]), (&json!("SCHED_BATCH"), &json!(5)));
+    assert_eq!(s["flags"].as_array().unwrap().len(), 7, "{s}");
 }
 
 #[test]
