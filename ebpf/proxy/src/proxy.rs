@@ -520,10 +520,17 @@ impl Proxy {
 
     /// Says whether nothing is left to do.
     fn write_ranges(&mut self, maps: &mut dyn Maps) -> bool {
-        let Some(wanted) = self.ranges.wanted() else { return true };
+        let Some((wanted, left_out)) = self.ranges.wanted(self.model.node_ips()) else { return true };
         match self.tables.sync_service_range(maps, &wanted) {
             Ok(()) => {
                 self.ranges.written();
+                for net in left_out {
+                    tracing::warn!(
+                        %net,
+                        "this node has an address of the Service range; packets to addresses there that no Service has are not \
+                         dropped. Give the cluster another Service range, or the network another one"
+                    );
+                }
                 true
             }
             Err(e) => {
@@ -548,6 +555,9 @@ impl Proxy {
         let primary = self.primary.clone().unwrap_or_else(|| self.tables.node_port_ips());
         let listed = addresses::listed(&c.node_port_addresses, &primary);
         let node = addresses::decide(&interfaces, &listed, &c.uplinks, c.pod_packets);
+        if self.model.node_ips() != node.ips {
+            self.ranges.look_again();
+        }
         self.model.set_node_ips(node.ips);
         let mut datapath = self.datapath.lock();
         let wanted = [(c.direct_return, config_flags::DIRECT), (c.host_routing, config_flags::HOST_ROUTING)];
