@@ -119,6 +119,9 @@ pub struct KubeletConfiguration {
     pub image_gc_low_threshold_percent: u8,
     #[serde(rename = "imageMinimumGCAge", deserialize_with = "go_duration")]
     pub image_minimum_gc_age: Duration,
+    /// How long an image may be unused; zero for as long as there is room. Counted from the agent's start at the earliest.
+    #[serde(rename = "imageMaximumGCAge", deserialize_with = "go_duration")]
+    pub image_maximum_gc_age: Duration,
     /// A quantity of bytes such as `10Mi`.
     pub container_log_max_size: String,
     pub container_log_max_files: u32,
@@ -247,6 +250,7 @@ impl Default for KubeletConfiguration {
             image_gc_high_threshold_percent: 85,
             image_gc_low_threshold_percent: 80,
             image_minimum_gc_age: Duration::from_secs(120),
+            image_maximum_gc_age: Duration::ZERO,
             container_log_max_size: "10Mi".into(),
             container_log_max_files: 5,
             node_status_update_frequency: Duration::from_secs(10),

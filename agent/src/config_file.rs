@@ -72,6 +72,12 @@ impl KubeletConfiguration {
                 "imageGCHighThresholdPercent is {high}; it must be at most 100 and above imageGCLowThresholdPercent ({low})"
             ));
         }
+        let (least, most) = (self.image_minimum_gc_age, self.image_maximum_gc_age);
+        if !most.is_zero() && most <= least {
+            return Err(format!(
+                "imageMaximumGCAge is {most:?}; it must be 0s or above imageMinimumGCAge ({least:?})"
+            ));
+        }
         let kinds = [
             "pods",
             "none",
@@ -183,6 +189,10 @@ mod tests {
             ("apiVersion: v1", "apiVersion is"),
             ("maxPods: many", "maxPods: invalid type"),
             ("imageMinimumGCAge: 5", "imageMinimumGCAge: "),
+            (
+                "imageMaximumGCAge: 2m",
+                "imageMaximumGCAge is 120s; it must be 0s or above imageMinimumGCAge (120s)",
+            ),
             ("imageMinimumGCAge: 5 days", "imageMinimumGCAge: \"5 days\" is no duration"),
             ("clusterDNS: [nowhere]", "clusterDNS: "),
             ("authorization: {mode: Sometimes}", "authorization.mode is \"Sometimes\""),

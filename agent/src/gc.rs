@@ -103,9 +103,12 @@ async fn stop_containers(ctx: &Context, sandbox: &str) {
     futures::future::join_all(stops).await;
 }
 
-/// Above the high threshold images go until the low one is reached.
+/// Images that were not used for long go; above the high threshold others, until the low one is reached.
 async fn images(ctx: &Context) {
     let k = &ctx.config.kubelet;
+    if !k.image_maximum_gc_age.is_zero() {
+        ctx.images.collect(ctx, u64::MAX, k.image_maximum_gc_age).await;
+    }
     let Ok(info) = ctx.cri.image_fs_info(ImageFsInfoRequest {}).await else { return };
     let Some(point) = info.image_filesystems.first().and_then(|f| f.fs_id.as_ref()) else { return };
     let Some((total, free, ..)) = crate::node::machine::file_system(std::path::Path::new(&point.mountpoint))

@@ -8,7 +8,7 @@ use base64::Engine;
 use k8s_openapi::api::core::v1::{Container, Pod, Secret};
 use orlop_api::backoff::Backoff;
 use orlop_proto::cri::{
-    AuthConfig, ImageSpec, ImageStatusRequest, ListImagesRequest, PodSandboxConfig, PullImageRequest,
+    AuthConfig, Image, ImageSpec, ImageStatusRequest, ListImagesRequest, PodSandboxConfig, PullImageRequest,
     RemoveImageRequest,
 };
 use parking_lot::Mutex;
@@ -72,6 +72,32 @@ fn blame(image: &str, message: String) -> (&'static str, String) {
         }
     }
     ("ErrImagePull", message)
+}
+
+/// Images that nobody has used for `age`, the longest unused first: when that was, their ids and sizes. `used` remembers when each was last seen in
+/// use, or first seen at all. Pure.
+fn unused(
+    images: &[Image],
+    in_use: &HashSet<String>,
+    used: &mut HashMap<String, Instant>,
+    now: Instant,
+    age: Duration,
+) -> Vec<(Instant, String, u64)> {
+    let ids: HashSet<&String> = images.iter().map(|i| &i.id).collect();
+    used.retain(|id, _| ids.contains(id));
+    let mut found = Vec::new();
+    for i in images {
+        let held =
+            in_use.contains(&i.id) || i.repo_tags.iter().chain(&i.repo_digests).any(|n| in_use.contains(n));
+        let last = used.entry(i.id.clone()).or_insert(now);
+        if held {
+            *last = now;
+        } else if !i.pinned && now.duration_since(*last) >= age {
+            found.push((*last, i.id.clone(), i.size));
+        }
+    }
+    found.sort();
+    found
 }
 
 impl Images {
@@ -216,24 +242,7 @@ impl Images {
             .into_iter()
             .flat_map(|c| [c.image_ref, c.image_id, c.image.map(|i| i.image).unwrap_or_default()])
             .collect();
-        let now = Instant::now();
-        let mut candidates = Vec::new();
-        {
-            let mut used = self.used.lock();
-            let ids: HashSet<&String> = list.images.iter().map(|i| &i.id).collect();
-            used.retain(|id, _| ids.contains(id));
-            for i in &list.images {
-                let held = in_use.contains(&i.id)
-                    || i.repo_tags.iter().chain(&i.repo_digests).any(|n| in_use.contains(n));
-                let last = used.entry(i.id.clone()).or_insert(now);
-                if held {
-                    *last = now;
-                } else if !i.pinned && now.duration_since(*last) >= min_age {
-                    candidates.push((*last, i.id.clone(), i.size));
-                }
-            }
-        }
-        candidates.sort();
+        let candidates = unused(&list.images, &in_use, &mut self.used.lock(), Instant::now(), min_age);
         let mut won = 0;
         for (_, id, size) in candidates {
             if won >= free {
@@ -340,6 +349,36 @@ mod tests {
         assert_eq!(reason, "SignatureValidationFailed");
         assert!(message.ends_with("the signature validation failed: not signed"), "{message}");
         assert_eq!(of("no such image"), ("ErrImagePull", "no such image".to_owned()));
+    }
+
+    #[test]
+    fn images_grow_old_when_nobody_uses_them() {
+        let image = |id: &str, tag: &str, pinned| Image {
+            id: id.into(),
+            repo_tags: vec![tag.into()],
+            size: 5,
+            pinned,
+            ..Default::default()
+        };
+        let all = [image("1", "a:1", false), image("2", "b:1", false), image("3", "c:1", true)];
+        let (start, hour) = (Instant::now(), Duration::from_secs(3600));
+        let mut used = HashMap::from([("gone".to_owned(), start)]);
+        let mut look = |at: u32, in_use: &[&str], images: &[Image]| {
+            let in_use = in_use.iter().map(|n| (*n).to_owned()).collect();
+            let found = unused(images, &in_use, &mut used, start + hour * at, hour * 2);
+            found.into_iter().map(|(_, id, _)| id).collect::<Vec<_>>()
+        };
+        assert!(look(0, &[], &all).is_empty(), "first seen");
+        assert!(look(1, &["a:1"], &all).is_empty());
+        assert_eq!(
+            look(2, &[], &all),
+            ["2"],
+            "a tag in use holds its image, and nobody deletes what is pinned"
+        );
+        assert_eq!(look(3, &[], &all), ["2", "1"], "the longest unused first");
+        assert!(look(4, &["1", "2"], &all).is_empty());
+        assert!(look(4, &[], &[]).is_empty());
+        assert!(look(9, &[], &all).is_empty(), "gone and pulled again");
     }
 
     #[test]
