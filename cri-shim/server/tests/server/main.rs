@@ -13,6 +13,7 @@ mod records;
 mod resources;
 mod rpcs;
 mod runtimes;
+mod seccomp;
 mod security;
 mod streams;
 mod survival;
