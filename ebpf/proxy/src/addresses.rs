@@ -57,29 +57,26 @@ impl std::str::FromStr for NodePortAddress {
     }
 }
 
-/// The nets that `wanted` stands for on a node with these primary addresses.
-pub fn listed(wanted: &[NodePortAddress], primary: &[IpAddr]) -> Vec<IpNet> {
+/// The nets that `wanted` stands for on a node with these primary addresses; `None` when nothing is wanted in particular.
+pub fn listed(wanted: &[NodePortAddress], primary: &[IpAddr]) -> Option<Vec<IpNet>> {
     let nets = |a: &NodePortAddress| match a {
         NodePortAddress::Net(net) => vec![*net],
         NodePortAddress::Primary => primary.iter().map(|ip| IpNet::from(*ip)).collect(),
     };
-    wanted.iter().flat_map(nets).collect()
+    if wanted.is_empty() { None } else { Some(wanted.iter().flat_map(nets).collect()) }
 }
 
-/// Decides which addresses are node port addresses and which interfaces are uplinks. An empty list means every interface that
-/// others can reach this node by; and all addresses of a family of which none is listed, as upstream has it.
+/// Decides which addresses are node port addresses and which interfaces are uplinks. Without a list (`None`) node ports answer on
+/// all addresses; an empty list of uplinks means every interface that others can reach this node by.
 /// `pods`: the node's ends of pods' veth pairs are served too.
 pub fn decide(
     interfaces: &[Interface],
-    node_port_addresses: &[IpNet],
+    node_port_addresses: Option<&[IpNet]>,
     uplinks: &[String],
     pods: bool,
 ) -> Node {
     let mut node = Node::default();
-    let serves = |ip: &IpAddr| {
-        let mut nets = node_port_addresses.iter().filter(|n| n.addr().is_ipv4() == ip.is_ipv4()).peekable();
-        nets.peek().is_none() || nets.any(|n| n.contains(ip))
-    };
+    let serves = |ip: &IpAddr| node_port_addresses.is_none_or(|nets| nets.iter().any(|n| n.contains(ip)));
     for (flag, loopback) in [
         (config_flags::LOOPBACK4, IpAddr::from([127, 0, 0, 1])),
         (config_flags::LOOPBACK6, IpAddr::from(Ipv6Addr::LOCALHOST)),
@@ -261,15 +258,15 @@ mod tests {
             interface("dummy0", &["169.254.20.10/32"]),
             interface("down", &[]),
         ];
-        let n = decide(&all, &[], &[], false);
+        let n = decide(&all, None, &[], false);
         assert_eq!(names(&n), ["eth0", "veth333"]);
         assert_eq!(n.uplinks[0].2.addr4, addr_from("192.0.2.5".parse().unwrap()));
         assert!(n.locals.values().all(|f| *f == local_flags::NODE_PORT));
         assert_eq!(n.locals.len(), 6);
-        assert_eq!(names(&decide(&all, &[], &["veth1".into()], false)), ["veth1"]);
+        assert_eq!(names(&decide(&all, None, &["veth1".into()], false)), ["veth1"]);
 
-        let n = decide(&all, &["192.0.2.6/32".parse().unwrap()], &[], true);
-        assert_eq!(n.flags, config_flags::LOOPBACK6, "nor on loopback, of this family");
+        let n = decide(&all, Some(&["192.0.2.6/32".parse().unwrap()]), &[], true);
+        assert_eq!(n.flags, 0, "nor on loopback");
         assert_eq!(names(&n), ["eth0", "veth333", "veth1", "veth22"], "pods' veths come last");
         let pods: Vec<u32> = n.uplinks[2..].iter().map(|(.., u)| u.flags).collect();
         assert_eq!(pods, [uplink_flags::POD | uplink_flags::PEER, uplink_flags::POD]);
@@ -286,16 +283,16 @@ mod tests {
         ];
         let cases: [(&[&str], &[&str], &[&str]); 6] = [
             (&[], &[], &["127.0.0.1", "192.0.2.5", "192.0.2.6", "fd00::5"]),
-            (&["192.0.2.6/32"], &[], &["192.0.2.6", "fd00::5"]),
-            (&["fd00::/16"], &["192.0.2.5"], &["127.0.0.1", "192.0.2.5", "192.0.2.6", "fd00::5"]),
+            (&["192.0.2.6/32"], &[], &["192.0.2.6"]),
+            (&["fd00::/16", "127.0.0.0/8"], &["192.0.2.5"], &["127.0.0.1", "fd00::5"]),
             (&["primary"], &["192.0.2.5", "fd00::5"], &["192.0.2.5", "fd00::5"]),
-            (&["primary"], &["192.0.2.6"], &["192.0.2.6", "fd00::5"]),
+            (&["primary"], &[], &[]),
             (&["primary", "127.0.0.0/8"], &["192.0.2.6", "fd00::6"], &["127.0.0.1", "192.0.2.6"]),
         ];
         for (wanted, primary, expected) in cases {
             let wanted: Vec<NodePortAddress> = wanted.iter().map(|w| w.parse().unwrap()).collect();
             let primary: Vec<IpAddr> = primary.iter().map(|w| w.parse().unwrap()).collect();
-            let n = decide(&all, &listed(&wanted, &primary), &[], false);
+            let n = decide(&all, listed(&wanted, &primary).as_deref(), &[], false);
             let serving = n.locals.iter().filter(|(_, f)| **f != 0);
             let mut serving: Vec<String> =
                 serving.map(|(a, _)| orlop_ebpf_common::addr_to(a).to_string()).collect();

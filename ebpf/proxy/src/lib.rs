@@ -51,7 +51,7 @@ pub struct Config {
     pub health_address: Option<SocketAddr>,
     /// /metrics. Upstream: 127.0.0.1:10249.
     pub metrics_address: Option<SocketAddr>,
-    /// Where node ports answer; on all of the node's addresses of a family of which none is listed.
+    /// Where node ports answer; empty: on all of the node's addresses.
     pub node_port_addresses: Vec<NodePortAddress>,
     /// How backends are chosen, where a Service does not say (annotation `orlop.dev/selection`).
     pub selection: Selection,

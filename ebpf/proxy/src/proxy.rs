@@ -554,7 +554,7 @@ impl Proxy {
         // Until the cluster says it, what an earlier process knew.
         let primary = self.primary.clone().unwrap_or_else(|| self.tables.node_port_ips());
         let listed = addresses::listed(&c.node_port_addresses, &primary);
-        let node = addresses::decide(&interfaces, &listed, &c.uplinks, c.pod_packets);
+        let node = addresses::decide(&interfaces, listed.as_deref(), &c.uplinks, c.pod_packets);
         if self.model.node_ips() != node.ips {
             self.ranges.look_again();
         }
