@@ -25,6 +25,8 @@ pub enum Error {
     Rejected { plugin: String, reason: String },
     #[error("NRI socket {}: {why}", .path.display())]
     Socket { path: PathBuf, why: String },
+    #[error("another runtime serves the NRI socket {}", .path.display())]
+    Taken { path: PathBuf },
 }
 
 /// The method of an event.

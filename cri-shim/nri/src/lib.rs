@@ -26,6 +26,7 @@ pub mod api {
 }
 
 pub use error::Error;
+pub use listen::remove_dead_socket;
 pub use merge::removal;
 pub use nri::{Config, Created, Held, Host, Nri, Updated};
 pub use owners::Owners;

@@ -40,12 +40,20 @@ pub(crate) async fn listen(path: &Path) -> Result<Socket, Error> {
         Err(e) if e.kind() == ErrorKind::NotFound => {}
         Err(e) if e.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(io)?,
         // Whoever does not take a connection just now may be busy.
-        Ok(_) => return Err(failed("another runtime serves it".to_owned())),
+        Ok(_) => return Err(Error::Taken { path: path.to_owned() }),
         Err(e) => return Err(failed(format!("something else is there: {e}"))),
     }
     let listener = UnixListener::bind(path).map_err(io)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(io)?;
     Ok(Socket { listener, path: path.to_owned(), file: identity(path).map_err(io)?, made })
+}
+
+/// Takes away a socket that nobody listens on any more.
+pub async fn remove_dead_socket(path: &Path) {
+    if UnixStream::connect(path).await.is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused) {
+        // It is in nobody's way.
+        let _ = fs::remove_file(path);
+    }
 }
 
 impl Drop for Socket {
@@ -70,6 +78,7 @@ mod tests {
         let first = listen(&path).await.unwrap();
         let e = listen(&path).await.err().unwrap().to_string();
         assert!(e.contains("another runtime") && e.contains("nri.sock"), "{e}");
+        remove_dead_socket(&path).await;
         assert!(path.exists());
         drop(first);
         assert!(!path.exists() && !path.parent().unwrap().exists());
@@ -78,8 +87,11 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         let second = listen(&path).await.unwrap();
         fs::remove_file(&path).unwrap();
-        let _other = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let other = std::os::unix::net::UnixListener::bind(&path).unwrap();
         drop(second);
         assert!(path.exists(), "the other's was removed");
+        drop(other);
+        remove_dead_socket(&path).await;
+        assert!(!path.exists());
     }
 }

@@ -1,6 +1,6 @@
 //! The plugins that are there, how they come and go, and what they are asked.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +20,8 @@ use crate::owners::Owners;
 use crate::plugin::{Name, Plugin};
 use crate::ttrpc::code;
 
+/// Where upstream's plugins connect to.
+const DEFAULT_SOCKET: &str = "/var/run/nri/nri.sock";
 /// Plugins that may be connected at once; a node has a handful.
 const MAX_CONNECTIONS: usize = 64;
 /// Before another try when no connection can be accepted.
@@ -49,7 +51,7 @@ impl Config {
     /// Upstream's places and times.
     pub fn new(runtime_name: &str, runtime_version: &str) -> Config {
         Config {
-            socket: "/var/run/nri/nri.sock".into(),
+            socket: DEFAULT_SOCKET.into(),
             plugin_dir: "/opt/nri/plugins".into(),
             config_dir: "/etc/nri/conf.d".into(),
             registration_timeout: Duration::from_secs(5),
@@ -121,6 +123,13 @@ impl Nri {
         let Some(config) = &self.0.config else { return };
         let socket = match listen::listen(&config.socket).await {
             Ok(socket) => Some(socket),
+            // On a machine with several runtimes plugins are the first one's, unless somebody says otherwise.
+            Err(e @ Error::Taken { .. }) if config.socket == Path::new(DEFAULT_SOCKET) => {
+                tracing::info!(
+                    "{e}: plugins cannot connect here; --nri-socket gives this server one of its own"
+                );
+                None
+            }
             Err(e) => {
                 tracing::warn!(error = %e, "NRI plugins cannot connect; another --nri-socket, or --nri=false, makes this server independent");
                 None

@@ -166,6 +166,9 @@ pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Resul
 /// Images stay.
 pub async fn purge(config: Config) -> Result<()> {
     let _lock = DirLock::take(&config.state_dir).await?;
+    if let Some(nri) = &config.nri {
+        orlop_nri::remove_dead_socket(&nri.socket).await;
+    }
     let run_dir = config.run_dir.clone();
     let parent = config.default_cgroup_parent.clone();
     let v2 = crate::facts::cgroup_v2_only();

@@ -240,7 +240,10 @@ async fn what_plugins_adjust_shows_in_the_container() {
                 {"destination": "/mnt/shared", "source": node.dir.join("shared"), "type": "bind", "options": ["rbind", "ro"]},
                 {"destination": "-/gone"},
             ],
-            "hooks": {"create_runtime": [{"path": "/bin/busybox", "args": ["busybox", "touch", hook_ran]}]},
+            "hooks": {
+                "create_runtime": [{"path": "/bin/busybox", "args": ["busybox", "touch", hook_ran]}],
+                "poststop": [{"path": "/bin/busybox", "args": ["busybox", "touch", node.dir.join("hook-ran-after")]}],
+            },
             "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 333, "soft": 222}],
             "CDI_devices": [{"name": "orlop.test/nri=one"}],
             "linux": {
@@ -310,6 +313,7 @@ async fn what_plugins_adjust_shows_in_the_container() {
     assert!(e.message().contains("kernel.panic"), "{e}");
     assert_eq!(node.list(None).await.len(), 3);
     remove(&node, &pod).await;
+    assert!(node.dir.join("hook-ran-after").exists());
     drop(plugin);
     node.purge_and_check();
 }
