@@ -42,7 +42,8 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
     note("the run folder", remove_dir(&args.node.run_dir));
     // Folders that only held our files; those with anything else in them stay.
     let (kubeconfig, cni) = (args.server.write_kubeconfig.parent(), &args.node.cni_conf_dir);
-    for dir in [kubeconfig, Some(cni.as_path()), cni.parent()].into_iter().flatten() {
+    let nri = args.node.runtime.nri_socket.parent();
+    for dir in [kubeconfig, Some(cni.as_path()), cni.parent(), nri].into_iter().flatten() {
         let _ = std::fs::remove_dir(dir);
     }
     match first {

@@ -102,6 +102,7 @@ impl Cluster {
             ("--container-logs-dir", at("containers")),
             ("--static-pod-dir", at("manifests")),
             ("--cni-conf-dir", at("cni")),
+            ("--nri-socket", at("nri.sock")),
             ("--cgroup-root", cgroup.clone()),
             ("--config", at("kubelet.yaml")),
             ("--kubelet-port", (18000 + number).to_string()),

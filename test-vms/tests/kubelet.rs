@@ -186,6 +186,8 @@ impl Node {
             &self.text("run"),
             "--cni-conf-dir",
             &self.text("cni"),
+            "--nri-socket",
+            &self.text("nri.sock"),
         ]));
         self.cri = Some(cri);
         wait_for("the CRI server answers", SOON, || {

@@ -22,6 +22,8 @@ use crate::ttrpc::{Kind, MAX_MESSAGE, Message, code, wire};
 const OUTGOING: usize = 16;
 /// Calls of the plugin that wait for us.
 const INCOMING: usize = 8;
+/// A reason: the plugin's own wish.
+pub(crate) const LEFT: &str = "it closed the connection";
 /// How long the last answers may take to be written.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 const READ_BUFFER: usize = 16 << 10;
@@ -189,7 +191,7 @@ impl Connection {
         let mut messages = Vec::new();
         loop {
             match socket.read(&mut buffer).await {
-                Ok(0) => return "it closed the connection".to_owned(),
+                Ok(0) => return LEFT.to_owned(),
                 Err(e) => return format!("its connection broke: {e}"),
                 Ok(n) => {
                     if let Err(e) = decoder.feed(&buffer[..n], &mut messages) {

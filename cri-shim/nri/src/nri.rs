@@ -11,7 +11,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{OwnedRwLockReadGuard, Semaphore, mpsc, oneshot};
 
 use crate::api::{self, Event};
-use crate::connection::{Connection, Incoming};
+use crate::connection::{Connection, Incoming, LEFT};
 use crate::error::Error;
 use crate::launch::{self, Program};
 use crate::listen::{self, Socket};
@@ -24,6 +24,8 @@ use crate::ttrpc::code;
 const DEFAULT_SOCKET: &str = "/var/run/nri/nri.sock";
 /// Plugins that may be connected at once; a node has a handful.
 const MAX_CONNECTIONS: usize = 64;
+/// The name of a plugin that has not said its own, which has digits at its beginning.
+const UNREGISTERED: &str = "unregistered";
 /// Before another try when no connection can be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 /// What plugins may take for the interface's level (RegisterPlugin and Configure tell each other theirs).
@@ -201,7 +203,7 @@ impl Nri {
     ) {
         let (connection, mut incoming) = Connection::start(stream, tasks);
         let (named, config) = program.map_or((None, String::new()), |p| (Some(p.name), p.config));
-        let mut label = named.as_ref().map_or_else(|| "unregistered".to_owned(), Name::to_string);
+        let mut label = named.as_ref().map_or_else(|| UNREGISTERED.to_owned(), Name::to_string);
         match self.register(&connection, &mut incoming, named).await {
             Err(why) => connection.close(&why),
             Ok(name) => {
@@ -222,6 +224,10 @@ impl Nri {
         self.0.change(|plugins| plugins.retain(|p| !p.connection.is_closed()));
         if !tasks.stop_token().is_cancelled() {
             let why = connection.reason();
+            if label == UNREGISTERED && why == LEFT {
+                // Somebody looked whether the socket is served: another runtime that starts.
+                return;
+            }
             tracing::warn!(plugin = label, why, "an NRI plugin is gone; pods go on without it");
         }
     }

@@ -61,7 +61,9 @@ impl Node {
             .arg("--run-dir")
             .arg(at("run"))
             .arg("--cni-conf-dir")
-            .arg(at("cni"));
+            .arg(at("cni"))
+            .arg("--nri-socket")
+            .arg(at("nri.sock"));
         Node::start(dir, &socket, command, "orlop-monitor", None).await
     }
 
