@@ -10,7 +10,7 @@ use crate::*;
 const TO_CLIENT: [Both; 2] = [["10.71.8.1", "fd71:8::1"], ["10.71.8.2", "fd71:8::2"]];
 const TO_OTHER: [Both; 2] = [["10.71.9.1", "fd71:9::1"], ["10.71.9.2", "fd71:9::2"]];
 
-/// Two ends, and two threads that carry packets from one to the other. They end with the namespaces.
+/// Two ends, and two threads that carry packets from one to the other. They end with this process.
 fn tunnel(node: &Net, far: &Net, name: &'static str, addresses: [Both; 2]) {
     let [here, there] = [(node, addresses[0]), (far, addresses[1])].map(|(net, own)| {
         let file = net.run(move || crate::wire::tun(name)).join().unwrap();
