@@ -8,6 +8,7 @@ use nix::mount::{MntFlags, umount2};
 
 use crate::config::Config;
 use crate::error::Error;
+use crate::pods::checkpoint;
 
 /// Lies in a folder that was missing or empty when the agent first started.
 const MARK: &str = ".made-by-orlop";
@@ -48,20 +49,30 @@ fn unescape(p: &str) -> String {
     p.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
 }
 
+/// Unmounts what is mounted at or below a folder, and deletes it.
+fn remove(dir: &Path, mountinfo: &str) -> Result<(), Error> {
+    for m in mounts_below(dir, mountinfo) {
+        umount2(&m, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
+            .map_err(|e| Error::io("unmount", &m, e.into()))?;
+    }
+    fs::remove_dir_all(dir).map_err(|source| Error::io("remove", dir, source))
+}
+
 /// Removes the agent's folders and the `kubepods` cgroups. The pods must have been removed before, over CRI.
 pub async fn purge(config: &Config) -> Result<(), Error> {
     let config = config.clone();
     let work = tokio::task::spawn_blocking(move || {
         let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         for dir in folders(&config) {
-            if !dir.join(MARK).exists() {
-                continue;
+            if dir.join(MARK).exists() {
+                remove(dir, &mountinfo)?;
             }
-            for m in mounts_below(dir, &mountinfo) {
-                umount2(&m, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
-                    .map_err(|e| Error::io("unmount", &m, e.into()))?;
+        }
+        for pod in fs::read_dir(config.root_dir.join("pods")).into_iter().flatten().flatten() {
+            // Our pods' in a folder of others.
+            if checkpoint::path(&pod.path()).exists() {
+                remove(&pod.path(), &mountinfo)?;
             }
-            fs::remove_dir_all(dir).map_err(|source| Error::io("remove", dir, source))?;
         }
         crate::cgroups::Cgroups::purge(&config);
         Ok(())
@@ -92,9 +103,14 @@ mod tests {
         c.container_logs_dir = tmp.path().join("containers");
         c.cgroup_mount = tmp.path().join("cgroup");
         fs::create_dir_all(c.pod_logs_dir.join("somebody's")).unwrap();
+        fs::create_dir_all(c.root_dir.join("device-plugins")).unwrap();
+        let (theirs, ours) = (c.pod_dir("theirs"), c.pod_dir("ours"));
+        fs::create_dir_all(&theirs).unwrap();
         claim(&c).unwrap();
+        fs::create_dir_all(ours.join("volumes")).unwrap();
+        fs::write(checkpoint::path(&ours), "{}").unwrap();
         purge(&c).await.unwrap();
-        assert!(c.pod_logs_dir.join("somebody's").exists());
-        assert!(!c.root_dir.exists() && !c.container_logs_dir.exists());
+        assert!(c.pod_logs_dir.join("somebody's").exists() && theirs.exists());
+        assert!(!ours.exists() && !c.container_logs_dir.exists());
     }
 }

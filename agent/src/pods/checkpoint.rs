@@ -33,7 +33,8 @@ pub struct Checkpoint {
     pub of_cgroup: Option<Allocation>,
 }
 
-fn path(dir: &Path) -> PathBuf {
+/// Where it lies in the folder of a pod.
+pub fn path(dir: &Path) -> PathBuf {
     dir.join("orlop-agent.json")
 }
 
