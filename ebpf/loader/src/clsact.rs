@@ -88,8 +88,10 @@ pub(crate) fn detach(pins: &Path, index: u32) {
                 tracing::debug!(interface = name, error = %e, "no filter to remove");
             }
         }
+        // Pods' interfaces go at any time, and take everything along.
         if made.exists()
             && let Err(e) = remove_unused(index)
+            && e.raw_os_error() != Some(nix::errno::Errno::ENODEV as i32)
         {
             tracing::warn!(interface = name, error = %e, "its clsact queueing discipline stays");
         }
