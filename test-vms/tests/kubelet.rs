@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
+use nix::mount::{MntFlags, MsFlags};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use orlop_test_vms::footprint::Footprint;
@@ -18,6 +19,8 @@ const SOON: Duration = Duration::from_secs(60);
 const MISSING: &str = "kubelet is not on PATH: run scripts/deps.sh test, which builds it from its Go module";
 const SHELL: &str = "orlop.local/busybox:1";
 const NAME: &str = "upstream";
+/// Where a kubelet listens for device plugins and links containers' logs, wherever its other folders are.
+const FIXED: [&str; 2] = ["/var/lib/kubelet", "/var/log/containers"];
 const API: &str = "127.0.0.1:17047";
 const KUBELET_PORT: u16 = 18047;
 const PODS: &str = "10.197.0.0/24";
@@ -48,6 +51,12 @@ impl Node {
         let sysctls = SYSCTLS.iter().map(|name| Path::new("/proc/sys").join(name));
         let sysctls = sysctls.map(|path| (path.clone(), fs::read_to_string(path).unwrap())).collect();
         let mut node = Node { dir, cgroup, server: None, cri: None, kubelet: None, sysctls };
+        for dir in FIXED {
+            fs::create_dir_all(dir).unwrap();
+            // This one's alone: what another kubelet has there stays below.
+            nix::mount::mount(Some("orlop-test"), dir, Some("tmpfs"), MsFlags::empty(), None::<&str>)
+                .unwrap();
+        }
         for hierarchy in hierarchies() {
             // A hierarchy that cannot be written has no part in this.
             let _ = fs::create_dir(hierarchy.join(&node.cgroup));
@@ -271,13 +280,18 @@ impl Drop for Node {
         }
         end(&mut self.cri);
         end(&mut self.server);
+        for dir in FIXED {
+            let _ = nix::mount::umount2(dir, MntFlags::MNT_DETACH);
+            // Fails where it has a purpose besides.
+            let _ = fs::remove_dir(dir);
+        }
         for (path, value) in &self.sysctls {
             let _ = fs::write(path, value);
         }
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let own = self.dir.path().to_string_lossy();
         for at in mounts.lines().rev().filter_map(|l| l.split(' ').nth(4)).filter(|p| p.starts_with(&*own)) {
-            let _ = nix::mount::umount2(at, nix::mount::MntFlags::MNT_DETACH);
+            let _ = nix::mount::umount2(at, MntFlags::MNT_DETACH);
         }
         for hierarchy in hierarchies() {
             remove_cgroups(&hierarchy.join(&self.cgroup));
@@ -434,7 +448,8 @@ fn a_pods_life_under_upstreams_kubelet() {
     n.kubectl(&["delete", "pods", "--all", "--timeout=60s"]);
     wait_for("nothing runs", SOON, || n.containers().is_empty().then_some(()));
     run(&mut n.crictl(&["rmp", "--all"]));
-    let names = [n.cgroup.clone(), n.dir.path().to_string_lossy().into_owned()];
+    let mut names = vec![n.cgroup.clone(), n.dir.path().to_string_lossy().into_owned()];
+    names.extend(FIXED.map(str::to_owned));
     drop(n);
     let mut left = before.left_by(&Footprint::take());
     // The network is the tests' own; whatever else others do on this machine has other names.
