@@ -7,8 +7,8 @@ use std::io::Read;
 use std::os::fd::AsFd;
 use std::sync::atomic::AtomicBool;
 
+use orlop_fuzz::{cases, mutated};
 use proptest::prelude::*;
-use proptest::sample::Index;
 use tar::{Builder, EntryType, Header};
 
 use crate::registry::{auth, client, hosts};
@@ -66,71 +66,9 @@ const WORDS: &[&str] = &[
     "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
 ];
 
-#[derive(Clone, Debug)]
-enum Mutation {
-    Set(Index, u8),
-    Flip(Index, u8),
-    Insert(Index, usize),
-    Overwrite(Index, usize),
-    Remove(Index, usize),
-    Repeat(Index, usize, usize),
-    Truncate(Index),
-}
-
-fn mutation() -> impl Strategy<Value = Mutation> {
-    let at = any::<Index>;
-    prop_oneof![
-        (at(), any::<u8>()).prop_map(|(i, b)| Mutation::Set(i, b)),
-        (at(), 0..8u8).prop_map(|(i, b)| Mutation::Flip(i, b)),
-        (at(), 0..WORDS.len()).prop_map(|(i, w)| Mutation::Insert(i, w)),
-        (at(), 0..WORDS.len()).prop_map(|(i, w)| Mutation::Overwrite(i, w)),
-        (at(), 1..40usize).prop_map(|(i, n)| Mutation::Remove(i, n)),
-        (at(), 1..600usize, 1..5usize).prop_map(|(i, n, t)| Mutation::Repeat(i, n, t)),
-        at().prop_map(Mutation::Truncate),
-    ]
-}
-
-fn apply(mut data: Vec<u8>, mutations: &[Mutation]) -> Vec<u8> {
-    for m in mutations {
-        if data.is_empty() {
-            data.push(0);
-        }
-        let len = data.len();
-        match m {
-            Mutation::Set(i, b) => data[i.index(len)] = *b,
-            Mutation::Flip(i, bit) => data[i.index(len)] ^= 1 << bit,
-            Mutation::Insert(i, w) => {
-                let at = i.index(len);
-                data.splice(at..at, WORDS[*w].bytes());
-            }
-            Mutation::Overwrite(i, w) => {
-                let at = i.index(len);
-                for (to, from) in data[at..].iter_mut().zip(WORDS[*w].bytes()) {
-                    *to = from;
-                }
-            }
-            Mutation::Remove(i, n) => {
-                let at = i.index(len);
-                data.drain(at..(at + n).min(len));
-            }
-            Mutation::Repeat(i, n, times) => {
-                let at = i.index(len);
-                let piece = data[at..(at + n).min(len)].to_vec();
-                data.splice(at..at, piece.repeat(*times));
-            }
-            Mutation::Truncate(i) => data.truncate(i.index(len)),
-        }
-    }
-    data
-}
-
-fn mutated(seeds: Vec<Vec<u8>>) -> impl Strategy<Value = Vec<u8>> {
-    (prop::sample::select(seeds), prop::collection::vec(mutation(), 0..8)).prop_map(|(s, m)| apply(s, &m))
-}
-
 fn texts(seeds: &[&str]) -> impl Strategy<Value = String> {
     let seeds = seeds.iter().map(|s| s.as_bytes().to_vec()).collect();
-    mutated(seeds).prop_map(|b| String::from_utf8_lossy(&b).into_owned())
+    mutated(seeds, WORDS).prop_map(|b| String::from_utf8_lossy(&b).into_owned())
 }
 
 fn add(tar: &mut Builder<Vec<u8>>, name: &str, kind: EntryType, link: &str, data: &[u8]) {
@@ -216,8 +154,10 @@ fn compressed() -> Vec<Vec<u8>> {
 }
 
 proptest! {
+    #![proptest_config(cases(256))]
+
     #[test]
-    fn fuzz_layer(data in mutated(layers()), summed in prop::bool::weighted(0.8)) {
+    fn fuzz_layer(data in mutated(layers(), WORDS), summed in prop::bool::weighted(0.8)) {
         let mut data = data;
         if summed {
             sum_up(&mut data);
@@ -238,7 +178,7 @@ proptest! {
     }
 
     #[test]
-    fn fuzz_compression(data in mutated(compressed())) {
+    fn fuzz_compression(data in mutated(compressed(), WORDS)) {
         let (_, read) = unpack::decompress_while(
             &data[..],
             None,

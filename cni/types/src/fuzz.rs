@@ -2,17 +2,9 @@
 //! gate runs a fixed number of cases; for longer: `PROPTEST_CASES=1000000 cargo test --release -p orlop-cni-types fuzz`.
 
 use proptest::prelude::*;
-use proptest::sample::Index;
 use serde_json::Value;
 
 use crate::{CniResult, ErrorResult, NetworkConfig, PluginConfig, SpecVersion, VersionResult};
-
-/// A fixed number of cases unless the environment asks for another.
-fn config() -> ProptestConfig {
-    let given = ProptestConfig::default();
-    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { given.cases } else { 4096 };
-    ProptestConfig { cases, failure_persistence: None, ..given }
-}
 
 /// Pieces that mean something to one of the formats.
 const WORDS: &[&str] = &[
@@ -53,34 +45,12 @@ const NETWORKS: &[&str] = &[
     r#"{"cniVersion":"0.3.1","name":"cbr0","type":"flannel","delegate":{"hairpinMode":true}}"#,
 ];
 
-fn mutated(seeds: &'static [&'static str]) -> impl Strategy<Value = Vec<u8>> {
-    let step = (any::<Index>(), any::<u8>(), 0..6u8, 1..40usize, 0..WORDS.len());
-    (prop::sample::select(seeds), prop::collection::vec(step, 0..6)).prop_map(|(seed, steps)| {
-        let mut data = seed.as_bytes().to_vec();
-        for (at, byte, kind, n, word) in steps {
-            if data.is_empty() {
-                data.push(byte);
-            }
-            let i = at.index(data.len());
-            let end = (i + n).min(data.len());
-            match kind {
-                0 => data[i] = byte,
-                1 => drop(data.splice(i..i, WORDS[word].bytes())),
-                2 => drop(data.splice(i..end, WORDS[word].bytes())),
-                3 => drop(data.drain(i..end)),
-                4 => {
-                    let piece = data[i..end].repeat(3);
-                    data.splice(i..i, piece);
-                }
-                _ => data.truncate(i),
-            }
-        }
-        data
-    })
+fn mutated(seeds: &[&str]) -> impl Strategy<Value = Vec<u8>> {
+    orlop_fuzz::mutated(seeds.iter().map(|s| s.as_bytes().to_vec()).collect(), WORDS)
 }
 
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(orlop_fuzz::cases(4096))]
 
     #[test]
     fn fuzz_result(bytes in mutated(RESULTS)) {

@@ -3,12 +3,12 @@
 
 use std::path::Path;
 
+use orlop_fuzz::{cases, cuts, mutated};
 use orlop_proto::monitor::{
     Attach, ClientFrame, CreateContainer, CreateSandbox, DeleteContainer, Exec, Hello, IdMap, OciRuntime,
     Resize, SignalContainer, UpdateContainer, client_frame::Body,
 };
 use proptest::prelude::*;
-use proptest::sample::Index;
 
 use crate::frame::{Decoder, MAX_FRAME, encode};
 use crate::sandbox;
@@ -78,56 +78,6 @@ const WORDS: &[&[u8]] = &[
     b"\x0a\x00",
 ];
 
-#[derive(Clone, Debug)]
-enum Mutation {
-    Flip(Index, u8),
-    Insert(Index, usize),
-    Overwrite(Index, usize),
-    Remove(Index, usize),
-    Repeat(Index, usize),
-    Truncate(Index),
-}
-
-fn mutation() -> impl Strategy<Value = Mutation> {
-    let at = any::<Index>;
-    prop_oneof![
-        (at(), 0..8u8).prop_map(|(i, b)| Mutation::Flip(i, b)),
-        (at(), 0..WORDS.len()).prop_map(|(i, w)| Mutation::Insert(i, w)),
-        (at(), 0..WORDS.len()).prop_map(|(i, w)| Mutation::Overwrite(i, w)),
-        (at(), 1..40usize).prop_map(|(i, n)| Mutation::Remove(i, n)),
-        (at(), 1..200usize).prop_map(|(i, n)| Mutation::Repeat(i, n)),
-        at().prop_map(Mutation::Truncate),
-    ]
-}
-
-fn apply(mut data: Vec<u8>, mutations: &[Mutation]) -> Vec<u8> {
-    for m in mutations {
-        if data.is_empty() {
-            data.push(0);
-        }
-        let len = data.len();
-        match m {
-            Mutation::Flip(i, bit) => data[i.index(len)] ^= 1 << bit,
-            Mutation::Insert(i, w) => {
-                drop(data.splice(i.index(len)..i.index(len), WORDS[*w].iter().copied()))
-            }
-            Mutation::Overwrite(i, w) => {
-                for (to, from) in data[i.index(len)..].iter_mut().zip(WORDS[*w]) {
-                    *to = *from;
-                }
-            }
-            Mutation::Remove(i, n) => drop(data.drain(i.index(len)..(i.index(len) + n).min(len))),
-            Mutation::Repeat(i, n) => {
-                let at = i.index(len);
-                let piece = data[at..(at + n).min(len)].to_vec();
-                drop(data.splice(at..at, piece));
-            }
-            Mutation::Truncate(i) => data.truncate(i.index(len)),
-        }
-    }
-    data
-}
-
 /// What is decided about a request before anything is done.
 fn judge(frame: &ClientFrame) {
     let Some(Body::CreateSandbox(r)) = &frame.body else { return };
@@ -141,15 +91,10 @@ fn judge(frame: &ClientFrame) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases.max(2000), ..ProptestConfig::default() })]
+    #![proptest_config(cases(2000))]
 
     #[test]
-    fn fuzz_client_frames(
-        seed in prop::sample::select(seeds()),
-        mutations in prop::collection::vec(mutation(), 0..8),
-        cuts in prop::collection::vec(1usize..400, 1..8),
-    ) {
-        let bytes = apply(seed, &mutations);
+    fn fuzz_client_frames(bytes in mutated(seeds(), WORDS), cuts in cuts()) {
         let mut decoder = Decoder::default();
         let mut cuts = cuts.into_iter().cycle();
         let (mut at, mut frames) = (0, 0);

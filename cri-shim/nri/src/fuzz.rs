@@ -2,8 +2,8 @@
 //! answer of a plugin. The gate runs a fixed number of cases; for longer: `PROPTEST_CASES=1000000 cargo test --release -p orlop-nri
 //! fuzz`.
 
+use orlop_fuzz::{cases, cuts, mutated};
 use proptest::prelude::*;
-use proptest::sample::Index;
 use prost::Message as _;
 
 use crate::api;
@@ -77,56 +77,6 @@ const WORDS: &[&[u8]] = &[
     b"\x0a\x00",
 ];
 
-#[derive(Clone, Debug)]
-enum Mutation {
-    Flip(Index, u8),
-    Overwrite(Index, usize),
-    Insert(Index, usize),
-    Remove(Index, usize),
-    Repeat(Index, usize),
-    Truncate(Index),
-}
-
-fn mutation() -> impl Strategy<Value = Mutation> {
-    let at = any::<Index>;
-    prop_oneof![
-        (at(), 0..8u8).prop_map(|(i, b)| Mutation::Flip(i, b)),
-        (at(), 0..WORDS.len()).prop_map(|(i, w)| Mutation::Overwrite(i, w)),
-        (at(), 0..WORDS.len()).prop_map(|(i, w)| Mutation::Insert(i, w)),
-        (at(), 1..40usize).prop_map(|(i, n)| Mutation::Remove(i, n)),
-        (at(), 1..200usize).prop_map(|(i, n)| Mutation::Repeat(i, n)),
-        at().prop_map(Mutation::Truncate),
-    ]
-}
-
-fn mutate(mut data: Vec<u8>, mutations: &[Mutation]) -> Vec<u8> {
-    for m in mutations {
-        if data.is_empty() {
-            data.push(0);
-        }
-        let len = data.len();
-        match m {
-            Mutation::Flip(i, bit) => data[i.index(len)] ^= 1 << bit,
-            Mutation::Overwrite(i, w) => {
-                for (to, from) in data[i.index(len)..].iter_mut().zip(WORDS[*w]) {
-                    *to = *from;
-                }
-            }
-            Mutation::Insert(i, w) => {
-                drop(data.splice(i.index(len)..i.index(len), WORDS[*w].iter().copied()));
-            }
-            Mutation::Remove(i, n) => drop(data.drain(i.index(len)..(i.index(len) + n).min(len))),
-            Mutation::Repeat(i, n) => {
-                let at = i.index(len);
-                let piece = data[at..(at + n).min(len)].to_vec();
-                drop(data.splice(at..at, piece));
-            }
-            Mutation::Truncate(i) => data.truncate(i.index(len)),
-        }
-    }
-    data
-}
-
 /// Whatever it says, nothing of the container's own identity changes, and each value has one owner.
 fn judge(payload: &[u8]) {
     if let Ok(answer) = api::CreateContainerResponse::decode(payload) {
@@ -153,15 +103,10 @@ fn judge(payload: &[u8]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases.max(2000), ..ProptestConfig::default() })]
+    #![proptest_config(cases(2000))]
 
     #[test]
-    fn fuzz_plugin_bytes(
-        seed in prop::sample::select(seeds()),
-        mutations in prop::collection::vec(mutation(), 0..8),
-        cuts in prop::collection::vec(1usize..400, 1..8),
-    ) {
-        let bytes = mutate(seed, &mutations);
+    fn fuzz_plugin_bytes(bytes in mutated(seeds(), WORDS), cuts in cuts()) {
         let (mut decoder, mut got) = (Decoder::default(), Vec::new());
         let mut cuts = cuts.into_iter().cycle();
         let mut at = 0;

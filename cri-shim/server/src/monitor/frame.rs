@@ -150,11 +150,11 @@ mod tests {
     /// Fuzz target: what a monitor sends, which may be of another release or damaged. For longer:
     /// `PROPTEST_CASES=1000000 cargo test --release -p orlop-cri fuzz_server_frames`.
     mod fuzz {
+        use orlop_fuzz::{cases, cuts, mutated};
         use orlop_proto::monitor::{
             ContainerExited, ContainerState, ExecDone, Failure, HelloReply, State, StreamEnded,
         };
         use proptest::prelude::*;
-        use proptest::sample::Index;
         use server_frame::Body;
 
         use super::*;
@@ -191,27 +191,27 @@ mod tests {
             out
         }
 
+        const WORDS: &[&[u8]] = &[
+            b"\0\0\0\0",
+            b"\0\0\0\x01",
+            b"\xff\xff\xff\xff",
+            b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01",
+            b"\x0a\x00",
+        ];
+
         proptest! {
-            #![proptest_config(ProptestConfig {
-                cases: ProptestConfig::default().cases.max(2000), ..ProptestConfig::default()
-            })]
+            #![proptest_config(cases(2000))]
 
             #[test]
-            fn fuzz_server_frames(
-                seed in prop::sample::select(seeds()),
-                flips in prop::collection::vec((any::<Index>(), any::<u8>()), 0..6),
-                end in any::<Index>(),
-                cut in 1usize..200,
-            ) {
-                let mut bytes = seed;
-                for (at, value) in flips {
-                    let at = at.index(bytes.len());
-                    bytes[at] = value;
-                }
-                bytes.truncate(end.index(bytes.len()) + 1);
-                let mut buffer = BytesMut::new();
+            fn fuzz_server_frames(bytes in mutated(seeds(), WORDS), cuts in cuts()) {
+                let (mut buffer, mut rest) = (BytesMut::new(), &bytes[..]);
                 let mut frames = 0;
-                'all: for piece in bytes.chunks(cut) {
+                'all: for cut in cuts.into_iter().cycle() {
+                    if rest.is_empty() {
+                        break;
+                    }
+                    let (piece, later) = rest.split_at(cut.min(rest.len()));
+                    rest = later;
                     buffer.extend_from_slice(piece);
                     loop {
                         match take_frame(&mut buffer) {

@@ -1,8 +1,8 @@
 //! Fuzz targets: what clients of exec, attach and port-forward send. Known good input is mutated and cut anywhere; proptest shrinks
 //! what fails. The gate runs a fixed number of cases; for longer: `PROPTEST_CASES=1000000 cargo test --release -p orlop-cri fuzz`.
 
+use orlop_fuzz::{cases, mutated};
 use proptest::prelude::*;
-use proptest::sample::Index;
 use tokio::io::AsyncWriteExt;
 use tokio_tungstenite::tungstenite::Message;
 
@@ -10,49 +10,19 @@ use super::spdy::{self, Event};
 use super::websocket::Codec;
 use super::{portforward, remote};
 
-/// A fixed number of cases unless the environment asks for another.
-fn config() -> ProptestConfig {
-    let given = ProptestConfig::default();
-    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { given.cases } else { 256 };
-    ProptestConfig { cases, failure_persistence: None, ..given }
-}
-
-/// Replaced bytes, inserted numbers, pieces removed and repeated.
-fn mutated(seeds: Vec<Vec<u8>>) -> impl Strategy<Value = Vec<u8>> {
-    let step = (any::<Index>(), any::<u8>(), 0..6u8, 1..64usize);
-    (prop::sample::select(seeds), prop::collection::vec(step, 0..10)).prop_map(|(mut data, steps)| {
-        for (at, byte, kind, n) in steps {
-            if data.is_empty() {
-                data.push(byte);
-            }
-            let i = at.index(data.len());
-            let end = (i + n).min(data.len());
-            match kind {
-                0 => data[i] = byte,
-                1 => data[i] ^= 1 << (byte % 8),
-                2 => drop(data.splice(i..i, [0xff, 0xff, 0xff, byte])),
-                3 => drop(data.drain(i..end)),
-                4 => {
-                    let piece = data[i..end].repeat(1 + usize::from(byte % 4));
-                    data.splice(i..i, piece);
-                }
-                _ => data.truncate(i),
-            }
-        }
-        data
-    })
-}
+/// Lengths and numbers at their limits.
+const WORDS: &[&[u8]] = &[b"\0\0\0\0", b"\xff\xff\xff\x00", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff"];
 
 fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(cases(256))]
 
     /// Whatever a client sends, the connection ends, or says what a client may do, and streams begin before they have data.
     #[test]
-    fn fuzz_spdy_connection(bytes in mutated(spdy::samples()), cut in 1..200usize) {
+    fn fuzz_spdy_connection(bytes in mutated(spdy::samples(), WORDS), cut in 1..200usize) {
         runtime().block_on(async {
             let (mut client, server) = tokio::io::duplex(64 << 10);
             let (mut reader, writer, writing) = spdy::connection(server).unwrap();
@@ -90,7 +60,7 @@ proptest! {
 
     #[test]
     fn fuzz_websocket_message(
-        bytes in mutated(vec![b"\x00typed".to_vec(), b"0dHlwZWQ=".to_vec(), b"\xff\x00".to_vec(), br#"4eyJXaWR0aCI6MX0="#.to_vec()])
+        bytes in mutated(vec![b"\x00typed".to_vec(), b"0dHlwZWQ=".to_vec(), b"\xff\x00".to_vec(), br#"4eyJXaWR0aCI6MX0="#.to_vec()], WORDS)
     ) {
         for codec in [Codec::Binary, Codec::Base64] {
             for message in [
@@ -113,7 +83,7 @@ proptest! {
     fn fuzz_channels_and_sizes(
         channel in any::<u8>(),
         count in 0..130usize,
-        parts in prop::collection::vec(mutated(vec![br#"{"Width":80,"Height":24}{"Width":1,"Hei"#.to_vec()]), 1..6),
+        parts in prop::collection::vec(mutated(vec![br#"{"Width":80,"Height":24}{"Width":1,"Hei"#.to_vec()], WORDS), 1..6),
     ) {
         if let Some(at) = portforward::input_of(channel, count) {
             prop_assert!(at < count && usize::from(channel) == 2 * at);
