@@ -1,7 +1,8 @@
-//! What every daemon of Orlop needs: supervised tasks, durable files, telemetry, failpoints, an end to stray programs and a test kit.
+//! What every daemon of Orlop needs: supervised tasks, durable files, telemetry, failpoints, less memory, an end to stray programs and a test kit.
 
 pub mod durable;
 pub mod failpoint;
+pub mod memory;
 pub mod strays;
 pub mod supervise;
 pub mod telemetry;

@@ -78,7 +78,12 @@ fn run(cli: Cli) -> Result<(), Failure> {
     let daemon = |future: Pin<Box<dyn Future<Output = Result<(), Failure>>>>| {
         // A broken connection is logged by those who use it, with what it means to them.
         orlop_base::telemetry::init("info,kube_client::client::builder=off,kube_runtime::watcher=off");
-        runtime()?.block_on(future)
+        runtime()?.block_on(async {
+            tokio::select! {
+                ended = future => ended,
+                never = orlop_base::memory::give_back_at_rest() => match never {},
+            }
+        })
     };
     match cli.command {
         Command::Up(a) if a.detach => up::detach(&a),

@@ -340,7 +340,7 @@ pub async fn run_cri(args: CriArgs) -> Result<(), Failure> {
 
 /// `orlop proxy`.
 pub async fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
-    orlop_proxy::keep_memory_small();
+    orlop_base::memory::keep_small();
     let file = match &args.config {
         Some(path) => orlop_proxy::ConfigFile::read(path)?,
         None => Default::default(),

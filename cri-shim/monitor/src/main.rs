@@ -14,7 +14,6 @@ mod exec;
 mod frame;
 #[cfg(test)]
 mod fuzz;
-mod idle;
 mod init;
 mod io;
 mod journal;

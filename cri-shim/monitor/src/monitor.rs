@@ -15,7 +15,6 @@ use crate::conn::{self, Conn, Health, Role};
 use crate::container::Container;
 use crate::daemon::OwnLog;
 use crate::exec::Exec;
-use crate::idle;
 use crate::journal::{self, Phase, SandboxRecord};
 use crate::log::{self, Stream};
 use crate::oom;
@@ -23,6 +22,8 @@ use crate::poll::{EventFlags, Poll, Token};
 
 /// Clients at once; a server has one for requests, one for events and one per attach or exec.
 const MAX_CONNS: usize = 512;
+/// Quiet for so long, the monitor gives memory back.
+const REST: Duration = Duration::from_secs(2);
 /// An operation that takes longer is killed: its file system or hook hangs.
 pub const OP_LIMIT: Duration = Duration::from_secs(110);
 
@@ -120,9 +121,9 @@ impl Monitor {
         while !(self.stop && self.conns.values().all(|c| c.queued() == 0)) {
             let deadline = self.next_deadline().map(|d| d.saturating_duration_since(Instant::now()));
             let resting = deadline.is_none() && !rested;
-            let events = self.poll.wait(if resting { Some(idle::AFTER) } else { deadline })?;
+            let events = self.poll.wait(if resting { Some(REST) } else { deadline })?;
             if events.is_empty() && resting {
-                idle::give_back_pages();
+                orlop_base::memory::give_back();
                 rested = true;
             }
             for (token, flags) in events {

@@ -44,12 +44,22 @@ const MIN_SNAT_PORTS: u16 = 1024;
 /// The load balancer in the kernel. Dropping it detaches nothing: the pins hold.
 pub struct Datapath {
     pub maps: RealMaps,
-    /// The object, until its socket programs are attached.
-    object: Option<Ebpf>,
+    programs: Option<Programs>,
+    config: Config,
+}
+
+/// The programs as they were compiled, bound to the maps of a [`Datapath`].
+pub struct Object {
+    bpf: Ebpf,
+    config: Config,
+}
+
+/// Programs that the kernel's verifier has accepted.
+pub struct Programs {
+    sockets: Vec<(&'static str, AttachType, ProgramFd)>,
     packet: Packet,
     /// When interfaces are to be served by XDP.
     xdp: Option<ProgramFd>,
-    config: Config,
 }
 
 /// Programs for uplinks and for pods' interfaces.
@@ -75,15 +85,31 @@ impl<P> Pair<P> {
 const UPLINK: [&str; 2] = ["lb_ingress", "lb_egress"];
 const POD: [&str; 2] = ["lb_pod_ingress", "lb_pod_egress"];
 
+impl Object {
+    /// Shows the programs to the kernel's verifier, which takes a part of a second of processor time.
+    pub fn load(mut self) -> Result<Programs, Error> {
+        let Object { bpf, config } = &mut self;
+        let packet = if !config.force_clsact && probe::has_tcx() {
+            let mut load = |name| classifier(bpf, name);
+            Packet::Tcx { uplink: Pair::load(&mut load, UPLINK)?, pod: Pair::load(&mut load, POD)? }
+        } else {
+            let mut load = |name| lasting(bpf, name, &config.pins).map(Box::new);
+            Packet::Clsact { uplink: Pair::load(&mut load, UPLINK)?, pod: Pair::load(&mut load, POD)? }
+        };
+        let xdp = if config.xdp.is_empty() { None } else { Some(xdp(bpf)?) };
+        Ok(Programs { sockets: socket_programs(bpf)?, packet, xdp })
+    }
+}
+
 impl Datapath {
-    /// Loads the programs and adopts pinned maps; those of an older layout as far as they are alike. What an earlier
-    /// process attached goes on with its own programs and maps until [`Datapath::attach`].
-    pub fn load(config: &Config) -> Result<Datapath, Error> {
+    /// Adopts pinned maps or makes them; those of an older layout are adopted as far as they are alike. What an earlier process
+    /// attached goes on with its own programs and maps until [`Datapath::attach`].
+    pub fn prepare(config: &Config) -> Result<(Datapath, Object), Error> {
         pin::prepare(&config.pins)?;
         pin::adopt_older(&config.pins)?;
         pin::check_shapes(&config.pins)?;
         pin::make_room(&config.pins, &config.sizes)?;
-        let mut bpf = load(config)?;
+        let mut bpf = parse(config)?;
         let mut maps = RealMaps::take(&mut bpf)?;
         let snat = snat_ports();
         let flags = maps.config().map(|c| c.flags).unwrap_or(0);
@@ -96,36 +122,33 @@ impl Datapath {
             reserved: 0,
         })
         .map_err(|e| map_error("CONFIG", e))?;
-        let packet = if !config.force_clsact && probe::has_tcx() {
-            let mut load = |name| classifier(&mut bpf, name);
-            Packet::Tcx { uplink: Pair::load(&mut load, UPLINK)?, pod: Pair::load(&mut load, POD)? }
-        } else {
-            let mut load = |name| lasting(&mut bpf, name, &config.pins).map(Box::new);
-            Packet::Clsact { uplink: Pair::load(&mut load, UPLINK)?, pod: Pair::load(&mut load, POD)? }
-        };
-        let xdp = if config.xdp.is_empty() { None } else { Some(xdp(&mut bpf)?) };
-        Ok(Datapath { maps, object: Some(bpf), packet, xdp, config: config.clone() })
+        let datapath = Datapath { maps, programs: None, config: config.clone() };
+        Ok((datapath, Object { bpf, config: config.clone() }))
     }
 
-    /// [`Datapath::load`] and [`Datapath::attach`] in one.
+    /// All in one: maps, programs, and sockets served by them.
     pub fn open(config: &Config) -> Result<Datapath, Error> {
-        let mut datapath = Datapath::load(config)?;
-        datapath.attach()?;
+        let (mut datapath, object) = Datapath::prepare(config)?;
+        datapath.attach(&mut Some(object.load()?))?;
         Ok(datapath)
     }
 
-    /// Attaches the socket programs. Links that an earlier process pinned get the new programs in one step each: no
-    /// connection sees a moment without them. Maps of older layouts go. Doing it again does nothing.
-    pub fn attach(&mut self) -> Result<(), Error> {
-        let Some(bpf) = &mut self.object else { return Ok(()) };
+    /// Whether [`Datapath::attach`] has succeeded.
+    pub fn is_attached(&self) -> bool {
+        self.programs.is_some()
+    }
+
+    /// Attaches the socket programs, and takes all of them over when that is done. Links that an earlier process pinned get
+    /// the new programs in one step each: no connection sees a moment without them. Maps of older layouts go.
+    pub fn attach(&mut self, programs: &mut Option<Programs>) -> Result<(), Error> {
+        let Some(Programs { sockets, .. }) = programs else { return Ok(()) };
         let cgroup = match &self.config.cgroup {
             Some(c) => c.clone(),
             None => probe::cgroup2().ok_or(Error::NoCgroup2)?,
         };
         let dir = File::open(&cgroup).map_err(path_err("open cgroup", &cgroup))?;
         let cgroup_id = dir.metadata().map_err(path_err("read cgroup", &cgroup))?.ino();
-        for (name, attach) in SOCKETS.into_iter().chain([(RELEASE, AttachType::Release)]) {
-            let fd = socket_program(bpf, name)?;
+        for &(name, attach, ref fd) in sockets.iter() {
             let target = Target { number: dir.as_raw_fd() as u32, id: cgroup_id };
             let pin = pin::links(&self.config.pins).join(name);
             link(&pin, fd.as_fd(), target, attach).map_err(|source| Error::Attach {
@@ -134,20 +157,24 @@ impl Datapath {
                 source,
             })?;
         }
-        self.object = None;
-        sys::release_memory();
-        pin::remove_older(&self.config.pins)
+        pin::remove_older(&self.config.pins)?;
+        self.programs = programs.take();
+        Ok(())
     }
 
     /// Serves packets of an interface, or changes how it is served. The interface's settings are in place before its
     /// programs run.
     pub fn attach_uplink(&mut self, index: u32, name: &str, uplink: Uplink) -> Result<(), Error> {
-        let by_driver = if self.attach_xdp(index, name, &uplink)? { uplink_flags::XDP } else { 0 };
+        let Some(programs) = &mut self.programs else {
+            return Err(Error::NotLoaded { pins: self.config.pins.clone() });
+        };
+        let by_driver =
+            if attach_xdp(&self.config, programs, index, name, &uplink)? { uplink_flags::XDP } else { 0 };
         let uplink = Uplink { flags: uplink.flags | by_driver, ..uplink };
         self.maps.put_uplink(index, uplink).map_err(|e| map_error("UPLINKS", e))?;
         let links = pin::links(&self.config.pins);
         let is_pod = uplink.flags & uplink_flags::POD != 0;
-        match &mut self.packet {
+        match &mut programs.packet {
             Packet::Tcx { uplink, pod } => {
                 let (names, Pair { ingress, egress }) = if is_pod { (POD, pod) } else { (UPLINK, uplink) };
                 let target = Target { number: index, id: u64::from(index) };
@@ -165,32 +192,6 @@ impl Datapath {
             }
         }
         Ok(())
-    }
-
-    /// Attaches the XDP program where it is wanted and the driver takes it; says whether it is there. Without it packets
-    /// go through the other programs, as all but those of known connections do anyway.
-    fn attach_xdp(&self, index: u32, name: &str, uplink: &Uplink) -> Result<bool, Error> {
-        let path = pin::links(&self.config.pins).join(format!("xdp_{index}"));
-        let wanted = self.config.xdp.iter().any(|x| x == name) && uplink.flags & uplink_flags::POD == 0;
-        let Some(program) = self.xdp.as_ref().filter(|_| wanted) else {
-            pin::remove_link(&path)?;
-            return Ok(false);
-        };
-        let refused = if uplink.l3_offset == 0 {
-            io::Error::other("it is no Ethernet interface")
-        } else {
-            let target = Target { number: index, id: u64::from(index) };
-            match link(&path, program.as_fd(), target, AttachType::Xdp) {
-                Ok(()) => return Ok(true),
-                Err(e) => e,
-            }
-        };
-        tracing::warn!(
-            interface = name,
-            error = %refused,
-            "the interface's driver takes no XDP program; its packets go through the stack's hooks"
-        );
-        Ok(false)
     }
 
     /// Stops serving every interface whose index is not in `wanted`, whoever attached it.
@@ -218,6 +219,38 @@ impl Datapath {
     }
 }
 
+/// Attaches the XDP program where it is wanted and the driver takes it; says whether it is there. Without it packets
+/// go through the other programs, as all but those of known connections do anyway.
+fn attach_xdp(
+    config: &Config,
+    programs: &Programs,
+    index: u32,
+    name: &str,
+    uplink: &Uplink,
+) -> Result<bool, Error> {
+    let path = pin::links(&config.pins).join(format!("xdp_{index}"));
+    let wanted = config.xdp.iter().any(|x| x == name) && uplink.flags & uplink_flags::POD == 0;
+    let Some(program) = programs.xdp.as_ref().filter(|_| wanted) else {
+        pin::remove_link(&path)?;
+        return Ok(false);
+    };
+    let refused = if uplink.l3_offset == 0 {
+        io::Error::other("it is no Ethernet interface")
+    } else {
+        let target = Target { number: index, id: u64::from(index) };
+        match link(&path, program.as_fd(), target, AttachType::Xdp) {
+            Ok(()) => return Ok(true),
+            Err(e) => e,
+        }
+    };
+    tracing::warn!(
+        interface = name,
+        error = %refused,
+        "the interface's driver takes no XDP program; its packets go through the stack's hooks"
+    );
+    Ok(false)
+}
+
 /// Shows every program to this kernel's verifier, with maps that are gone afterwards. Nothing is attached.
 pub(crate) fn verify() -> Result<(), Error> {
     let small = Sizes {
@@ -232,17 +265,14 @@ pub(crate) fn verify() -> Result<(), Error> {
     let pins = Config::default().pins.with_file_name(format!("orlop-check-{}", std::process::id()));
     let config = Config { pins, sizes: small, ..Config::default() };
     pin::prepare(&config.pins)?;
-    let result = load(&config).and_then(|mut bpf| {
-        for name in SOCKETS.map(|(name, _)| name).into_iter().chain([RELEASE]) {
-            socket_program(&mut bpf, name)?;
-        }
+    let result = parse(&config).and_then(|mut bpf| {
+        socket_programs(&mut bpf)?;
         for name in UPLINK.into_iter().chain(POD) {
             classifier(&mut bpf, name)?;
         }
         xdp(&mut bpf).map(drop)
     });
     pin::remove(&config.pins)?;
-    sys::release_memory();
     result
 }
 
@@ -275,7 +305,7 @@ fn outside(first: u16, last: u16) -> Option<(u16, u16)> {
     [above, between, below].into_iter().find(wide)
 }
 
-fn load(config: &Config) -> Result<Ebpf, Error> {
+fn parse(config: &Config) -> Result<Ebpf, Error> {
     let sizes = &config.sizes;
     EbpfLoader::new()
         // Nothing in the programs depends on the kernel's own types.
@@ -310,31 +340,32 @@ where
         .map_err(|e| Error::Program { program: name, source: Box::new(e) })
 }
 
-/// A program for a cgroup, loaded if it is not yet.
-fn socket_program(bpf: &mut Ebpf, name: &'static str) -> Result<ProgramFd, Error> {
-    let failed = |e| Error::Program { program: name, source: Box::new(e) };
-    let fd = if name == RELEASE {
-        let p: &mut CgroupSock = program(bpf, name)?;
-        if p.fd().is_err() {
-            p.load().map_err(failed)?;
-        }
-        p.fd().map_err(failed)?
-    } else {
+/// The programs for a cgroup, in the order in which they are attached.
+fn socket_programs(bpf: &mut Ebpf) -> Result<Vec<(&'static str, AttachType, ProgramFd)>, Error> {
+    let mut all = Vec::with_capacity(SOCKET_PROGRAMS);
+    for (name, attach) in SOCKETS {
+        let failed = |e| Error::Program { program: name, source: Box::new(e) };
         let p: &mut CgroupSockAddr = program(bpf, name)?;
-        if p.fd().is_err() {
-            p.load().map_err(failed)?;
-        }
-        p.fd().map_err(failed)?
-    };
-    fd.try_clone().map_err(|e| Error::Program { program: name, source: Box::new(e.into()) })
+        p.load().map_err(failed)?;
+        all.push((name, attach, own(p.fd().map_err(failed)?, name)?));
+    }
+    let failed = |e| Error::Program { program: RELEASE, source: Box::new(e) };
+    let p: &mut CgroupSock = program(bpf, RELEASE)?;
+    p.load().map_err(failed)?;
+    all.push((RELEASE, AttachType::Release, own(p.fd().map_err(failed)?, RELEASE)?));
+    Ok(all)
+}
+
+/// A descriptor that outlives the object.
+fn own(fd: &ProgramFd, program: &'static str) -> Result<ProgramFd, Error> {
+    fd.try_clone().map_err(|e| Error::Program { program, source: Box::new(e.into()) })
 }
 
 fn classifier(bpf: &mut Ebpf, name: &'static str) -> Result<ProgramFd, Error> {
     let failed = |e| Error::Program { program: name, source: Box::new(e) };
     let p: &mut SchedClassifier = program(bpf, name)?;
     p.load().map_err(failed)?;
-    let fd = p.fd().map_err(failed)?;
-    fd.try_clone().map_err(|e| Error::Program { program: name, source: Box::new(e.into()) })
+    own(p.fd().map_err(failed)?, name)
 }
 
 fn xdp(bpf: &mut Ebpf) -> Result<ProgramFd, Error> {
@@ -342,8 +373,7 @@ fn xdp(bpf: &mut Ebpf) -> Result<ProgramFd, Error> {
     let failed = |e| Error::Program { program: NAME, source: Box::new(e) };
     let p: &mut Xdp = program(bpf, NAME)?;
     p.load().map_err(failed)?;
-    let fd = p.fd().map_err(failed)?;
-    fd.try_clone().map_err(|e| Error::Program { program: NAME, source: Box::new(e.into()) })
+    own(p.fd().map_err(failed)?, NAME)
 }
 
 /// The program as a handle that outlives the object it was loaded from.

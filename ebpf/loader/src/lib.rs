@@ -17,10 +17,9 @@ use std::path::{Path, PathBuf};
 
 use orlop_ebpf_common::LAYOUT;
 
-pub use attach::{Datapath, SOCKET_PROGRAMS};
+pub use attach::{Datapath, Object, Programs, SOCKET_PROGRAMS};
 pub use maps::{Dump, MapFailure, Maps, Op, Range, RealMaps};
 pub use probe::{Finding, Level, check, verify_programs};
-pub use sys::{keep_memory_small, release_memory};
 
 /// Where the load balancer lives on this machine.
 #[derive(Clone, Debug)]

@@ -204,15 +204,15 @@ fn maps_of_an_older_layout_are_taken_over_and_those_of_a_newer_one_refused() {
     // The same within this layout is nothing that an upgrade makes: refused, with what to do.
     std::fs::remove_file(folder(LAYOUT).join("BACKENDS")).unwrap();
     std::fs::rename(folder(LAYOUT).join("NAMES"), folder(LAYOUT).join("BACKENDS")).unwrap();
-    let refused = Datapath::load(&config).map(drop).unwrap_err().to_string();
+    let refused = Datapath::prepare(&config).map(drop).unwrap_err().to_string();
     assert!(refused.contains("BACKENDS") && refused.contains("orlop proxy cleanup"), "{refused}");
 
     std::fs::rename(folder(LAYOUT), folder(LAYOUT + 1)).unwrap();
-    let refused = Datapath::load(&config).map(drop).unwrap_err().to_string();
+    let refused = Datapath::prepare(&config).map(drop).unwrap_err().to_string();
     assert!(refused.contains("newer version") && refused.contains("orlop proxy cleanup"), "{refused}");
     purge(&config).unwrap();
     assert!(!folder(LAYOUT + 1).exists());
-    Datapath::load(&config).unwrap();
+    Datapath::prepare(&config).unwrap();
     purge(&config).unwrap();
 }
 

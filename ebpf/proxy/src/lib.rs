@@ -29,9 +29,7 @@ pub use addresses::NodePortAddress;
 pub use config_file::ConfigFile;
 pub use desired::Selection;
 pub use inspect::{Question, inspect};
-pub use orlop_ebpf_loader::{
-    Config as DatapathConfig, Finding, Level, Sizes, check, keep_memory_small, verify_programs,
-};
+pub use orlop_ebpf_loader::{Config as DatapathConfig, Finding, Level, Sizes, check, verify_programs};
 
 /// Everything that the proxy is told.
 #[derive(Clone, Debug)]
@@ -90,6 +88,8 @@ pub enum Error {
     ConfigFile { path: PathBuf, message: String },
     #[error("cannot set up the BPF datapath")]
     Datapath(#[from] orlop_ebpf_loader::Error),
+    #[error("loading the BPF programs broke off")]
+    Verifying { source: tokio::task::JoinError },
     #[error("cannot listen on {address}; is another proxy running on this node?")]
     Listen { address: SocketAddr, source: std::io::Error },
     #[error("cannot follow the node's addresses by netlink")]

@@ -14,7 +14,7 @@ use orlop_base::supervise::{Ready, TaskGroup};
 use orlop_base::telemetry::{Metrics, chain};
 use orlop_client::{Refusal, refusal};
 use orlop_ebpf_common::{TCP, UDP, Uplink, config_flags, counters};
-use orlop_ebpf_loader::{Datapath, MapFailure, Maps, RealMaps};
+use orlop_ebpf_loader::{Datapath, MapFailure, Maps, Object, Programs, RealMaps};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
@@ -61,7 +61,7 @@ pub(crate) async fn run(
     let (netlink, connection) = Watch::open().map_err(|source| Error::Netlink { source })?;
     tasks.spawn(stoppable(tasks.stop_token(), connection));
 
-    let datapath = Datapath::load(&config.datapath)?;
+    let (datapath, object) = Datapath::prepare(&config.datapath)?;
     let tables = adopt(&datapath.maps).map_err(|source| Error::Adopt { source })?;
     let datapath = Arc::new(Mutex::new(datapath));
     *pages.refresh.lock() = Some(counter_refresh(datapath.clone(), proxy_metrics.clone()));
@@ -82,14 +82,13 @@ pub(crate) async fn run(
         writes_seen: 0,
         zone: String::new(),
         primary: None,
-        attached: false,
+        programs: None,
         closing: None,
     };
     proxy.follow_node(&netlink).await?;
     let result_tasks = tasks.clone();
     tasks.spawn_essential("proxy", async move {
-        proxy.main(client, netlink, ready, result_tasks.stop_token()).await;
-        Ok::<(), Error>(())
+        proxy.main(client, object, netlink, ready, result_tasks.stop_token()).await
     });
     tasks.run_until_stopped(DRAIN).await?;
     Ok(())
@@ -163,8 +162,8 @@ struct Proxy {
     zone: String,
     /// The addresses by which the cluster knows this node; `None` until it has said so.
     primary: Option<Vec<IpAddr>>,
-    /// The programs run on these maps. Until the maps are full, those of an earlier process go on.
-    attached: bool,
+    /// Programs that wait for the maps to be full. Until they are, those of an earlier process go on.
+    programs: Option<Programs>,
     /// When to look for sockets whose backend is gone.
     closing: Option<tokio::time::Instant>,
 }
@@ -205,10 +204,14 @@ impl Proxy {
     async fn main(
         &mut self,
         client: kube::Client,
+        object: Object,
         mut netlink: Watch,
         ready: Ready,
         stop: CancellationToken,
-    ) {
+    ) -> Result<(), Error> {
+        // The kernel looks at the programs while the lists come in.
+        let mut verifying = tokio::task::spawn_blocking(|| object.load());
+        let mut verified = false;
         let filter = watcher::Config::default().labels(convert::SELECTOR);
         let own = watcher::Config::default().fields(&format!("metadata.name={}", self.config.node_name));
         let watch_slices =
@@ -222,7 +225,7 @@ impl Proxy {
         let mut slices = watch_slices();
         let (mut service_list, mut slice_list) = <(Listing, Listing)>::default();
         let (mut node_list, mut range_list) = <(Listing, Listing)>::default();
-        let mut initial = true;
+        let (mut initial, mut filling) = (true, false);
         // Slices are read with the node's zone in mind, so it comes first; not for ever.
         let mut zone_known = false;
         let patience = tokio::time::Instant::now() + NODE_PATIENCE;
@@ -230,7 +233,11 @@ impl Proxy {
             let (retry, closing, checks) = (self.retry, self.closing, self.checks.retry());
             // All arms are cancel-safe: pinned streams keep their state, and the node's change is looked up anew.
             tokio::select! {
-                () = stop.cancelled() => return,
+                () = stop.cancelled() => return Ok(()),
+                loaded = &mut verifying, if !verified => {
+                    self.programs = Some(loaded.map_err(|source| Error::Verifying { source })??);
+                    verified = true;
+                }
                 e = services.next() => self.service_event(e, &mut service_list),
                 e = slices.next(), if zone_known => self.slice_event(e, &mut slice_list),
                 e = node.next() => {
@@ -257,12 +264,13 @@ impl Proxy {
             if !(service_list.complete && slice_list.complete) {
                 continue;
             }
-            if initial {
+            if !filling {
                 let (names, _) = self.model.names();
                 names.into_iter().for_each(|n| self.model.mark(n));
+                filling = true;
             }
             let clean = self.sync();
-            if initial && clean {
+            if initial && clean && verified {
                 if let Err(e) = self.take_over(&netlink).await {
                     tracing::warn!(error = %chain(&e), "cannot take over from an earlier run, trying again");
                     self.try_later();
@@ -272,7 +280,7 @@ impl Proxy {
                 self.closing = Some(tokio::time::Instant::now());
                 let (frontends, backends) = self.tables.sizes();
                 tracing::info!(frontends, backends, "maps are in step");
-                orlop_ebpf_loader::release_memory();
+                orlop_base::memory::give_back();
             }
             if clean && !initial {
                 self.health.in_step();
@@ -293,9 +301,8 @@ impl Proxy {
         {
             let mut datapath = self.datapath.lock();
             self.tables.drop_orphans(&mut datapath.maps).map_err(|source| Error::Adopt { source })?;
-            datapath.attach()?;
+            datapath.attach(&mut self.programs)?;
         }
-        self.attached = true;
         self.follow_node(netlink).await
     }
 
@@ -438,7 +445,7 @@ impl Proxy {
         let start = Instant::now();
         let shared = self.datapath.clone();
         let mut datapath = shared.lock();
-        let failed = if self.attached {
+        let failed = if datapath.is_attached() {
             self.write(&mut datapath.maps)
         } else {
             self.write_at_once(&mut datapath.maps)
@@ -566,7 +573,7 @@ impl Proxy {
         self.tables
             .sync_locals(&mut datapath.maps, &node.locals)
             .map_err(|source| Error::Locals { source })?;
-        if !self.attached {
+        if !datapath.is_attached() {
             return Ok(());
         }
         let mut wanted = Vec::with_capacity(node.uplinks.len());
