@@ -3,6 +3,7 @@
 # shellcheck shell=sh
 set -eu
 echo 1 >/sys/fs/selinux/enforce
+mkdir -p /var/log/containers
 failed() { echo "debian: $*"; tail -n 30 /var/log/containers/cri.log; dmesg | grep 'avc: *denied' | tail -n 20; exit 1; }
 of_process() { tr -d '\0' <"/proc/$(crictl inspect -o go-template --template '{{.info.pid}}' "$1")/attr/current"; }
 # The program's type says what the server becomes.
@@ -20,17 +21,6 @@ end() {
     while kill -0 "$(cat /run/cri.pid)" 2>/dev/null; do sleep 0.1; done
 }
 echo "named=$(grep -c container_t /etc/selinux/default/contexts/lxc_contexts)"
-mkdir -p /etc/cni/net.d /var/log/containers
-cat >/etc/cni/net.d/10-orlop.conflist <<'JSON'
-{"cniVersion": "1.1.0", "name": "orlop", "plugins": [
-  {"type": "orlop-cni", "mtu": 1500, "capabilities": {"ips": true, "mac": true},
-   "ipam": {"ranges": ["10.244.0.0/24"], "dataDir": "/var/lib/orlop/cni"}}]}
-JSON
-cat >/etc/crictl.yaml <<'YAML'
-runtime-endpoint: unix:///run/orlop/cri.sock
-image-endpoint: unix:///run/orlop/cri.sock
-timeout: 60
-YAML
 orlop image import /vm/busybox.tar || failed "no import"
 echo "plain_server=$(serve)"
 cat >/run/pod.json <<'JSON'

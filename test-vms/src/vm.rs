@@ -29,6 +29,8 @@ const MODULES: [&str; 14] = [
 const PACKAGES: &str = "run `scripts/deps.sh test`";
 const BUSYBOX: &str = "/bin/busybox";
 const MEMORY_MIB: u32 = 1280;
+/// How long a machine may take for all its steps.
+const LIMIT: Duration = Duration::from_secs(480);
 /// How often a machine's messages are looked at for a kernel that hangs.
 const LOOK: Duration = Duration::from_secs(2);
 /// What Debian's packages bring for the bus and for users, without what needs more units than the guest has.
@@ -91,7 +93,7 @@ fn io<T>(what: &Path, result: std::io::Result<T>) -> Result<T, String> {
 }
 
 /// An image of busybox alone, `localhost/busybox:test`, built in `dir` by `orlop image build`.
-pub fn busybox_image(dir: &Path) -> Result<PathBuf, String> {
+fn busybox_image(dir: &Path) -> Result<PathBuf, String> {
     let rootfs = dir.join("rootfs");
     for folder in ["bin", "tmp", "etc"] {
         let path = rootfs.join(folder);
@@ -119,8 +121,9 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Busybox, an init that runs the steps, and the kernel's modules.
-    pub fn new() -> Result<Guest, String> {
+    /// Busybox, an init that runs the steps, the kernel's modules, our programs, crictl, these tools of this machine, and
+    /// `/vm/busybox.tar`.
+    pub fn new(tools: &[&str]) -> Result<Guest, String> {
         let (kernel, modules) = kernel()?;
         let dir = tempfile::Builder::new().prefix("orlop-vm").tempdir().map_err(|e| e.to_string())?;
         let guest = Guest { dir, kernel, steps: Vec::new(), words: String::new() };
@@ -147,7 +150,34 @@ impl Guest {
         guest.text("/etc/resolv.conf", "nameserver 127.0.0.1\n")?;
         guest.modules(&modules)?;
         guest.link("/vm/first", "/vm/run.sh")?;
+        for name in ["orlop", "orlop-monitor", "orlop-cni"] {
+            guest.program(&crate::program(name))?;
+        }
+        for name in tools.iter().chain(&["crictl"]) {
+            guest.program(&on_path(name)?)?;
+        }
+        let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
+        guest.file("/vm/busybox.tar", &busybox_image(dir.path())?)?;
         Ok(guest)
+    }
+
+    /// `/vm/demo-web.tar` and `/vm/demo.yaml`.
+    pub fn demo(&self) -> Result<(), String> {
+        let image = crate::root().join("target/demo/demo-web.tar");
+        if !image.exists() {
+            return Err(format!(
+                "{} is missing; run scripts/demo-image.sh target/demo/demo-web.tar",
+                image.display()
+            ));
+        }
+        self.file("/vm/demo-web.tar", &image)?;
+        self.file("/vm/demo.yaml", &crate::root().join("deploy/demo/demo.yaml"))
+    }
+
+    /// Starts `orlop cri` with `flags`, as the step `cri`.
+    pub fn cri(&mut self, flags: &str) -> Result<(), String> {
+        self.text("/vm/cri-flags", flags)?;
+        self.step("cri", concat!(include_str!("../guest/node.sh"), include_str!("../guest/cri.sh")))
     }
 
     /// Makes systemd the first process, with its bus; the steps run as a service of it.
@@ -313,9 +343,9 @@ impl Guest {
         ))
     }
 
-    /// Boots, runs all steps, and returns what they said. The machine is killed after `limit`; one that is stuck before its first step is
+    /// Boots, runs all steps, and returns what they said. The machine is killed after [`LIMIT`]; one that is stuck before its first step is
     /// started anew within that time.
-    pub fn run(&self, limit: Duration) -> Result<Outcome, String> {
+    pub fn run(&self) -> Result<Outcome, String> {
         let archive = self.archive()?;
         let (console, said) = (self.dir.path().join("console"), self.dir.path().join("said"));
         let text =
@@ -327,7 +357,7 @@ impl Guest {
             if let Some(status) = machine.0.try_wait().map_err(|e| e.to_string())? {
                 break Some(status);
             }
-            if start.elapsed() > limit {
+            if start.elapsed() > LIMIT {
                 break None;
             }
             if looked.elapsed() > LOOK {
@@ -344,7 +374,7 @@ impl Guest {
         match status {
             Some(s) if s.success() => Ok(outcome),
             Some(s) => Err(format!("QEMU ended with {s}\n{outcome}")),
-            None => Err(format!("the machine was killed after {limit:?}\n{outcome}")),
+            None => Err(format!("the machine was killed after {LIMIT:?}\n{outcome}")),
         }
     }
 }

@@ -4,47 +4,33 @@
 mod huge_pages;
 
 use std::sync::LazyLock;
-use std::time::Duration;
 
-use orlop_test_vms::vm::{Guest, Outcome, busybox_image, on_path};
-use orlop_test_vms::{program, root};
-
-const LIMIT: Duration = Duration::from_secs(480);
+use orlop_test_vms::vm::{Guest, Outcome};
 
 fn guest() -> Result<Outcome, String> {
-    let mut guest = Guest::new()?;
-    for name in ["orlop", "orlop-monitor", "orlop-cni"] {
-        guest.program(&program(name))?;
-    }
     // criu has tar and gzip pack what lies in a container's tmpfs.
-    for name in ["crictl", "criu", "tar", "gzip", "crun", "apparmor_parser"] {
-        guest.program(&on_path(name)?)?;
-    }
-    let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
-    guest.file("/vm/busybox.tar", &busybox_image(dir.path())?)?;
-    let demo = root().join("target/demo/demo-web.tar");
-    if !demo.exists() {
-        return Err(format!(
-            "{} is missing; run scripts/demo-image.sh target/demo/demo-web.tar",
-            demo.display()
-        ));
-    }
-    guest.file("/vm/demo-web.tar", &demo)?;
-    guest.file("/vm/demo.yaml", &root().join("deploy/demo/demo.yaml"))?;
+    let mut guest = Guest::new(&["criu", "tar", "gzip", "crun", "apparmor_parser"])?;
+    guest.demo()?;
     guest.step("check", "exec orlop check\n")?;
     guest.step("no-bus", "echo \"said=$(orlop cri --cgroup-driver systemd 2>&1 | tail -n 1)\"\n")?;
-    guest.text("/vm/cri-flags", "--runtime-handler crun=/usr/local/bin/crun")?;
-    guest.step("cri", include_str!("../guest/cri.sh"))?;
+    guest.cri("--runtime-handler crun=/usr/local/bin/crun")?;
     guest.step("pod", include_str!("../guest/pod.sh"))?;
-    guest.file("/vm/huge", &huge_pages::program(dir.path())?)?;
-    guest.kernel_word("hugepages=8");
-    guest.step("limits", include_str!("../guest/limits.sh"))?;
+    huge_pages::step(
+        &mut guest,
+        "limits",
+        &[
+            include_str!("../guest/limits_begin.sh"),
+            include_str!("../guest/v2_limits.sh"),
+            include_str!("../guest/limits_change.sh"),
+            include_str!("../guest/limits_end.sh"),
+        ],
+    )?;
     guest.step("oom", include_str!("../guest/oom.sh"))?;
     guest.step("checkpoint", include_str!("../guest/checkpoint.sh"))?;
     guest.step("crun", include_str!("../guest/crun.sh"))?;
     guest.step("apparmor", include_str!("../guest/apparmor.sh"))?;
     guest.step("up", include_str!("../guest/up.sh"))?;
-    guest.run(LIMIT)
+    guest.run()
 }
 
 /// What the machine said; its end, when something went wrong, is the failure of each test.
@@ -109,6 +95,7 @@ fn huge_pages_are_limited() {
     let pages = (fact("1_page"), fact("2_pages"), fact("3_pages"));
     assert_eq!(pages, ("0", "0", "12"), "12 is ENOMEM");
     assert_eq!((fact("file"), fact("larger"), fact("free")), ("allocated", "refused", "8"));
+    assert_eq!(fact("left"), "", "groups");
 }
 
 #[test]

@@ -3,34 +3,30 @@
 mod huge_pages;
 
 use std::sync::LazyLock;
-use std::time::Duration;
 
-use orlop_test_vms::program;
-use orlop_test_vms::vm::{Guest, Outcome, busybox_image, on_path};
+use orlop_test_vms::vm::{Guest, Outcome};
 
-const LIMIT: Duration = Duration::from_secs(480);
 const MI: u64 = 1 << 20;
 
 fn guest() -> Result<Outcome, String> {
-    let mut guest = Guest::new()?;
-    for name in ["orlop", "orlop-monitor", "orlop-cni"] {
-        guest.program(&program(name))?;
-    }
-    for name in ["crictl", "jq"] {
-        guest.program(&on_path(name)?)?;
-    }
-    let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
-    guest.file("/vm/busybox.tar", &busybox_image(dir.path())?)?;
-    guest.file("/vm/huge", &huge_pages::program(dir.path())?)?;
-    guest.kernel_word("hugepages=8");
+    let mut guest = Guest::new(&["jq"])?;
     guest.text("/vm/cgroups", include_str!("../guest/cgroup_v1.sh"))?;
-    guest.text("/vm/cri-flags", "")?;
     guest.step("check", "exec orlop check\n")?;
-    guest.step("cri", include_str!("../guest/cri.sh"))?;
-    guest.step("v1", include_str!("../guest/v1.sh"))?;
+    guest.cri("")?;
+    huge_pages::step(
+        &mut guest,
+        "v1",
+        &[
+            include_str!("../guest/limits_begin.sh"),
+            include_str!("../guest/v1_limits.sh"),
+            include_str!("../guest/limits_change.sh"),
+            include_str!("../guest/v1_figures.sh"),
+            include_str!("../guest/limits_end.sh"),
+        ],
+    )?;
     guest.step("oom", include_str!("../guest/oom.sh"))?;
     guest.step("up", include_str!("../guest/v1_up.sh"))?;
-    guest.run(LIMIT)
+    guest.run()
 }
 
 fn machine() -> &'static Outcome {

@@ -3,12 +3,9 @@
 use std::path::Path;
 use std::process::Command;
 use std::sync::LazyLock;
-use std::time::Duration;
 
-use orlop_test_vms::vm::{Guest, Outcome, busybox_image, on_path};
-use orlop_test_vms::{program, run};
-
-const LIMIT: Duration = Duration::from_secs(480);
+use orlop_test_vms::run;
+use orlop_test_vms::vm::{Guest, Outcome, on_path};
 
 /// The policy in the kernel's form.
 fn policy(dir: &Path) -> std::path::PathBuf {
@@ -27,24 +24,16 @@ fn policy(dir: &Path) -> std::path::PathBuf {
 }
 
 fn guest() -> Result<Outcome, String> {
-    let mut guest = Guest::new()?;
-    guest.kernel_word("security=selinux");
-    for name in ["orlop", "orlop-monitor", "orlop-cni"] {
-        guest.program(&program(name))?;
-    }
     // Busybox's stat tells no labels.
-    for name in ["crictl", "crun", "stat"] {
-        guest.program(&on_path(name)?)?;
-    }
+    let mut guest = Guest::new(&["crun", "stat"])?;
+    guest.kernel_word("security=selinux");
     let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
-    guest.file("/vm/busybox.tar", &busybox_image(dir.path())?)?;
     guest.file("/vm/policy", &policy(dir.path()))?;
     guest.step("policy", include_str!("../guest/policy.sh"))?;
-    guest.text("/vm/cri-flags", "--runtime-handler crun=/usr/local/bin/crun")?;
-    guest.step("cri", include_str!("../guest/cri.sh"))?;
+    guest.cri("--runtime-handler crun=/usr/local/bin/crun")?;
     guest.step("selinux", include_str!("../guest/selinux.sh"))?;
     guest.step("up", include_str!("../guest/selinux_up.sh"))?;
-    guest.run(LIMIT)
+    guest.run()
 }
 
 fn machine() -> &'static Outcome {

@@ -3,12 +3,9 @@
 use std::path::Path;
 use std::process::Command;
 use std::sync::LazyLock;
-use std::time::Duration;
 
-use orlop_test_vms::vm::{Guest, Outcome, busybox_image, on_path};
-use orlop_test_vms::{program, root, run};
-
-const LIMIT: Duration = Duration::from_secs(480);
+use orlop_test_vms::vm::{Guest, Outcome};
+use orlop_test_vms::{root, run};
 
 fn unpacked() -> std::path::PathBuf {
     let tools = std::env::var_os("ORLOP_TOOLS").unwrap_or_else(|| "/var/cache/orlop-tools".into());
@@ -16,17 +13,10 @@ fn unpacked() -> std::path::PathBuf {
 }
 
 fn guest() -> Result<Outcome, String> {
-    let mut guest = Guest::new()?;
-    guest.kernel_word("security=selinux");
-    for name in ["orlop", "orlop-monitor", "orlop-cni"] {
-        guest.program(&program(name))?;
-    }
     // Busybox's stat tells no labels.
-    for name in ["crictl", "stat", "setfiles", "runcon", "chcon"] {
-        guest.program(&on_path(name)?)?;
-    }
+    let mut guest = Guest::new(&["stat", "setfiles", "runcon", "chcon"])?;
+    guest.kernel_word("security=selinux");
     let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
-    guest.file("/vm/busybox.tar", &busybox_image(dir.path())?)?;
     run(Command::new(root().join("scripts/selinux-policy.sh")).arg(dir.path().join("policy")));
     for policy in ["plain", "containers"] {
         for name in ["policy", "file_contexts"] {
@@ -40,10 +30,14 @@ fn guest() -> Result<Outcome, String> {
         let substitutions = format!("/vm/{policy}/file_contexts.subs_dist");
         guest.file(&substitutions, &contexts.join("files/file_contexts.subs_dist"))?;
     }
-    let parts = [include_str!("../guest/selinux_debian.sh"), include_str!("../guest/selinux_containers.sh")];
+    let parts = [
+        include_str!("../guest/node.sh"),
+        include_str!("../guest/selinux_debian.sh"),
+        include_str!("../guest/selinux_containers.sh"),
+    ];
     guest.text("/vm/enforced", &parts.concat())?;
     guest.step("debian", include_str!("../guest/selinux_load.sh"))?;
-    guest.run(LIMIT)
+    guest.run()
 }
 
 fn machine() -> &'static Outcome {

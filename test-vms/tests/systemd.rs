@@ -1,29 +1,17 @@
 //! The systemd cgroup driver under systemd itself, the first process of a machine under QEMU, booted once.
 
 use std::sync::LazyLock;
-use std::time::Duration;
 
-use orlop_test_vms::vm::{Guest, Outcome, busybox_image, on_path};
-use orlop_test_vms::{program, root};
-
-const LIMIT: Duration = Duration::from_secs(480);
+use orlop_test_vms::vm::{Guest, Outcome};
 
 fn guest() -> Result<Outcome, String> {
-    let mut guest = Guest::new()?;
+    let mut guest = Guest::new(&[])?;
     guest.with_systemd()?;
-    for name in ["orlop", "orlop-monitor", "orlop-cni"] {
-        guest.program(&program(name))?;
-    }
-    guest.program(&on_path("crictl")?)?;
-    let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
-    guest.file("/vm/busybox.tar", &busybox_image(dir.path())?)?;
-    guest.file("/vm/demo-web.tar", &root().join("target/demo/demo-web.tar"))?;
-    guest.file("/vm/demo.yaml", &root().join("deploy/demo/demo.yaml"))?;
-    guest.text("/vm/cri-flags", "--cgroup-driver systemd")?;
-    guest.step("cri", include_str!("../guest/cri.sh"))?;
+    guest.demo()?;
+    guest.cri("--cgroup-driver systemd")?;
     guest.step("pods", include_str!("../guest/systemd/pods.sh"))?;
     guest.step("up", include_str!("../guest/systemd/up.sh"))?;
-    guest.run(LIMIT)
+    guest.run()
 }
 
 fn fact(step: &str, key: &str) -> &'static str {

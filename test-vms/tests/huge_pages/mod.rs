@@ -1,10 +1,10 @@
-//! A program that maps huge pages.
+//! A machine with huge pages, and a program that maps them.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
 
 use orlop_base::testkit::elf_program;
+use orlop_test_vms::vm::Guest;
 
 /// For x86-64, without a C library.
 fn maps_huge_pages() -> Vec<u8> {
@@ -23,10 +23,18 @@ fn maps_huge_pages() -> Vec<u8> {
     elf_program(code)
 }
 
-/// Made in `dir`: it maps as many huge pages as it has arguments, itself the first, and touches each; it ends with the error number.
-pub fn program(dir: &Path) -> Result<PathBuf, String> {
-    let path = dir.join("huge");
+/// `/vm/huge` maps as many huge pages as it has arguments, itself the first, and touches each; it ends with the error number.
+fn program(guest: &Guest) -> Result<(), String> {
+    let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
+    let path = dir.path().join("huge");
     fs::write(&path, maps_huge_pages()).map_err(|e| e.to_string())?;
     fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).map_err(|e| e.to_string())?;
-    Ok(path)
+    guest.file("/vm/huge", &path)
+}
+
+/// Adds a step of several scripts, and what they need: eight huge pages and `/vm/huge`.
+pub fn step(guest: &mut Guest, name: &str, scripts: &[&str]) -> Result<(), String> {
+    program(guest)?;
+    guest.kernel_word("hugepages=8");
+    guest.step(name, &scripts.concat())
 }
