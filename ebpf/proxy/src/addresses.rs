@@ -4,13 +4,17 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 
-use futures::TryStreamExt;
 use futures::channel::mpsc::UnboundedReceiver;
+use futures::{StreamExt, TryStreamExt};
 use ipnet::IpNet;
 use netlink_packet_route::address::{AddressAttribute, AddressScope};
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType};
 use orlop_ebpf_common::{Addr, Uplink, addr_from, config_flags, local_flags, uplink_flags};
 use rtnetlink::{Handle, MulticastGroup};
+use tokio::time::{Duration, Instant};
+
+/// Changes come in groups, as when an interface is set up: they are looked at together.
+const TOGETHER: Duration = Duration::from_millis(20);
 
 /// An interface that is up, with its addresses.
 #[derive(Clone, Debug, PartialEq)]
@@ -133,13 +137,15 @@ pub fn decide(
     node
 }
 
+type Message = (
+    rtnetlink::packet_core::NetlinkMessage<netlink_packet_route::RouteNetlinkMessage>,
+    rtnetlink::sys::SocketAddr,
+);
+
 /// Reads interfaces, and says when they may have changed.
 pub struct Watch {
     handle: Handle,
-    messages: UnboundedReceiver<(
-        rtnetlink::packet_core::NetlinkMessage<netlink_packet_route::RouteNetlinkMessage>,
-        rtnetlink::sys::SocketAddr,
-    )>,
+    changes: Changes<Message>,
 }
 
 impl Watch {
@@ -150,19 +156,12 @@ impl Watch {
             MulticastGroup::Ipv4Ifaddr,
             MulticastGroup::Ipv6Ifaddr,
         ])?;
-        Ok((Watch { handle, messages }, connection))
+        Ok((Watch { handle, changes: Changes { messages, due: None } }, connection))
     }
 
-    /// Returns after something changed and nothing more came for a moment. Cancel-safe: a change seen before is
-    /// forgotten only when this returns or when more changes follow, which wake it again.
+    /// Returns a moment after something changed. Cancel-safe.
     pub async fn changed(&mut self) {
-        use futures::StreamExt;
-        if self.messages.next().await.is_none() {
-            return std::future::pending().await;
-        }
-        while let Ok(Some(_)) =
-            tokio::time::timeout(std::time::Duration::from_millis(20), self.messages.next()).await
-        {}
+        self.changes.next().await;
     }
 
     /// All interfaces that are up.
@@ -226,6 +225,35 @@ impl Watch {
     }
 }
 
+/// Messages that something changed, and when to say so.
+struct Changes<T> {
+    messages: UnboundedReceiver<T>,
+    /// Set by the first message since the last time, and not moved by others: they may never end.
+    due: Option<Instant>,
+}
+
+impl<T> Changes<T> {
+    /// Cancel-safe: what was heard stays noted until this returns.
+    async fn next(&mut self) {
+        loop {
+            tokio::select! {
+                biased;
+                () = sleep_until(self.due) => break,
+                Some(_) = self.messages.next() => drop(self.due.get_or_insert_with(|| Instant::now() + TOGETHER)),
+            }
+        }
+        self.due = None;
+    }
+}
+
+/// For ever without a time.
+pub async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -241,6 +269,36 @@ mod tests {
             ethernet: true,
             addresses: addresses.iter().map(|a| (a.parse().unwrap(), !a.starts_with("127"))).collect(),
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn changes_are_told_whatever_else_happens() {
+        let (tell, messages) = futures::channel::mpsc::unbounded();
+        let mut changes = Changes { messages, due: None };
+        let told = |c: &mut Changes<()>| {
+            futures::FutureExt::now_or_never(tokio::task::unconstrained(c.next())).is_some()
+        };
+        assert!(!told(&mut changes), "nothing has happened");
+        // Messages that never end, and a caller who never waits long.
+        let begin = Instant::now();
+        let mut times = Vec::new();
+        while times.len() < 2 {
+            tell.unbounded_send(()).unwrap();
+            if told(&mut changes) {
+                times.push(begin.elapsed());
+            }
+            tokio::time::advance(TOGETHER / 4).await;
+        }
+        // Clocks go by milliseconds.
+        assert!(times[0] >= TOGETHER && times[0] < TOGETHER * 2 && times[1] < TOGETHER * 4, "{times:?}");
+        // One that was heard by a call that was given up is told by the next one.
+        while told(&mut changes) {}
+        tokio::time::advance(TOGETHER).await;
+        while told(&mut changes) {}
+        tell.unbounded_send(()).unwrap();
+        assert!(!told(&mut changes));
+        changes.next().await;
+        assert!(!told(&mut changes), "once");
     }
 
     fn names(n: &Node) -> Vec<&str> {

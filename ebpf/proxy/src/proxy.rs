@@ -18,7 +18,7 @@ use orlop_ebpf_loader::{Datapath, MapFailure, Maps, Object, Programs, RealMaps};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
-use crate::addresses::{self, Watch};
+use crate::addresses::{self, Watch, sleep_until};
 use crate::desired::desired;
 use crate::gather::Gather;
 use crate::health::{self, Health, NodePortChecks, Pages};
@@ -231,7 +231,7 @@ impl Proxy {
         let patience = tokio::time::Instant::now() + NODE_PATIENCE;
         loop {
             let (retry, closing, checks) = (self.retry, self.closing, self.checks.retry());
-            // All arms are cancel-safe: pinned streams keep their state, and the node's change is looked up anew.
+            // All arms are cancel-safe: pinned streams and the watch of the node's interfaces keep their state.
             tokio::select! {
                 () = stop.cancelled() => return Ok(()),
                 loaded = &mut verifying, if !verified => {
@@ -639,11 +639,4 @@ fn unavailable(e: &watcher::Error) -> Option<&str> {
         _ => return None,
     };
     [403, 404].contains(&status.code).then_some(&status.message)
-}
-
-async fn sleep_until(at: Option<tokio::time::Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
-    }
 }

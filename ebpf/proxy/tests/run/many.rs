@@ -125,7 +125,7 @@ async fn many_interfaces_and_addresses_are_served() {
 }
 
 /// Runs the proxy in the node's namespace until it is ready, or says why it ended.
-async fn in_node(node: &Node, config: &Config) -> Result<CancellationToken, String> {
+pub async fn in_node(node: &Node, config: &Config) -> Result<CancellationToken, String> {
     let (stop, ready, config) = (CancellationToken::new(), Ready::default(), config.clone());
     let (stopped, is_ready) = (stop.clone(), ready.clone());
     let (tell, end) = tokio::sync::oneshot::channel();

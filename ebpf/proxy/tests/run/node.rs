@@ -7,6 +7,8 @@ use orlop_ebpf_common::{SERVICE_RANGE, addr_to, local_flags};
 use orlop_ebpf_loader::{Dump, Maps, RealMaps};
 use orlop_proxy::NodePortAddress;
 
+use super::many::in_node;
+use super::topology::{Node, ip};
 use super::*;
 
 fn dump(place: &Place) -> Dump {
@@ -116,4 +118,65 @@ async fn node_ports_answer_on_the_addresses_of_the_node_object() {
     become_(BTreeSet::new()).await;
     stop.cancel();
     task.await.unwrap().unwrap();
+}
+
+/// Interfaces and addresses that come while Services, and other addresses, change without a pause.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_interfaces_and_addresses_are_served_however_much_else_changes() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let place = Place::new(api.address);
+    let mut node = Node::new("me", &place);
+    node.config.uplinks.clear();
+    node.config.pod_packets = true;
+    let address = api.address;
+    api.listen(node.run(move || TcpListener::bind(address).unwrap()));
+    let stop = in_node(&node, &node.config).await.unwrap();
+    let maps = || RealMaps::open(&node.config.datapath.pins).unwrap();
+    let has = |address: &str| {
+        let wanted: IpAddr = address.parse().unwrap();
+        maps().dump().unwrap().locals.keys().any(|a| addr_to(a) == wanted)
+    };
+
+    let over = CancellationToken::new();
+    let (changing, done) = (api.clone(), over.clone());
+    let services = tokio::spawn(async move {
+        for i in 0u32.. {
+            let affinity = ["None", "ClientIP"][i as usize % 2];
+            changing.put("services", service("w", "10.74.96.1", json!({"sessionAffinity": affinity})));
+            if done.is_cancelled() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    });
+    ip(&format!("-n {} addr add 10.74.3.1/32 dev lo", node.netns));
+    ip(&format!("-n {0} link add c0 type veth peer name c1", node.netns));
+    ip(&format!("-n {} link set c0 up", node.netns));
+    wait_until("the address is known", PATIENCE, || async { has("10.74.3.1").then_some(()) }).await;
+    wait_until("the interface is served", PATIENCE, || async {
+        (!maps().uplinks().is_empty()).then_some(())
+    })
+    .await;
+
+    let (netns, done) = (node.netns.clone(), over.clone());
+    let addresses = std::thread::spawn(move || {
+        while !done.is_cancelled() {
+            ip(&format!("-n {netns} addr add 10.74.3.9/32 dev lo"));
+            ip(&format!("-n {netns} addr del 10.74.3.9/32 dev lo"));
+        }
+    });
+    ip(&format!("-n {} addr del 10.74.3.1/32 dev lo", node.netns));
+    ip(&format!("-n {} addr add 10.74.3.2/32 dev lo", node.netns));
+    ip(&format!("-n {} link del c0", node.netns));
+    wait_until("the new address is known, the old one not", PATIENCE, || async {
+        (has("10.74.3.2") && !has("10.74.3.1")).then_some(())
+    })
+    .await;
+    wait_until("the interface is gone", PATIENCE, || async { maps().uplinks().is_empty().then_some(()) })
+        .await;
+    over.cancel();
+    services.await.unwrap();
+    addresses.join().unwrap();
+    stop.cancel();
 }
