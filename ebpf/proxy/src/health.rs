@@ -1,7 +1,7 @@
 //! /healthz and /livez as kube-proxy answers them (load balancers ask for it), /metrics, and the health check node
 //! ports of Services with externalTrafficPolicy Local.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -145,6 +145,8 @@ type Answer = Arc<dyn Fn(&str) -> Response<Full<Bytes>> + Send + Sync>;
 
 /// Connections at a time: health checkers and scrapers are few.
 const MAX_CONNECTIONS: usize = 64;
+/// How long a connection may take from its beginning to the end of its only answer.
+const CONNECTION: Duration = Duration::from_secs(10);
 
 async fn accept(
     listener: TcpListener,
@@ -152,9 +154,9 @@ async fn accept(
     tasks: TaskGroup,
     stop: CancellationToken,
 ) -> Result<(), std::io::Error> {
-    let places = Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
+    // Who asks does so at once, so that the oldest is the last to be missed: silent ones keep nobody out.
+    let mut open: VecDeque<CancellationToken> = VecDeque::with_capacity(MAX_CONNECTIONS);
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return Ok(()) };
         // Cancel-safe: a connection is either accepted or still in the backlog.
         let stream = tokio::select! {
             () = stop.cancelled() => return Ok(()),
@@ -167,19 +169,31 @@ async fn accept(
                 }
             },
         };
-        let (answer, stop) = (answer.clone(), stop.clone());
+        open.retain(|over| !over.is_cancelled());
+        if open.len() >= MAX_CONNECTIONS
+            && let Some(oldest) = open.pop_front()
+        {
+            oldest.cancel();
+        }
+        let over = stop.child_token();
+        open.push_back(over.clone());
+        let answer = answer.clone();
         tasks.spawn(async move {
             let service = service_fn(move |r: Request<hyper::body::Incoming>| {
                 let response = answer(r.uri().path());
                 async move { Ok::<_, Infallible>(response) }
             });
-            let connection =
-                hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+            let mut server = hyper::server::conn::http1::Builder::new();
+            let connection = server.keep_alive(false).serve_connection(TokioIo::new(stream), service);
             tokio::select! {
-                () = stop.cancelled() => {}
-                r = connection => if let Err(e) = r { tracing::debug!(error = %e, "health connection"); },
+                () = over.cancelled() => {}
+                r = tokio::time::timeout(CONNECTION, connection) => match r {
+                    Ok(Ok(())) => {}
+                    Ok(Err(e)) => tracing::debug!(error = %e, "health connection"),
+                    Err(_) => tracing::debug!("a health connection took too long"),
+                },
             }
-            drop(place);
+            over.cancel();
         });
     }
 }

@@ -90,6 +90,32 @@ async fn health_check_ports_follow_their_services() {
     purge(&place.config).unwrap();
 }
 
+/// Connections that say nothing, more than there are places: who asks is answered all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silent_connections_keep_nobody_from_an_answer() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let place = Place::new(api.address);
+    let port = free_port();
+    api.put("services", local("a", "127.96.21.1", port));
+    let (stop, task) = start(&place.config).await;
+    answers_for(port, "a", 0).await;
+    let health_address = place.config.health_address.unwrap();
+    let silent: Vec<_> = [health_address, SocketAddr::from(([127, 0, 0, 1], port))]
+        .into_iter()
+        .flat_map(|at| (0..100).map(move |_| std::net::TcpStream::connect(at).unwrap()))
+        .collect();
+    for _ in 0..3 {
+        let page = tokio::time::timeout(PATIENCE, health(health_address, "/healthz")).await.unwrap();
+        assert!(page.starts_with("HTTP/1.1 200"), "{page}");
+        answers_for(port, "a", 0).await;
+    }
+    drop(silent);
+    stop.cancel();
+    task.await.unwrap().unwrap();
+    purge(&place.config).unwrap();
+}
+
 /// Load balancers are told when the node goes, those who would restart the proxy are not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_goes_says_so() {
