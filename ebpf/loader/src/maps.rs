@@ -109,10 +109,14 @@ pub trait Maps {
     /// Carries out one change.
     fn apply(&mut self, op: &Op) -> Result<(), MapFailure>;
     /// Carries out many changes that put entries, none twice: backends first, then what leads to them, frontends last.
-    /// After a failure any part of them has been carried out.
+    /// After a failure any part of them has been carried out. Programs may find new frontends only after [`Maps::show`].
     fn put_all(&mut self, mut ops: Vec<Op>) -> Result<(), MapFailure> {
         ops.sort_by_key(rank);
         ops.iter().try_for_each(|op| self.apply(op))
+    }
+    /// Lets programs find what [`Maps::put_all`] has put.
+    fn show(&mut self) -> Result<(), MapFailure> {
+        Ok(())
     }
     /// Reads everything back.
     fn dump(&self) -> Result<Dump, MapFailure>;

@@ -169,22 +169,34 @@ pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     bpf(OBJ_GET, &mut attr).map(owned)
 }
 
-/// All entries of a hash map of at most `capacity` entries.
+/// All entries of a map of at most `capacity` entries.
 pub fn lookup_batch<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, capacity: u32) -> io::Result<Vec<(K, V)>> {
-    // A batch must hold the longest bucket; few are longer than one or two.
-    const STEP: usize = 4096;
     let mut out = Vec::new();
-    let mut keys: Vec<std::mem::MaybeUninit<K>> = Vec::with_capacity(STEP);
-    let mut values: Vec<std::mem::MaybeUninit<V>> = Vec::with_capacity(STEP);
-    let (mut position, mut first) = (0u64, true);
-    while first || out.len() <= capacity as usize {
+    lookup_batches(map, capacity, 1, |k, v: &[V]| out.push((k, v[0])))?;
+    Ok(out)
+}
+
+/// Passes on all entries of a map of at most `capacity` entries, which has so many values for each key: one, or one of every
+/// possible CPU.
+pub fn lookup_batches<K: aya::Pod, V: aya::Pod>(
+    map: BorrowedFd<'_>,
+    capacity: u32,
+    values_each: usize,
+    mut each: impl FnMut(K, &[V]),
+) -> io::Result<()> {
+    // A batch must hold the longest bucket; few are longer than one or two.
+    let step = (4096 / values_each.max(1)).max(256);
+    let mut keys: Vec<std::mem::MaybeUninit<K>> = Vec::with_capacity(step);
+    let mut values: Vec<std::mem::MaybeUninit<V>> = Vec::with_capacity(step * values_each);
+    let (mut position, mut first, mut seen) = (0u64, true, 0);
+    while first || seen <= capacity as usize {
         let mut next = 0u64;
         let mut attr = Batch {
             in_batch: if first { 0 } else { std::ptr::from_ref(&position) as u64 },
             out_batch: std::ptr::from_mut(&mut next) as u64,
             keys: keys.as_mut_ptr() as u64,
             values: values.as_mut_ptr() as u64,
-            count: STEP as u32,
+            count: step as u32,
             map_fd: map.as_raw_fd() as u32,
             ..Batch::default()
         };
@@ -193,16 +205,23 @@ pub fn lookup_batch<K: aya::Pod, V: aya::Pod>(map: BorrowedFd<'_>, capacity: u32
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) => true,
             Err(e) => return Err(e),
         };
-        for i in 0..(attr.count as usize).min(STEP) {
-            // SAFETY: within the capacity reserved above, and the kernel has filled `count` of them with plain data.
-            out.push(unsafe { (*keys.as_ptr().add(i).cast::<K>(), *values.as_ptr().add(i).cast::<V>()) });
+        let count = (attr.count as usize).min(step);
+        for i in 0..count {
+            // SAFETY: within the capacity reserved above, and the kernel has filled `count` of them with plain data, with
+            // `values_each` values for each.
+            let (key, of_key) = unsafe {
+                let of_key = values.as_ptr().add(i * values_each).cast::<V>();
+                (*keys.as_ptr().add(i).cast::<K>(), std::slice::from_raw_parts(of_key, values_each))
+            };
+            each(key, of_key);
         }
+        seen += count;
         if end {
             break;
         }
         (position, first) = (next, false);
     }
-    Ok(out)
+    Ok(())
 }
 
 /// Adds or replaces entries, in this order. `values` has the same number for each key: one, or one of every possible CPU.

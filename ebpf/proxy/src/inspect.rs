@@ -43,7 +43,7 @@ pub fn inspect(pins: &Path, question: &Question) -> Result<String, Error> {
     let view = View { maps, dump };
     match question {
         Question::Status => view.status(pins),
-        Question::Services => Ok(view.services()),
+        Question::Services => view.services(),
         Question::Backends => Ok(view.backends()),
         Question::Flows { service } => view.flows(service.as_deref()),
         Question::Trace { to, udp, outside } => view.trace(*to, *udp, *outside),
@@ -181,8 +181,9 @@ impl View {
         Ok(out)
     }
 
-    fn services(&self) -> String {
-        let stats: HashMap<u32, orlop_ebpf_common::Stats> = self.maps.stats().into_iter().collect();
+    fn services(&self) -> Result<String, Error> {
+        let stats = self.maps.stats().map_err(read)?;
+        let stats: HashMap<u32, orlop_ebpf_common::Stats> = stats.into_iter().collect();
         let mut by_service: BTreeMap<String, Vec<(&FrontendKey, &FrontendValue)>> = BTreeMap::new();
         for (k, v) in &self.dump.frontends {
             by_service.entry(self.service(v.service)).or_default().push((k, v));
@@ -201,7 +202,7 @@ impl View {
                 push(&mut out, &format!("  {} -> {to}{}", frontend_name(k), flag_names(v)));
             }
         }
-        out
+        Ok(out)
     }
 
     fn backends(&self) -> String {

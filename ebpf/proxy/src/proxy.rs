@@ -127,8 +127,9 @@ fn counter_refresh(datapath: Arc<Mutex<Datapath>>, m: ProxyMetrics) -> health::R
         // Service ports that are gone go from the page too.
         m.service_connections.clear();
         m.service_refusals.clear();
-        for (number, s) in d.maps.stats() {
-            let Some(service) = d.maps.service_name(number) else { continue };
+        let names = d.maps.service_names().unwrap_or_default();
+        for (number, s) in d.maps.stats().unwrap_or_default() {
+            let Some(service) = names.get(&number).cloned() else { continue };
             let port = ServicePort { service };
             m.service_connections.get_or_create(&port).set(s.connections as i64);
             m.service_refusals.get_or_create(&port).set(s.refused as i64);
@@ -483,7 +484,7 @@ impl Proxy {
     fn write_at_once(&mut self, maps: &mut RealMaps) -> Vec<Name> {
         let mut all = Gather::new(maps);
         let failed = self.write(&mut all);
-        let error = match all.flush() {
+        let error = match all.finish() {
             Ok(()) if failed.is_empty() => return failed,
             Ok(()) => None,
             Err(e) => Some(e),

@@ -30,37 +30,35 @@ const REPLACE: u64 = 2;
 /// Handles of the kernel's maps.
 pub struct RealMaps {
     config: Array<MapData, Config>,
-    frontends: Table<FrontendKey, FrontendValue>,
-    slots: Table<SlotKey, u32>,
-    members: Table<SlotKey, u32>,
-    backends: Table<u32, Backend>,
+    frontends: Bulk<FrontendKey, FrontendValue>,
+    slots: Bulk<SlotKey, u32>,
+    members: Bulk<SlotKey, u32>,
+    backends: Bulk<u32, Backend>,
     maglev: Table<u32, MaglevTable>,
-    locals: Table<Addr, u32>,
+    locals: Bulk<Addr, u32>,
     uplinks: Table<u32, Uplink>,
-    names: Table<u32, ServiceName>,
+    names: Bulk<u32, ServiceName>,
     ranges: LpmTrie<MapData, RangeKey, u32>,
     stats: PerCpuHashMap<MapData, u32, Stats>,
-    connections: Flows<CtKey, CtValue>,
-    reverse: Flows<SockKey, SockReverse>,
-    sent: Flows<SockKey, SockReverse>,
-    affinity: Flows<AffinityKey, AffinityValue>,
+    stats_all: Handle,
+    connections: Bulk<CtKey, CtValue>,
+    reverse: Bulk<SockKey, SockReverse>,
+    sent: Bulk<SockKey, SockReverse>,
+    affinity: Bulk<AffinityKey, AffinityValue>,
     counters: PerCpuArray<MapData, u64>,
-    flows: Flows<SockKey, SockFlow>,
+    flows: Bulk<SockKey, SockFlow>,
     /// The filter, kept by who changes frontends.
-    listed: Option<(Array<MapData, u64>, Listed)>,
+    filter: Option<Filter>,
     /// Programs are loaded with it.
     _clients: Option<Array<MapData, u32>>,
-    /// Descriptors of the maps that are written in one go.
-    batch: Batch,
     cpus: usize,
 }
 
-struct Batch {
-    frontends: OwnedFd,
-    slots: OwnedFd,
-    backends: OwnedFd,
-    names: OwnedFd,
-    stats: OwnedFd,
+/// Where programs look for frontends.
+struct Filter {
+    words: Array<MapData, u64>,
+    all: Handle,
+    listed: Listed,
 }
 
 /// Where handles come from: a loaded object, or pins.
@@ -88,41 +86,32 @@ fn take<T: TryFrom<Map, Error = MapError>>(from: &mut dyn Source, name: &'static
     T::try_from(from.map(name)?).map_err(|source| Error::Map { name, source: Box::new(source) })
 }
 
-/// The same, and a descriptor of the map.
-fn take_with_fd<T: TryFrom<Map, Error = MapError>>(
+/// The same, and a handle of the map as a whole.
+fn take_whole<T: TryFrom<Map, Error = MapError>>(
     from: &mut dyn Source,
     name: &'static str,
-) -> Result<(T, OwnedFd), Error> {
+) -> Result<(T, Handle), Error> {
     let failed = |source| Error::Map { name, source: Box::new(source) };
     let map = from.map(name)?;
-    let (Map::HashMap(data) | Map::PerCpuHashMap(data)) = &map else { return Err(Error::Missing { name }) };
+    let (Map::HashMap(data) | Map::LruHashMap(data) | Map::PerCpuHashMap(data) | Map::Array(data)) = &map
+    else {
+        return Err(Error::Missing { name });
+    };
     let fd = data.fd().as_fd().try_clone_to_owned().map_err(|e| failed(e.into()))?;
-    Ok((T::try_from(map).map_err(failed)?, fd))
+    let capacity = data.info().map_err(failed)?.max_entries();
+    Ok((T::try_from(map).map_err(failed)?, Handle { name, fd, capacity }))
 }
 
 impl RealMaps {
     pub(crate) fn take(bpf: &mut Ebpf) -> Result<RealMaps, Error> {
         let mut maps = RealMaps::from(bpf)?;
-        maps.listed = Some((take(bpf, "FILTER")?, Listed::new([])));
-        maps.list_anew().map_err(|e| written("FILTER", e))?;
+        let (words, all) = take_whole(bpf, "FILTER")?;
+        maps.filter = Some(Filter { words, all, listed: Listed::new([]) });
+        maps.show().map_err(|e| written("FILTER", e))?;
         let mut clients = take(bpf, "CLIENTS")?;
         maps.note_clients(&mut clients).map_err(|e| written("CLIENTS", e))?;
         maps._clients = Some(clients);
         Ok(maps)
-    }
-
-    /// Brings the filter in step with the frontends that are there.
-    fn list_anew(&mut self) -> Result<(), MapFailure> {
-        let Some((table, listed)) = &mut self.listed else { return Ok(()) };
-        let all = sys::lookup_batch::<FrontendKey, FrontendValue>(self.batch.frontends.as_fd(), u32::MAX)
-            .map_err(|e| MapFailure::Syscall { map: "FRONTENDS", source: Box::new(e) })?;
-        *listed = Listed::new(all.iter().map(|(k, _)| k));
-        for (i, word) in (0..).zip(listed.words()) {
-            if table.get(&i, 0).map_err(|e| failure("FILTER", e))? != *word {
-                list(table, Some((i, *word)))?;
-            }
-        }
-        Ok(())
     }
 
     /// Connections of an earlier version's programs, which took no note of their clients.
@@ -141,30 +130,30 @@ impl RealMaps {
     /// Programs look for a frontend only where one is listed, so that comes first.
     fn put_frontend(&mut self, k: &FrontendKey, v: FrontendValue) -> Result<(), MapFailure> {
         let failed = |e| failure("FRONTENDS", e);
-        let Some((table, listed)) = &mut self.listed else {
-            return self.frontends.insert(k, v, 0).map_err(failed);
-        };
-        match self.frontends.insert(k, v, REPLACE) {
+        let frontends = &mut self.frontends.table;
+        let Some(filter) = &mut self.filter else { return frontends.insert(k, v, 0).map_err(failed) };
+        match frontends.insert(k, v, REPLACE) {
             Err(MapError::SyscallError(e)) if e.io_error.raw_os_error() == Some(libc::ENOENT) => {}
             r => return r.map_err(failed),
         }
-        list(table, listed.add(k))?;
-        let put = self.frontends.insert(k, v, NEW).map_err(failed);
+        let word = filter.listed.add(k);
+        filter.write(word)?;
+        let put = frontends.insert(k, v, NEW).map_err(failed);
         if put.is_err() {
-            list(table, listed.remove(k))?;
+            let word = filter.listed.remove(k);
+            filter.write(word)?;
         }
         put
     }
 
     fn del_frontend(&mut self, k: &FrontendKey) -> Result<(), MapFailure> {
-        match self.frontends.remove(k) {
+        match self.frontends.table.remove(k) {
             Ok(()) => {}
             r => return missing("FRONTENDS", r),
         }
-        match &mut self.listed {
-            Some((table, listed)) => list(table, listed.remove(k)),
-            None => Ok(()),
-        }
+        let Some(filter) = &mut self.filter else { return Ok(()) };
+        let word = filter.listed.remove(k);
+        filter.write(word)
     }
 
     /// The maps of a load balancer that somebody else runs, or that runs by itself.
@@ -177,38 +166,28 @@ impl RealMaps {
     }
 
     fn from(s: &mut dyn Source) -> Result<RealMaps, Error> {
-        let (frontends, frontends_fd) = take_with_fd(s, "FRONTENDS")?;
-        let (slots, slots_fd) = take_with_fd(s, "SLOTS")?;
-        let (backends, backends_fd) = take_with_fd(s, "BACKENDS")?;
-        let (names, names_fd) = take_with_fd(s, "NAMES")?;
-        let (stats, stats_fd) = take_with_fd(s, "STATS")?;
+        let (stats, stats_all) = take_whole(s, "STATS")?;
         Ok(RealMaps {
             config: take(s, "CONFIG")?,
-            frontends,
-            slots,
-            members: take(s, "MEMBERS")?,
-            backends,
+            frontends: Bulk::take(s, "FRONTENDS")?,
+            slots: Bulk::take(s, "SLOTS")?,
+            members: Bulk::take(s, "MEMBERS")?,
+            backends: Bulk::take(s, "BACKENDS")?,
             maglev: take(s, "MAGLEV")?,
-            locals: take(s, "LOCAL_ADDRS")?,
+            locals: Bulk::take(s, "LOCAL_ADDRS")?,
             uplinks: take(s, "UPLINKS")?,
-            names,
+            names: Bulk::take(s, "NAMES")?,
             ranges: take(s, "RANGES")?,
             stats,
-            connections: Flows::take(s, "CONNECTIONS")?,
-            reverse: Flows::take(s, "SOCK_REVERSE")?,
-            sent: Flows::take(s, "SOCK_SENT")?,
-            affinity: Flows::take(s, "AFFINITY")?,
+            stats_all,
+            connections: Bulk::take(s, "CONNECTIONS")?,
+            reverse: Bulk::take(s, "SOCK_REVERSE")?,
+            sent: Bulk::take(s, "SOCK_SENT")?,
+            affinity: Bulk::take(s, "AFFINITY")?,
             counters: take(s, "COUNTERS")?,
-            flows: Flows::take(s, "SOCK_FLOWS")?,
-            listed: None,
+            flows: Bulk::take(s, "SOCK_FLOWS")?,
+            filter: None,
             _clients: None,
-            batch: Batch {
-                frontends: frontends_fd,
-                slots: slots_fd,
-                backends: backends_fd,
-                names: names_fd,
-                stats: stats_fd,
-            },
             cpus: aya::util::nr_cpus().map_err(|(what, source)| Error::Path {
                 what: "read",
                 path: what.into(),
@@ -251,27 +230,36 @@ impl RealMaps {
     }
 
     /// What happened to each service port, by number, summed over all CPUs.
-    pub fn stats(&self) -> Vec<(u32, Stats)> {
-        let sum = |v: &PerCpuValues<Stats>| {
-            v.iter().fold(Stats::default(), |a, b| Stats {
+    pub fn stats(&self) -> Result<Vec<(u32, Stats)>, MapFailure> {
+        let sum = |values: &[Stats]| {
+            values.iter().fold(Stats::default(), |a, b| Stats {
                 connections: a.connections + b.connections,
                 refused: a.refused + b.refused,
             })
         };
-        self.stats.iter().filter_map(Result::ok).map(|(k, v)| (k, sum(&v))).collect()
+        let mut all = Vec::new();
+        self.stats_all.each(self.cpus, |number, values: &[Stats]| all.push((number, sum(values))))?;
+        Ok(all)
     }
 
     /// How many service addresses have endpoints but none that policy Local allows: from inside and from outside.
     pub fn hidden(&self) -> Result<(usize, usize), MapFailure> {
-        let all = all("FRONTENDS", &self.frontends)?;
-        let hidden = all.iter().filter(|(_, v)| v.flags & frontend_flags::DROP_WHEN_EMPTY != 0);
-        let outside = hidden.clone().filter(|(k, _)| k.scope == SCOPE_EXTERNAL).count();
-        Ok((hidden.count() - outside, outside))
+        let (mut inside, mut outside) = (0, 0);
+        self.frontends.handle.each(1, |k: FrontendKey, v: &[FrontendValue]| {
+            if v[0].flags & frontend_flags::DROP_WHEN_EMPTY != 0 {
+                *(if k.scope == SCOPE_EXTERNAL { &mut outside } else { &mut inside }) += 1;
+            }
+        })?;
+        Ok((inside, outside))
     }
 
-    /// The name of a service port.
-    pub fn service_name(&self, number: u32) -> Option<String> {
-        self.names.get(&number, 0).ok().map(|n| n.to_string())
+    /// The names of all service ports, by number.
+    pub fn service_names(&self) -> Result<std::collections::HashMap<u32, String>, MapFailure> {
+        let mut all = std::collections::HashMap::new();
+        self.names
+            .handle
+            .each(1, |number, name: &[ServiceName]| drop(all.insert(number, name[0].to_string())))?;
+        Ok(all)
     }
 
     /// Connections through interfaces, in both directions.
@@ -298,8 +286,8 @@ impl RealMaps {
 
     /// Forgets a socket.
     pub fn del_socket(&mut self, key: &SockKey) -> Result<(), MapFailure> {
-        del("SOCK_REVERSE", &mut self.reverse.table, key)?;
-        del("SOCK_SENT", &mut self.sent.table, key)
+        self.reverse.del(key)?;
+        self.sent.del(key)
     }
 
     /// The highest numbers of backends and of service ports that flows remember.
@@ -326,34 +314,69 @@ impl RealMaps {
     }
 }
 
-/// A table that programs fill, read as a whole.
-struct Flows<K, V> {
+/// A map by its descriptor, through which many entries go in one system call.
+struct Handle {
     name: &'static str,
-    table: Table<K, V>,
     fd: OwnedFd,
     capacity: u32,
 }
 
-impl<K: Pod, V: Pod> Flows<K, V> {
-    fn take(from: &mut dyn Source, name: &'static str) -> Result<Self, Error> {
-        let map = from.map(name)?;
-        let failed = |source| Error::Map { name, source: Box::new(source) };
-        let (Map::LruHashMap(data) | Map::HashMap(data)) = &map else { return Err(Error::Missing { name }) };
-        let fd = data.fd().as_fd().try_clone_to_owned().map_err(|e| failed(e.into()))?;
-        let capacity = data.info().map_err(failed)?.max_entries();
-        Ok(Flows { name, fd, capacity, table: Table::try_from(map).map_err(failed)? })
+impl Handle {
+    /// Passes on all entries, each with so many values. Entries that change meanwhile may be missing; the walk always ends.
+    fn each<K: Pod, V: Pod>(&self, values: usize, each: impl FnMut(K, &[V])) -> Result<(), MapFailure> {
+        sys::lookup_batches(self.fd.as_fd(), self.capacity, values, each).map_err(|e| self.failed(e))
     }
 
-    /// All entries, many in one system call. Entries that change meanwhile may be missing; the walk always ends.
-    fn all(&self) -> Result<Vec<(K, V)>, MapFailure> {
-        sys::lookup_batch(self.fd.as_fd(), self.capacity)
-            .map_err(|e| MapFailure::Syscall { map: self.name, source: Box::new(e) })
+    /// Puts entries, with the same number of values for each key.
+    fn put<K: Pod, V: Pod>(&self, keys: &[K], values: &[V]) -> Result<(), MapFailure> {
+        sys::update_batch(self.fd.as_fd(), keys, values).map_err(|e| self.failed(e))
+    }
+
+    fn failed(&self, e: io::Error) -> MapFailure {
+        match e.raw_os_error() {
+            Some(libc::E2BIG) => MapFailure::Full { map: self.name },
+            _ => MapFailure::Syscall { map: self.name, source: Box::new(e) },
+        }
     }
 }
 
-/// Writes a word of the filter that changed.
-fn list(filter: &mut Array<MapData, u64>, word: Option<Word>) -> Result<(), MapFailure> {
-    word.map_or(Ok(()), |(i, word)| filter.set(i, word, 0)).map_err(|e| failure("FILTER", e))
+/// A table that is read or filled as a whole, too.
+struct Bulk<K, V> {
+    table: Table<K, V>,
+    handle: Handle,
+}
+
+impl<K: Pod, V: Pod> Bulk<K, V> {
+    fn take(from: &mut dyn Source, name: &'static str) -> Result<Self, Error> {
+        let (table, handle) = take_whole(from, name)?;
+        Ok(Bulk { table, handle })
+    }
+
+    /// All entries, many in one system call, as [`Handle::each`] has them.
+    fn all(&self) -> Result<Vec<(K, V)>, MapFailure> {
+        let fd = self.handle.fd.as_fd();
+        sys::lookup_batch(fd, self.handle.capacity).map_err(|e| self.handle.failed(e))
+    }
+
+    fn put_all(&self, pairs: &Pairs<K, V>) -> Result<(), MapFailure> {
+        self.handle.put(&pairs.0, &pairs.1)
+    }
+
+    fn put(&mut self, k: K, v: V) -> Result<(), MapFailure> {
+        put(self.handle.name, &mut self.table, k, v)
+    }
+
+    /// Deleting what is not there succeeds.
+    fn del(&mut self, k: &K) -> Result<(), MapFailure> {
+        del(self.handle.name, &mut self.table, k)
+    }
+}
+
+impl Filter {
+    /// Writes a word that changed.
+    fn write(&mut self, word: Option<Word>) -> Result<(), MapFailure> {
+        word.map_or(Ok(()), |(i, word)| self.words.set(i, word, 0)).map_err(|e| failure("FILTER", e))
+    }
 }
 
 fn written(name: &'static str, e: MapFailure) -> Error {
@@ -374,22 +397,6 @@ impl<K: Pod, V: Pod> Pairs<K, V> {
         self.0.push(k);
         self.1.push(v);
     }
-
-    fn put(&self, name: &'static str, map: &OwnedFd) -> Result<(), MapFailure> {
-        put_batch(name, map, &self.0, &self.1)
-    }
-}
-
-fn put_batch<K: Pod, V: Pod>(
-    name: &'static str,
-    map: &OwnedFd,
-    keys: &[K],
-    values: &[V],
-) -> Result<(), MapFailure> {
-    sys::update_batch(map.as_fd(), keys, values).map_err(|e| match e.raw_os_error() {
-        Some(libc::E2BIG) => MapFailure::Full { map: name },
-        _ => MapFailure::Syscall { map: name, source: Box::new(e) },
-    })
 }
 
 fn put<K: Pod, V: Pod>(name: &'static str, map: &mut Table<K, V>, k: K, v: V) -> Result<(), MapFailure> {
@@ -418,33 +425,26 @@ fn failure(map: &'static str, e: MapError) -> MapFailure {
     }
 }
 
-fn all<K: Pod + Eq + std::hash::Hash, V: Pod>(
-    name: &'static str,
-    map: &Table<K, V>,
-) -> Result<std::collections::HashMap<K, V>, MapFailure> {
-    map.iter().collect::<Result<_, _>>().map_err(|e| failure(name, e))
-}
-
 impl Maps for RealMaps {
     fn apply(&mut self, op: &Op) -> Result<(), MapFailure> {
         match op {
-            Op::PutBackend(id, b) => put("BACKENDS", &mut self.backends, *id, *b),
-            Op::DelBackend(id) => del("BACKENDS", &mut self.backends, id),
-            Op::PutSlot(k, id) => put("SLOTS", &mut self.slots, *k, *id),
-            Op::DelSlot(k) => del("SLOTS", &mut self.slots, k),
-            Op::PutMember(k) => put("MEMBERS", &mut self.members, *k, 1),
-            Op::DelMember(k) => del("MEMBERS", &mut self.members, k),
+            Op::PutBackend(id, b) => self.backends.put(*id, *b),
+            Op::DelBackend(id) => self.backends.del(id),
+            Op::PutSlot(k, id) => self.slots.put(*k, *id),
+            Op::DelSlot(k) => self.slots.del(k),
+            Op::PutMember(k) => self.members.put(*k, 1),
+            Op::DelMember(k) => self.members.del(k),
             Op::PutMaglev(set, t) => put("MAGLEV", &mut self.maglev, *set, table(t)),
             Op::DelMaglev(set) => del("MAGLEV", &mut self.maglev, set),
             Op::PutService(n, name) => {
                 let zero = PerCpuValues::try_from(vec![Stats::default(); self.cpus])
                     .map_err(|e| MapFailure::Syscall { map: "STATS", source: Box::new(e) })?;
                 self.stats.insert(n, zero, 0).map_err(|e| failure("STATS", e))?;
-                put("NAMES", &mut self.names, *n, **name)
+                self.names.put(*n, **name)
             }
             Op::DelService(n) => {
                 missing("STATS", self.stats.remove(n))?;
-                del("NAMES", &mut self.names, n)
+                self.names.del(n)
             }
             Op::PutRange((k, bits)) => {
                 let key = Key::new(RANGE_HEAD + u32::from(*bits), *k);
@@ -455,51 +455,67 @@ impl Maps for RealMaps {
             }
             Op::PutFrontend(k, v) => self.put_frontend(k, *v),
             Op::DelFrontend(k) => self.del_frontend(k),
-            Op::PutLocal(a, f) => put("LOCAL_ADDRS", &mut self.locals, *a, *f),
-            Op::DelLocal(a) => del("LOCAL_ADDRS", &mut self.locals, a),
+            Op::PutLocal(a, f) => self.locals.put(*a, *f),
+            Op::DelLocal(a) => self.locals.del(a),
         }
     }
 
     fn put_all(&mut self, ops: Vec<Op>) -> Result<(), MapFailure> {
-        let (mut backends, mut slots, mut names, mut frontends) =
-            <(Pairs<_, _>, Pairs<_, _>, Pairs<_, _>, Pairs<_, _>)>::default();
+        let (mut backends, mut slots, mut members) = <(Pairs<_, _>, Pairs<_, _>, Pairs<_, _>)>::default();
+        let (mut names, mut frontends) = <(Pairs<_, _>, Pairs<_, _>)>::default();
         let mut others = Vec::new();
         for op in ops {
             match op {
                 Op::PutBackend(id, b) => backends.push(id, b),
                 Op::PutSlot(k, id) => slots.push(k, id),
+                Op::PutMember(k) => members.push(k, 1),
                 Op::PutService(n, name) => names.push(n, *name),
                 Op::PutFrontend(k, v) => frontends.push(k, v),
                 other => others.push(other),
             }
         }
-        backends.put("BACKENDS", &self.batch.backends)?;
-        slots.put("SLOTS", &self.batch.slots)?;
+        self.backends.put_all(&backends)?;
+        self.slots.put_all(&slots)?;
+        self.members.put_all(&members)?;
         others.iter().try_for_each(|op| self.apply(op))?;
         let zero = vec![Stats::default(); names.0.len() * self.cpus];
-        put_batch("STATS", &self.batch.stats, &names.0, &zero)?;
-        names.put("NAMES", &self.batch.names)?;
-        let put = frontends.put("FRONTENDS", &self.batch.frontends);
-        self.list_anew()?;
-        put
+        self.stats_all.put(&names.0, &zero)?;
+        self.names.put_all(&names)?;
+        self.frontends.put_all(&frontends)
+    }
+
+    /// Brings the filter in step with the frontends that are there.
+    fn show(&mut self) -> Result<(), MapFailure> {
+        let Some(filter) = &mut self.filter else { return Ok(()) };
+        let mut there = Vec::new();
+        self.frontends.handle.each(1, |k, _: &[FrontendValue]| there.push(k))?;
+        filter.listed = Listed::new(&there);
+        let mut changed = Pairs(Vec::new(), Vec::new());
+        let wanted = filter.listed.words();
+        filter.all.each(1, |i: u32, have: &[u64]| {
+            if let Some(word) = wanted.get(i as usize).filter(|w| **w != have[0]) {
+                changed.push(i, *word);
+            }
+        })?;
+        filter.all.put(&changed.0, &changed.1)
     }
 
     fn dump(&self) -> Result<Dump, MapFailure> {
         let maglev = self.maglev.keys().collect::<Result<_, _>>().map_err(|e| failure("MAGLEV", e))?;
         Ok(Dump {
-            frontends: all("FRONTENDS", &self.frontends)?,
-            slots: all("SLOTS", &self.slots)?,
-            members: all("MEMBERS", &self.members)?,
+            frontends: self.frontends.all()?.into_iter().collect(),
+            slots: self.slots.all()?.into_iter().collect(),
+            members: self.members.all()?.into_iter().collect(),
             maglev,
-            backends: all("BACKENDS", &self.backends)?,
-            services: all("NAMES", &self.names)?.into_iter().map(|(k, v)| (k, v.to_string())).collect(),
+            backends: self.backends.all()?.into_iter().collect(),
+            services: self.service_names()?,
             ranges: self
                 .ranges
                 .keys()
                 .map(|k| k.map(|k| (k.data(), k.prefix_len().saturating_sub(RANGE_HEAD) as u8)))
                 .collect::<Result<_, _>>()
                 .map_err(|e| failure("RANGES", e))?,
-            locals: all("LOCAL_ADDRS", &self.locals)?,
+            locals: self.locals.all()?.into_iter().collect(),
         })
     }
 }
