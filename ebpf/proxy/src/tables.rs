@@ -4,9 +4,11 @@
 //! the other way round when something goes. A change that fails leaves the tables knowing exactly what was written, so
 //! trying again does the rest. Pure apart from [`Maps`].
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap as StdMap;
+use std::collections::hash_map::Entry;
 use std::net::IpAddr;
 
+use foldhash::{HashMap, HashSet, HashSetExt};
 use orlop_ebpf_common::{
     Addr, Backend, FrontendKey, FrontendValue, RangeKey, SERVICE_RANGE, ServiceName, SlotKey, addr_to,
     frontend_flags, is_v4, local_flags, maglev,
@@ -22,9 +24,9 @@ struct InMap {
     id: u32,
     /// What each slot holds.
     slots: Vec<u32>,
-    /// Backends that this set keeps alive, among them all in `slots`.
+    /// Backends that this set keeps alive, among them all in `slots`; sorted.
     held: Vec<u32>,
-    /// Backends listed as members.
+    /// Backends listed as members; sorted.
     members: Vec<u32>,
     /// The backends in the Maglev table, when there is one.
     maglev: Option<Vec<u32>>,
@@ -69,6 +71,16 @@ struct InUse {
     sets: u32,
 }
 
+impl InUse {
+    /// This set keeps it, too, if it did not before.
+    fn hold(&mut self, set: &mut InMap) {
+        if let Err(at) = set.held.binary_search(&self.id) {
+            set.held.insert(at, self.id);
+            self.sets += 1;
+        }
+    }
+}
+
 /// The maps' content as user space knows it.
 #[derive(Default)]
 pub struct Tables {
@@ -105,7 +117,10 @@ pub struct Outcome {
 impl Tables {
     /// Takes over what the maps hold from an earlier process.
     pub fn adopt(dump: Dump) -> Tables {
-        let mut t = Tables { locals: dump.locals, ..Tables::default() };
+        let mut t = Tables { locals: dump.locals.into_iter().collect(), ..Tables::default() };
+        t.backends.reserve(dump.backends.len());
+        t.endpoint_of.reserve(dump.backends.len());
+        t.frontends.reserve(dump.frontends.len());
         for (id, b) in dump.backends {
             t.last_backend = t.last_backend.max(id);
             let endpoint = (b.addr, b.port, b.proto);
@@ -121,7 +136,9 @@ impl Tables {
             set.slots.resize(k.slot as usize, 0);
             set.slots.push(backend);
         }
-        for k in dump.members.keys() {
+        let mut members: Vec<SlotKey> = dump.members.into_keys().collect();
+        members.sort_unstable_by_key(|k| (k.set, k.slot));
+        for k in members {
             t.orphans.entry(k.set).or_insert_with(|| empty(k.set)).members.push(k.slot);
         }
         for set in dump.maglev {
@@ -184,9 +201,9 @@ impl Tables {
     /// Whether a service port may send to this backend.
     pub fn serves(&self, name: &str, port: (u16, u8), addr: &Addr, backend_port: u16) -> bool {
         let Some(used) = self.backends.get(&(*addr, backend_port, port.1)) else { return false };
-        self.services.get(name).is_some_and(|p| {
-            p.sets.iter().any(|(k, s)| (k.port, k.proto) == port && s.held.contains(&used.id))
-        })
+        self.services
+            .get(name)
+            .is_some_and(|p| p.sets.iter().any(|(k, s)| (k.port, k.proto) == port && has(&s.held, used.id)))
     }
 
     /// Brings one service's entries to what is desired; an empty `desired` removes them.
@@ -414,14 +431,18 @@ impl Tables {
 
     /// First half of changing a set: everything that the new frontends will need.
     fn grow(&mut self, maps: &mut dyn Maps, in_map: &mut InMap, set: &Set) -> Result<(), MapFailure> {
-        let mut ids = Vec::with_capacity(set.backends.len());
+        let count = set.backends.len();
+        for list in [&mut in_map.held, &mut in_map.members, &mut in_map.slots] {
+            list.reserve_exact(count.saturating_sub(list.len()));
+        }
+        let mut ids = Vec::with_capacity(count);
         for b in &set.backends {
             ids.push(self.hold(maps, in_map, b)?);
         }
         for id in &ids {
-            if !in_map.members.contains(id) {
+            if let Err(at) = in_map.members.binary_search(id) {
                 self.write(maps, &Op::PutMember(SlotKey { set: in_map.id, slot: *id }))?;
-                in_map.members.push(*id);
+                in_map.members.insert(at, *id);
             }
         }
         for (slot, id) in arrange(&in_map.slots, &ids).into_iter().enumerate() {
@@ -471,6 +492,11 @@ impl Tables {
 
     /// Second half: what no frontend uses any more goes.
     fn shrink(&mut self, maps: &mut dyn Maps, in_map: &mut InMap, set: &Set) -> Result<(), MapFailure> {
+        // All that is wanted is there since the first half, so that nothing more is when there are as many.
+        let lists = [&in_map.slots, &in_map.members, &in_map.held];
+        if lists.iter().all(|l| l.len() == set.backends.len()) && (set.maglev || in_map.maglev.is_none()) {
+            return Ok(());
+        }
         let keep: HashSet<u32> = set
             .backends
             .iter()
@@ -500,60 +526,44 @@ impl Tables {
             self.write(maps, &Op::DelSlot(SlotKey { set: in_map.id, slot }))?;
             in_map.slots.pop();
         }
-        let mut i = 0;
-        while let Some(id) = in_map.members.get(i).copied() {
-            if keep.contains(&id) {
-                i += 1;
-                continue;
-            }
-            self.write(maps, &Op::DelMember(SlotKey { set: in_map.id, slot: id }))?;
-            in_map.members.swap_remove(i);
-        }
-        let mut i = 0;
-        while let Some(id) = in_map.held.get(i).copied() {
-            if keep.contains(&id) {
-                i += 1;
-                continue;
-            }
+        let set = in_map.id;
+        without(&mut in_map.members, keep, |id| self.write(maps, &Op::DelMember(SlotKey { set, slot: id })))?;
+        without(&mut in_map.held, keep, |id| {
             self.lost = true;
-            self.release(maps, id)?;
-            in_map.held.swap_remove(i);
-        }
-        Ok(())
+            self.release(maps, id)
+        })
     }
 
     /// Makes sure that the backend is in its map and that this set keeps it there.
     fn hold(&mut self, maps: &mut dyn Maps, set: &mut InMap, b: &Backend) -> Result<u32, MapFailure> {
         let endpoint = (b.addr, b.port, b.proto);
-        let known = self.backends.get(&endpoint).map(|u| (u.id, u.flags));
-        let id = match known {
-            Some((id, flags)) if flags == b.flags => id,
-            Some((id, _)) => {
-                self.write(maps, &Op::PutBackend(id, *b))?;
-                id
+        match self.backends.entry(endpoint) {
+            Entry::Occupied(mut known) => {
+                let used = known.get_mut();
+                if used.flags != b.flags {
+                    self.writes += 1;
+                    maps.apply(&Op::PutBackend(used.id, *b))?;
+                    used.flags = b.flags;
+                }
+                used.hold(set);
+                Ok(used.id)
             }
-            None => {
+            Entry::Vacant(place) => {
                 // Ids are not used again: a connection may remember one for long.
                 let id = self.last_backend + 1;
-                self.write(maps, &Op::PutBackend(id, *b))?;
+                self.writes += 1;
+                maps.apply(&Op::PutBackend(id, *b))?;
                 self.last_backend = id;
-                id
+                self.endpoint_of.insert(id, endpoint);
+                place.insert(InUse { id, flags: b.flags, sets: 0 }).hold(set);
+                Ok(id)
             }
-        };
-        let used = self.backends.entry(endpoint).or_insert(InUse { id, flags: b.flags, sets: 0 });
-        used.flags = b.flags;
-        self.endpoint_of.insert(id, endpoint);
-        self.hold_id(set, id);
-        Ok(id)
+        }
     }
 
     fn hold_id(&mut self, set: &mut InMap, id: u32) {
-        if set.held.contains(&id) {
-            return;
-        }
         if let Some(used) = self.endpoint_of.get(&id).and_then(|e| self.backends.get_mut(e)) {
-            used.sets += 1;
-            set.held.push(id);
+            used.hold(set);
         }
     }
 
@@ -579,10 +589,22 @@ impl Tables {
         key: FrontendKey,
         value: FrontendValue,
     ) -> Result<(), MapFailure> {
-        if self.frontends.get(&key).is_none_or(|f| f.value != value) {
-            self.write(maps, &Op::PutFrontend(key, value))?;
+        let owner = Some(name.clone());
+        match self.frontends.entry(key) {
+            Entry::Occupied(mut known) => {
+                let front = known.get_mut();
+                if front.value != value {
+                    self.writes += 1;
+                    maps.apply(&Op::PutFrontend(key, value))?;
+                }
+                *front = Front { value, owner };
+            }
+            Entry::Vacant(place) => {
+                self.writes += 1;
+                maps.apply(&Op::PutFrontend(key, value))?;
+                place.insert(Front { value, owner });
+            }
         }
-        self.frontends.insert(key, Front { value, owner: Some(name.clone()) });
         if !p.frontends.contains(&key) {
             p.frontends.push(key);
         }
@@ -635,11 +657,7 @@ impl Tables {
     }
 
     /// Brings the node's own addresses, with their flags, to `wanted`.
-    pub fn sync_locals(
-        &mut self,
-        maps: &mut dyn Maps,
-        wanted: &HashMap<Addr, u32>,
-    ) -> Result<(), MapFailure> {
+    pub fn sync_locals(&mut self, maps: &mut dyn Maps, wanted: &StdMap<Addr, u32>) -> Result<(), MapFailure> {
         for (addr, flags) in wanted {
             if self.locals.get(addr) != Some(flags) {
                 self.write(maps, &Op::PutLocal(*addr, *flags))?;
@@ -660,8 +678,33 @@ impl Tables {
     }
 }
 
+fn has(sorted: &[u32], id: u32) -> bool {
+    sorted.binary_search(&id).is_ok()
+}
+
+/// Removes what is not in `keep`, each id after `remove` has; what a failure leaves stays listed.
+fn without(
+    list: &mut Vec<u32>,
+    keep: &HashSet<u32>,
+    mut remove: impl FnMut(u32) -> Result<(), MapFailure>,
+) -> Result<(), MapFailure> {
+    let mut result = Ok(());
+    list.retain(|id| {
+        if keep.contains(id) || result.is_err() {
+            return true;
+        }
+        result = remove(*id);
+        result.is_err()
+    });
+    result
+}
+
 /// The wanted ids in an order that leaves as many as possible where they are.
 fn arrange(old: &[u32], wanted: &[u32]) -> Vec<u32> {
+    // Most are new, or others come behind them.
+    if old.iter().zip(wanted).all(|(o, w)| o == w) {
+        return wanted.to_vec();
+    }
     let set: HashSet<u32> = wanted.iter().copied().collect();
     let mut kept: HashSet<u32> = HashSet::new();
     let mut out: Vec<u32> = (0..wanted.len())

@@ -1,6 +1,7 @@
 use super::*;
 use crate::desired::{Selection, desired, range};
 use crate::model::{Endpoint as Ep, Hint, Hints, Model, Port, Service, Slice, SlicePort};
+use foldhash::HashMapExt;
 use orlop_ebpf_common::{SCOPE_EXTERNAL, TCP, UDP, addr_from};
 use orlop_ebpf_loader::maps::{FakeMaps, FaultyMaps};
 use proptest::prelude::*;
@@ -248,7 +249,7 @@ proptest! {
         let mut m = Model::default();
         let mut t = Tables::default();
         let fails = move |n: usize| faults.contains(&n);
-        let (mut locals, mut ranges) = (HashMap::new(), Vec::new());
+        let (mut locals, mut ranges) = (StdMap::new(), Vec::new());
         let mut maps = FaultyMaps { inner: FakeMaps::default(), fails, seen: 0 };
         for step in steps {
             match step {
