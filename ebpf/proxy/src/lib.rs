@@ -18,6 +18,7 @@ mod objects;
 mod proxy;
 mod ranges;
 pub mod tables;
+mod watches;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -90,6 +91,8 @@ pub enum Error {
     Datapath(#[from] orlop_ebpf_loader::Error),
     #[error("loading the BPF programs broke off")]
     Verifying { source: tokio::task::JoinError },
+    #[error("reading Services and EndpointSlices from the API server broke off")]
+    Watching,
     #[error("cannot listen on {address}; is another proxy running on this node?")]
     Listen { address: SocketAddr, source: std::io::Error },
     #[error("cannot follow the node's addresses by netlink")]

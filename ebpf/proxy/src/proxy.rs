@@ -16,6 +16,8 @@ use orlop_client::{Refusal, refusal};
 use orlop_ebpf_common::{TCP, UDP, Uplink, config_flags, counters};
 use orlop_ebpf_loader::{Datapath, MapFailure, Maps, Object, Programs, RealMaps};
 use parking_lot::Mutex;
+use tokio::sync::watch as latest;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::addresses::{self, Watch, sleep_until};
@@ -23,11 +25,11 @@ use crate::desired::desired;
 use crate::gather::Gather;
 use crate::health::{self, Health, NodePortChecks, Pages};
 use crate::metrics::{Policy, ProxyMetrics, ServicePort};
-use crate::model::{Model, Name};
-use crate::objects::{EndpointSlice, Node, Service, ServiceCIDR, keys};
+use crate::model::{Model, Name, Service, Slice};
+use crate::objects::{Node, ServiceCIDR, keys};
 use crate::ranges::ServiceRanges;
 use crate::tables::Tables;
-use crate::{Config, Error, NodePortAddress, closer, convert};
+use crate::{Config, Error, NodePortAddress, closer, convert, watches};
 
 /// First pause after a failed write; doubled up to [`MAX_RETRY`].
 const RETRY: Duration = Duration::from_millis(500);
@@ -80,7 +82,7 @@ pub(crate) async fn run(
         retry: None,
         pause: RETRY,
         writes_seen: 0,
-        zone: String::new(),
+        zone: latest::Sender::new(None),
         primary: None,
         programs: None,
         closing: None,
@@ -159,21 +161,14 @@ struct Proxy {
     retry: Option<tokio::time::Instant>,
     pause: Duration,
     writes_seen: u64,
-    /// This node's topology.kubernetes.io/zone; empty for none.
-    zone: String,
+    /// This node's zone, as slices are read with it in mind.
+    zone: latest::Sender<Option<String>>,
     /// The addresses by which the cluster knows this node; `None` until it has said so.
     primary: Option<Vec<IpAddr>>,
     /// Programs that wait for the maps to be full. Until they are, those of an earlier process go on.
     programs: Option<Programs>,
     /// When to look for sockets whose backend is gone.
     closing: Option<tokio::time::Instant>,
-}
-
-/// What an event of the node's changes.
-#[derive(Default)]
-struct NodeNews {
-    zone: bool,
-    primary: bool,
 }
 
 /// One watched kind: names seen during a list, and whether a list has ever been complete.
@@ -185,10 +180,6 @@ struct Listing {
 }
 
 impl Listing {
-    fn started(&self) -> bool {
-        self.seen.is_some() || self.complete
-    }
-
     /// Says what went wrong, and a missing right once, as only somebody else can give it.
     fn failed(&mut self, e: &watcher::Error) {
         if let Some(message) = self.refusal.begins(e) {
@@ -213,22 +204,20 @@ impl Proxy {
         // The kernel looks at the programs while the lists come in.
         let mut verifying = tokio::task::spawn_blocking(|| object.load());
         let mut verified = false;
-        let filter = watcher::Config::default().labels(convert::SELECTOR);
+        // Stopped when this returns.
+        let mut reading = JoinSet::new();
+        let mut services = watches::services(&client, &mut reading);
+        let mut slices =
+            watches::slices(&client, self.config.node_name.clone(), self.zone.subscribe(), &mut reading);
         let own = watcher::Config::default().fields(&format!("metadata.name={}", self.config.node_name));
-        let watch_slices =
-            || watch(Api::<EndpointSlice>::all(client.clone()), filter.clone()).default_backoff().boxed();
-        let mut services =
-            std::pin::pin!(watch(Api::<Service>::all(client.clone()), filter.clone()).default_backoff());
         let mut node = std::pin::pin!(watch(Api::<Node>::all(client.clone()), own).default_backoff());
         let mut ranges = std::pin::pin!(
             watch(Api::<ServiceCIDR>::all(client.clone()), watcher::Config::default()).default_backoff()
         );
-        let mut slices = watch_slices();
         let (mut service_list, mut slice_list) = <(Listing, Listing)>::default();
         let (mut node_list, mut range_list) = <(Listing, Listing)>::default();
         let (mut initial, mut filling) = (true, false);
-        // Slices are read with the node's zone in mind, so it comes first; not for ever.
-        let mut zone_known = false;
+        // Slices are read with the node's zone in mind, so they wait for it; not for ever.
         let patience = tokio::time::Instant::now() + NODE_PATIENCE;
         loop {
             let (retry, closing, checks) = (self.retry, self.closing, self.checks.retry());
@@ -239,20 +228,25 @@ impl Proxy {
                     self.programs = Some(loaded.map_err(|source| Error::Verifying { source })??);
                     verified = true;
                 }
-                e = services.next() => self.service_event(e, &mut service_list),
-                e = slices.next(), if zone_known => self.slice_event(e, &mut slice_list),
+                batch = services.recv() => {
+                    let batch = batch.ok_or(Error::Watching)?;
+                    batch.into_iter().for_each(|e| self.service_event(Some(e), &mut service_list));
+                }
+                batch = slices.recv() => {
+                    let batch = batch.ok_or(Error::Watching)?;
+                    batch.into_iter().for_each(|e| self.slice_event(Some(e), &mut slice_list));
+                }
                 e = node.next() => {
-                    zone_known |= !matches!(e, Some(Ok(Event::Init)));
-                    let news = self.node_event(e, &mut node_list);
-                    if news.zone && slice_list.started() {
-                        slices = watch_slices();
-                    }
-                    if news.primary && self.knows_primary() {
+                    let told = !matches!(e, Some(Ok(Event::Init)));
+                    if self.node_event(e, &mut node_list) && self.knows_primary() {
                         self.follow_or_retry(&netlink).await;
+                    }
+                    if told {
+                        self.settle_zone();
                     }
                 }
                 e = ranges.next() => self.range_event(e, &mut range_list),
-                () = tokio::time::sleep_until(patience), if !zone_known => zone_known = true,
+                () = tokio::time::sleep_until(patience), if self.zone.borrow().is_none() => self.settle_zone(),
                 () = netlink.changed() => self.follow_or_retry(&netlink).await,
                 () = sleep_until(retry) => {
                     self.retry = None;
@@ -281,11 +275,13 @@ impl Proxy {
                 self.closing = Some(tokio::time::Instant::now());
                 let (frontends, backends) = self.tables.sizes();
                 tracing::info!(frontends, backends, "maps are in step");
-                orlop_base::memory::give_back();
             }
             if clean && !initial {
                 self.health.in_step();
-                ready.set();
+                if !ready.is_set() {
+                    ready.set();
+                    orlop_base::memory::give_back();
+                }
             }
         }
     }
@@ -312,34 +308,41 @@ impl Proxy {
         self.config.node_port_addresses.contains(&NodePortAddress::Primary)
     }
 
-    /// Takes note of the node's zone and addresses; says which of them changed.
-    fn node_event(&mut self, event: Watched<Node>, list: &mut Listing) -> NodeNews {
-        let nothing = NodeNews::default();
+    /// Takes note of the node's zone and addresses; says whether the addresses changed.
+    fn node_event(&mut self, event: Watched<Node>, list: &mut Listing) -> bool {
         let node = match event {
             Some(Ok(Event::InitApply(n) | Event::Apply(n))) => n,
             Some(Ok(Event::Delete(n))) if n.metadata.name.as_deref() == Some(&self.config.node_name) => {
                 self.health.node_goes(true);
-                return nothing;
+                return false;
             }
             Some(Ok(Event::InitDone)) => {
                 list.refusal.answered();
-                return nothing;
+                return false;
             }
             Some(Err(e)) => {
                 list.failed(&e);
-                return nothing;
+                return false;
             }
-            _ => return nothing,
+            _ => return false,
         };
         if node.metadata.name.as_deref() != Some(&self.config.node_name) {
-            return nothing;
+            return false;
         }
         self.health.node_goes(convert::node_goes(&node));
         let primary = convert::primary_ips(&node);
         let zone = node.metadata.labels.unwrap_or_default().remove(keys::ZONE).unwrap_or_default();
-        let news = NodeNews { zone: zone != self.zone, primary: self.primary.as_ref() != Some(&primary) };
-        (self.zone, self.primary) = (zone, Some(primary));
-        news
+        self.zone.send_replace(Some(zone));
+        let changed = self.primary.as_ref() != Some(&primary);
+        self.primary = Some(primary);
+        changed
+    }
+
+    /// Goes without a zone when the node has not said any.
+    fn settle_zone(&mut self) {
+        if self.zone.borrow().is_none() {
+            self.zone.send_replace(Some(String::new()));
+        }
     }
 
     /// Closes connected sockets that talk to backends which are gone, and forgets whom others have sent to: these may have sent to
@@ -376,14 +379,13 @@ impl Proxy {
         }
     }
 
-    fn service_event(&mut self, event: Watched<Service>, list: &mut Listing) {
+    fn service_event(&mut self, event: Watched<watches::Object<Service>>, list: &mut Listing) {
         let gone = take_event(event, list, |o, present| {
             self.metrics.service_changes.inc();
             self.metrics.services_pending.inc();
             self.metrics.queued();
-            let name = convert::name(&o.metadata);
-            self.model.set_service(&name, if present { convert::service(o) } else { None });
-            name
+            self.model.set_service(&o.name, if present { o.value } else { None });
+            o.name
         });
         if let Some(seen) = gone {
             let (names, _) = self.model.names();
@@ -393,18 +395,16 @@ impl Proxy {
         }
     }
 
-    fn slice_event(&mut self, event: Watched<EndpointSlice>, list: &mut Listing) {
+    fn slice_event(&mut self, event: Watched<watches::Object<Slice>>, list: &mut Listing) {
         let gone = take_event(event, list, |o, present| {
             self.metrics.slice_changes.inc();
             self.metrics.slices_pending.inc();
             self.metrics.queued();
-            let name = convert::name(&o.metadata);
-            let slice = if present { convert::slice(o, &self.config.node_name, &self.zone) } else { None };
-            self.model.set_slice(&name, slice);
+            self.model.set_slice(&o.name, if present { o.value } else { None });
             if !self.model.is_clean() && self.health.is_healthy() {
-                self.triggers.extend(convert::trigger_time(o));
+                self.triggers.extend(o.trigger);
             }
-            name
+            o.name
         });
         if let Some(seen) = gone {
             let (_, names) = self.model.names();
@@ -429,8 +429,9 @@ impl Proxy {
             return;
         }
         let gone = take_event(event, list, |o, present| {
-            let name = o.metadata.name.clone().unwrap_or_default();
-            self.ranges.set(&name, if present { convert::cidrs(o) } else { Vec::new() });
+            let cidrs = if present { convert::cidrs(&o) } else { Vec::new() };
+            let name = o.metadata.name.unwrap_or_default();
+            self.ranges.set(&name, cidrs);
             name
         });
         if let Some(seen) = gone {
@@ -511,7 +512,7 @@ impl Proxy {
             for name in self.model.take_dirty() {
                 let wanted = desired(&self.model, &name, self.config.selection);
                 let port = self.model.service(&name).map_or(0, |s| s.health_check_node_port);
-                self.checks.set(&name, port, self.model.ready_here(&name));
+                self.checks.set(&name, port, if port == 0 { 0 } else { self.model.ready_here(&name) });
                 match self.tables.sync(maps, &name, &wanted) {
                     Ok(outcome) => outcome.retry.into_iter().for_each(|n| self.model.mark(n)),
                     Err(e) => {
@@ -606,20 +607,20 @@ impl Proxy {
 type Watched<K> = Option<Result<Event<K>, watcher::Error>>;
 
 /// Passes an event on; at the end of a list returns the names in it.
-fn take_event<K: kube::Resource>(
+fn take_event<K>(
     event: Watched<K>,
     list: &mut Listing,
-    mut apply: impl FnMut(&K, bool) -> String,
+    mut apply: impl FnMut(K, bool) -> String,
 ) -> Option<HashSet<String>> {
     match event? {
         Ok(Event::Init) => list.seen = Some(HashSet::new()),
         Ok(Event::InitApply(o) | Event::Apply(o)) => {
-            let name = apply(&o, true);
+            let name = apply(o, true);
             if let Some(seen) = &mut list.seen {
                 seen.insert(name);
             }
         }
-        Ok(Event::Delete(o)) => drop(apply(&o, false)),
+        Ok(Event::Delete(o)) => drop(apply(o, false)),
         Ok(Event::InitDone) => {
             list.complete = true;
             list.refusal.answered();
