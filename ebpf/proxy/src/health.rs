@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use http_body_util::Full;
 use hyper::body::Bytes;
 use hyper::service::service_fn;
@@ -97,7 +99,7 @@ pub struct Pages {
 }
 
 impl Pages {
-    fn answer(&self, path: &str) -> Response<Full<Bytes>> {
+    async fn answer(&self, path: &str) -> Response<Full<Bytes>> {
         let (status, kind, body) = match path {
             "/healthz" | "/livez" => {
                 let (status, body) = self.health.answer(path == "/healthz");
@@ -106,14 +108,20 @@ impl Pages {
                 (status, "application/json", body)
             }
             "/metrics" => {
-                if let Some(refresh) = self.refresh.lock().clone() {
-                    refresh();
+                let (refresh, metrics) = (self.refresh.lock().clone(), self.metrics.clone());
+                // Tens of thousands of entries are read and written down.
+                let page = tokio::task::spawn_blocking(move || {
+                    if let Some(refresh) = refresh {
+                        refresh();
+                    }
+                    metrics.encode()
+                });
+                match page.await {
+                    Ok(page) => {
+                        (StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", page)
+                    }
+                    Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("{e}\n")),
                 }
-                (
-                    StatusCode::OK,
-                    "application/openmetrics-text; version=1.0.0; charset=utf-8",
-                    self.metrics.encode(),
-                )
             }
             "/proxyMode" => (StatusCode::OK, "text/plain", "ebpf".to_owned()),
             _ => (StatusCode::NOT_FOUND, "text/plain", "not found\n".to_owned()),
@@ -136,12 +144,15 @@ fn timestamp(seconds: i64) -> String {
 
 /// Serves the pages on a listener until the group stops.
 pub async fn serve(listener: TcpListener, pages: Pages, tasks: TaskGroup) -> Result<(), std::io::Error> {
-    let pages = Arc::new(move |path: &str| pages.answer(path));
+    let answer: Answer = Arc::new(move |path| {
+        let pages = pages.clone();
+        async move { pages.answer(&path).await }.boxed()
+    });
     let stop = tasks.stop_token();
-    accept(listener, pages, tasks, stop).await
+    accept(listener, answer, tasks, stop).await
 }
 
-type Answer = Arc<dyn Fn(&str) -> Response<Full<Bytes>> + Send + Sync>;
+type Answer = Arc<dyn Fn(String) -> BoxFuture<'static, Response<Full<Bytes>>> + Send + Sync>;
 
 /// Connections at a time: health checkers and scrapers are few.
 const MAX_CONNECTIONS: usize = 64;
@@ -180,8 +191,7 @@ async fn accept(
         let answer = answer.clone();
         tasks.spawn(async move {
             let service = service_fn(move |r: Request<hyper::body::Incoming>| {
-                let response = answer(r.uri().path());
-                async move { Ok::<_, Infallible>(response) }
+                answer(r.uri().path().to_owned()).map(Ok::<_, Infallible>)
             });
             let mut server = hyper::server::conn::http1::Builder::new();
             let connection = server.keep_alive(false).serve_connection(TokioIo::new(stream), service);
@@ -330,7 +340,8 @@ impl NodePortChecks {
         let health = self.health.clone();
         let answer: Answer = Arc::new(move |_| {
             let (name, local) = told.lock().clone();
-            node_port_answer(&name, local, health.is_healthy())
+            let answer = node_port_answer(&name, local, health.is_healthy());
+            std::future::ready(answer).boxed()
         });
         let (tasks, stop) = (self.tasks.clone(), check.stop.clone());
         self.tasks.spawn(async move {

@@ -66,7 +66,9 @@ pub(crate) async fn run(
     let (datapath, object) = Datapath::prepare(&config.datapath)?;
     let tables = adopt(&datapath.maps).map_err(|source| Error::Adopt { source })?;
     let datapath = Arc::new(Mutex::new(datapath));
-    *pages.refresh.lock() = Some(counter_refresh(datapath.clone(), proxy_metrics.clone()));
+    // Handles of its own: who reads counters keeps nobody from writing maps.
+    let counters = RealMaps::open(&config.datapath.pins)?;
+    *pages.refresh.lock() = Some(counter_refresh(counters, proxy_metrics.clone()));
 
     let mut proxy = Proxy {
         config,
@@ -110,9 +112,11 @@ async fn stoppable(stop: CancellationToken, work: impl Future<Output = ()>) {
     }
 }
 
-fn counter_refresh(datapath: Arc<Mutex<Datapath>>, m: ProxyMetrics) -> health::Refresh {
+fn counter_refresh(maps: RealMaps, m: ProxyMetrics) -> health::Refresh {
+    // One at a time, as all fill the same page.
+    let maps = Mutex::new(maps);
     Arc::new(move || {
-        let d = datapath.lock();
+        let maps = maps.lock();
         for (gauge, index) in [
             (&m.sock_translated, counters::SOCK_TRANSLATED),
             (&m.sock_refused, counters::SOCK_REFUSED),
@@ -124,19 +128,20 @@ fn counter_refresh(datapath: Arc<Mutex<Datapath>>, m: ProxyMetrics) -> health::R
             (&m.short, counters::SHORT),
             (&m.snat_exhausted, counters::SNAT_EXHAUSTED),
         ] {
-            gauge.set(d.maps.counter(index) as i64);
+            gauge.set(maps.counter(index) as i64);
         }
+        let names = maps.service_names().unwrap_or_default();
+        let stats = maps.stats().unwrap_or_default();
         // Service ports that are gone go from the page too.
         m.service_connections.clear();
         m.service_refusals.clear();
-        let names = d.maps.service_names().unwrap_or_default();
-        for (number, s) in d.maps.stats().unwrap_or_default() {
+        for (number, s) in stats {
             let Some(service) = names.get(&number).cloned() else { continue };
             let port = ServicePort { service };
             m.service_connections.get_or_create(&port).set(s.connections as i64);
             m.service_refusals.get_or_create(&port).set(s.refused as i64);
         }
-        let hidden = d.maps.hidden().unwrap_or_default();
+        let hidden = maps.hidden().unwrap_or_default();
         for (policy, count) in [("internal", hidden.0), ("external", hidden.1)] {
             m.no_local_endpoints.get_or_create(&Policy { traffic_policy: policy }).set(count as i64);
         }
