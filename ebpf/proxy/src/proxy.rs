@@ -17,7 +17,7 @@ use orlop_ebpf_common::{TCP, UDP, Uplink, config_flags, counters};
 use orlop_ebpf_loader::{Datapath, MapFailure, Maps, Object, Programs, RealMaps};
 use parking_lot::Mutex;
 use tokio::sync::watch as latest;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::addresses::{self, Watch, sleep_until};
@@ -88,6 +88,7 @@ pub(crate) async fn run(
         primary: None,
         programs: None,
         closing: None,
+        closer: None,
     };
     proxy.follow_node(&netlink).await?;
     let result_tasks = tasks.clone();
@@ -174,6 +175,8 @@ struct Proxy {
     programs: Option<Programs>,
     /// When to look for sockets whose backend is gone.
     closing: Option<tokio::time::Instant>,
+    /// Closes such sockets, beside everything else: all sockets of all network namespaces are looked through.
+    closer: Option<JoinHandle<std::io::Result<usize>>>,
 }
 
 /// One watched kind: names seen during a list, and whether a list has ever been complete.
@@ -257,7 +260,8 @@ impl Proxy {
                     self.retry = None;
                     self.follow_or_retry(&netlink).await;
                 }
-                () = sleep_until(closing) => self.close_sockets().await,
+                () = sleep_until(closing), if self.closer.is_none() => self.close_sockets(),
+                closed = join(&mut self.closer) => self.sockets_closed(closed),
                 () = sleep_until(checks) => self.checks.settle(),
             }
             // Until both lists are in, the maps of an earlier run know better than a half-filled model.
@@ -352,7 +356,7 @@ impl Proxy {
 
     /// Closes connected sockets that talk to backends which are gone, and forgets whom others have sent to: these may have sent to
     /// many, and their next datagram goes elsewhere.
-    async fn close_sockets(&mut self) {
+    fn close_sockets(&mut self) {
         self.closing = None;
         let read = |maps: &RealMaps| Ok::<_, MapFailure>((maps.connected()?, maps.sent()?));
         let (connected, sent) = match read(&self.datapath.lock().maps) {
@@ -371,9 +375,11 @@ impl Proxy {
             return;
         }
         let cookies = stale.iter().map(|k| k.cookie).collect();
-        let closed =
-            tokio::task::spawn_blocking(move || orlop_ebpf_loader::diag::close_sockets(cookies, &[UDP, TCP]))
-                .await;
+        let close = move || orlop_ebpf_loader::diag::close_sockets(cookies, &[UDP, TCP]);
+        self.closer = Some(tokio::task::spawn_blocking(close));
+    }
+
+    fn sockets_closed(&mut self, closed: Result<std::io::Result<usize>, JoinError>) {
         match closed {
             Ok(Ok(n)) => {
                 self.metrics.closed_sockets.inc_by(n as u64);
@@ -646,4 +652,16 @@ fn unavailable(e: &watcher::Error) -> Option<&str> {
         _ => return None,
     };
     [403, 404].contains(&status.code).then_some(&status.message)
+}
+
+/// The end of a task, which is taken away with it; for ever without one. Cancel-safe.
+async fn join<T>(task: &mut Option<JoinHandle<T>>) -> Result<T, JoinError> {
+    match task {
+        Some(running) => {
+            let end = running.await;
+            *task = None;
+            end
+        }
+        None => std::future::pending().await,
+    }
 }
