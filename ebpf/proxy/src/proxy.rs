@@ -81,6 +81,8 @@ pub(crate) async fn run(
         health: pages.health,
         uplinks: HashMap::new(),
         triggers: Vec::new(),
+        failed: HashSet::new(),
+        range_failed: false,
         retry: None,
         pause: RETRY,
         writes_seen: 0,
@@ -163,6 +165,10 @@ struct Proxy {
     uplinks: HashMap<u32, Uplink>,
     /// When the endpoint changes that wait for a sync happened.
     triggers: Vec<SystemTime>,
+    /// Services that could not be written, which has been said. They wait until it is time, or until they change.
+    failed: HashSet<Name>,
+    /// The Service range could not be written.
+    range_failed: bool,
     /// When to try again what failed.
     retry: Option<tokio::time::Instant>,
     pause: Duration,
@@ -258,6 +264,8 @@ impl Proxy {
                 () = netlink.changed() => self.follow_or_retry(&netlink).await,
                 () = sleep_until(retry) => {
                     self.retry = None;
+                    self.failed.iter().for_each(|n| self.model.mark(n.clone()));
+                    self.range_failed = false;
                     self.follow_or_retry(&netlink).await;
                 }
                 () = sleep_until(closing), if self.closer.is_none() => self.close_sockets(),
@@ -452,8 +460,8 @@ impl Proxy {
 
     /// Writes what changed. Returns whether nothing is left to do.
     fn sync(&mut self) -> bool {
-        if self.model.is_clean() && !self.ranges.changed() {
-            return true;
+        if self.model.is_clean() && (self.range_failed || !self.ranges.changed()) {
+            return self.failed.is_empty() && !self.range_failed;
         }
         let start = Instant::now();
         let shared = self.datapath.clone();
@@ -463,17 +471,22 @@ impl Proxy {
         } else {
             self.write_at_once(&mut datapath.maps)
         };
-        let ranges = self.write_ranges(&mut datapath.maps);
+        if !self.range_failed {
+            self.range_failed = !self.write_ranges(&mut datapath.maps);
+        }
         drop(datapath);
         // One that was in no set any more may still have connections.
         let lost = self.tables.take_lost() | self.model.take_gone();
         if lost && self.closing.is_none() {
             self.closing = Some(tokio::time::Instant::now() + CLOSE_AFTER);
         }
-        let clean = failed.is_empty() && ranges;
-        for name in failed {
-            self.model.mark(name);
+        for (name, e) in failed {
+            self.metrics.failures.inc();
+            if self.failed.insert(name.clone()) {
+                tracing::warn!(service = %name, error = %chain(&e), "cannot write maps, trying again");
+            }
         }
+        let clean = self.failed.is_empty() && !self.range_failed;
         if clean {
             self.pause = RETRY;
             self.metrics.synced(start.elapsed(), &self.triggers);
@@ -493,7 +506,7 @@ impl Proxy {
 
     /// The first time, in few system calls. When one fails, what has been carried out is read back, and the rest is
     /// written change by change, so that what fails is known.
-    fn write_at_once(&mut self, maps: &mut RealMaps) -> Vec<Name> {
+    fn write_at_once(&mut self, maps: &mut RealMaps) -> Vec<(Name, MapFailure)> {
         let mut all = Gather::new(maps);
         let failed = self.write(&mut all);
         let error = match all.finish() {
@@ -508,7 +521,8 @@ impl Proxy {
             Ok(tables) => (self.tables, self.writes_seen) = (tables, 0),
             Err(e) => {
                 tracing::warn!(error = %chain(&e), "cannot read maps back, trying again");
-                return self.model.names().0;
+                self.failed.extend(self.model.names().0);
+                return Vec::new();
             }
         }
         self.model.names().0.into_iter().for_each(|n| self.model.mark(n));
@@ -516,8 +530,8 @@ impl Proxy {
     }
 
     /// Brings the maps to what changed services want; returns those that failed.
-    fn write(&mut self, maps: &mut dyn Maps) -> Vec<Name> {
-        let mut failed: Vec<Name> = Vec::new();
+    fn write(&mut self, maps: &mut dyn Maps) -> Vec<(Name, MapFailure)> {
+        let mut failed = Vec::new();
         // Each round may free frontends that others wait for; services are finite, so rounds end.
         while !self.model.is_clean() {
             for name in self.model.take_dirty() {
@@ -525,12 +539,11 @@ impl Proxy {
                 let port = self.model.service(&name).map_or(0, |s| s.health_check_node_port);
                 self.checks.set(&name, port, if port == 0 { 0 } else { self.model.ready_here(&name) });
                 match self.tables.sync(maps, &name, &wanted) {
-                    Ok(outcome) => outcome.retry.into_iter().for_each(|n| self.model.mark(n)),
-                    Err(e) => {
-                        self.metrics.failures.inc();
-                        tracing::warn!(service = %name, error = %chain(&e), "cannot write maps, trying again");
-                        failed.push(name);
+                    Ok(outcome) => {
+                        self.failed.remove(&name);
+                        outcome.retry.into_iter().for_each(|n| self.model.mark(n));
                     }
+                    Err(e) => failed.push((name, e)),
                 }
             }
         }
@@ -563,8 +576,15 @@ impl Proxy {
 
     fn try_later(&mut self) {
         self.health.behind();
-        self.retry = Some(tokio::time::Instant::now() + self.pause);
-        self.pause = (self.pause * 2).min(MAX_RETRY);
+        self.retry_soon();
+    }
+
+    /// What is to be tried again does not keep Services from being up to date.
+    fn retry_soon(&mut self) {
+        if self.retry.is_none() {
+            self.retry = Some(tokio::time::Instant::now() + self.pause);
+            self.pause = (self.pause * 2).min(MAX_RETRY);
+        }
     }
 
     /// Tells the datapath the node's addresses and uplinks.

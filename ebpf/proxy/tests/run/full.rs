@@ -1,0 +1,53 @@
+//! Maps that are too small.
+
+use orlop_ebpf_loader::{Maps, RealMaps};
+
+use super::*;
+
+/// Of two frontends each, its port and the rest of its address.
+const ROOM: u32 = 4;
+const CHANGES: u32 = 40;
+
+async fn failures(at: SocketAddr) -> u32 {
+    let page = health(at, "/metrics").await;
+    let line = page.lines().find_map(|l| l.strip_prefix("orlop_proxy_sync_failures_total "));
+    line.unwrap_or_else(|| panic!("{page}")).parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_that_does_not_fit_is_not_tried_at_every_event() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let mut place = Place::new(api.address);
+    place.config.datapath.sizes.frontends = ROOM;
+    let a = server("a", SocketAddr::from(([127, 0, 0, 1], 0)));
+    for (name, ip) in [("one", "127.96.40.1"), ("two", "127.96.40.2")] {
+        api.put("services", service(name, ip, json!({})));
+        api.put("endpointslices", slice(name, a.port()));
+    }
+    let (stop, task) = start(&place.config).await;
+    let page = place.config.health_address.unwrap();
+    api.put("endpointslices", slice("three", a.port()));
+    api.put("services", service("three", "127.96.40.3", json!({})));
+    wait_until("there is no room", PATIENCE, || async { (failures(page).await > 0).then_some(()) }).await;
+
+    // Changes of another, each of which is waited for.
+    let maps = RealMaps::open(&place.config.datapath.pins).unwrap();
+    for i in 1..=CHANGES {
+        let seconds = json!({"clientIP": {"timeoutSeconds": i}});
+        let affinity = json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": seconds});
+        api.put("services", service("one", "127.96.40.1", affinity));
+        wait_until("the change is there", PATIENCE, || async {
+            maps.dump().unwrap().frontends.values().any(|v| v.affinity_seconds == i).then_some(())
+        })
+        .await;
+    }
+    // Pauses are doubled up to half a minute, so that it was tried a few times at most.
+    let tried = failures(page).await;
+    assert!(tried < CHANGES / 2, "tried {tried} times");
+
+    api.delete("services", "two");
+    wait_until("there is room", PATIENCE, || async { ask("127.96.40.3:80").ok() }).await;
+    stop.cancel();
+    task.await.unwrap().unwrap();
+}
