@@ -80,6 +80,7 @@ pub(crate) async fn run(
         checks: NodePortChecks::new(tasks.clone(), pages.health.clone()),
         health: pages.health,
         uplinks: HashMap::new(),
+        unserved: HashSet::new(),
         triggers: Vec::new(),
         failed: HashSet::new(),
         range_failed: false,
@@ -163,6 +164,8 @@ struct Proxy {
     checks: NodePortChecks,
     /// Interfaces that are served, as last told to the datapath.
     uplinks: HashMap<u32, Uplink>,
+    /// Interfaces that could not be served, which has been said.
+    unserved: HashSet<u32>,
     /// When the endpoint changes that wait for a sync happened.
     triggers: Vec<SystemTime>,
     /// Services that could not be written, which has been said. They wait until it is time, or until they change.
@@ -610,6 +613,7 @@ impl Proxy {
             return Ok(());
         }
         let mut wanted = Vec::with_capacity(node.uplinks.len());
+        let mut unserved = HashSet::new();
         for (index, name, uplink) in node.uplinks {
             wanted.push(index);
             if self.uplinks.get(&index) == Some(&uplink) {
@@ -625,12 +629,20 @@ impl Proxy {
                     tracing::debug!(interface = %name, "gone before it was served");
                 }
                 Err(e) => {
-                    tracing::warn!(interface = %name, error = %chain(&e), "Services do not answer there")
+                    unserved.insert(index);
+                    if !self.unserved.contains(&index) {
+                        tracing::warn!(interface = %name, error = %chain(&e), "Services do not answer there, trying again");
+                    }
                 }
             }
         }
         self.uplinks.retain(|i, _| wanted.contains(i));
         datapath.keep_uplinks(&wanted)?;
+        drop(datapath);
+        self.unserved = unserved;
+        if !self.unserved.is_empty() {
+            self.retry_soon();
+        }
         Ok(())
     }
 }

@@ -180,3 +180,25 @@ async fn new_interfaces_and_addresses_are_served_however_much_else_changes() {
     addresses.join().unwrap();
     stop.cancel();
 }
+
+/// One whose programs cannot be attached at first: something is in the way of a pin.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_interface_that_could_not_be_served_is_tried_again() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let place = Place::new(api.address);
+    let mut node = Node::new("me", &place);
+    node.config.uplinks.clear();
+    node.config.pod_packets = true;
+    let address = api.address;
+    api.listen(node.run(move || TcpListener::bind(address).unwrap()));
+    let stop = in_node(&node, &node.config).await.unwrap();
+    let link = |name: &str| node.config.datapath.pins.join("links").join(name);
+    std::fs::create_dir(link("in_770")).unwrap();
+    ip(&format!("-n {0} link add c0 index 770 type veth peer name c1", node.netns));
+    ip(&format!("-n {} link set c0 up", node.netns));
+    wait_until("one half is attached", PATIENCE, || async { link("out_770").exists().then_some(()) }).await;
+    std::fs::remove_dir(link("in_770")).unwrap();
+    wait_until("the other half is, too", PATIENCE, || async { link("in_770").is_file().then_some(()) }).await;
+    stop.cancel();
+}
