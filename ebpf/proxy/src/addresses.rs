@@ -16,11 +16,12 @@ use tokio::time::{Duration, Instant};
 /// Changes come in groups, as when an interface is set up: they are looked at together.
 const TOGETHER: Duration = Duration::from_millis(20);
 
-/// An interface that is up, with its addresses.
+/// An interface, with its addresses.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Interface {
     pub index: u32,
     pub name: String,
+    pub up: bool,
     pub loopback: bool,
     pub veth: bool,
     /// The other end of its pair is in another network namespace, and it belongs to no bridge or the like.
@@ -40,6 +41,8 @@ pub struct Node {
     /// [`config_flags`].
     pub flags: u32,
     pub uplinks: Vec<(u32, String, Uplink)>,
+    /// Interfaces that are there, but set down: what serves them stays for when they are up again.
+    pub down: Vec<u32>,
 }
 
 /// Where node ports answer.
@@ -88,7 +91,8 @@ pub fn decide(
         node.flags |= if serves(&loopback) { flag } else { 0 };
     }
     let mut pod_links = Vec::new();
-    for i in interfaces {
+    node.down = interfaces.iter().filter(|i| !i.up).map(|i| i.index).collect();
+    for i in interfaces.iter().filter(|i| i.up) {
         for (net, _) in &i.addresses {
             let ip = net.addr();
             let flags = if serves(&ip) { local_flags::NODE_PORT } else { 0 };
@@ -164,17 +168,15 @@ impl Watch {
         self.changes.next().await;
     }
 
-    /// All interfaces that are up.
+    /// All interfaces.
     pub async fn read(&self) -> Result<Vec<Interface>, rtnetlink::Error> {
         let mut all: Vec<Interface> = Vec::new();
         let mut links = self.handle.link().get().execute();
         while let Some(l) = links.try_next().await? {
-            if !l.header.flags.contains(LinkFlags::Up) {
-                continue;
-            }
             let mut i = Interface {
                 index: l.header.index,
                 name: String::new(),
+                up: l.header.flags.contains(LinkFlags::Up),
                 loopback: l.header.flags.contains(LinkFlags::Loopback),
                 veth: false,
                 leads_away: false,
@@ -262,6 +264,7 @@ mod tests {
         Interface {
             index: name.len() as u32,
             name: name.into(),
+            up: name != "down",
             loopback: name == "lo",
             veth: name.starts_with("veth"),
             leads_away: name == "veth1",
@@ -314,10 +317,11 @@ mod tests {
             interface("veth22", &["10.244.0.1/32"]),
             interface("veth333", &["10.9.0.1/24"]),
             interface("dummy0", &["169.254.20.10/32"]),
-            interface("down", &[]),
+            interface("down", &["192.0.2.7/24"]),
         ];
         let n = decide(&all, None, &[], false);
         assert_eq!(names(&n), ["eth0", "veth333"]);
+        assert_eq!(n.down, [4]);
         assert_eq!(n.uplinks[0].2.addr4, addr_from("192.0.2.5".parse().unwrap()));
         assert!(n.locals.values().all(|f| *f == local_flags::NODE_PORT));
         assert_eq!(n.locals.len(), 6);

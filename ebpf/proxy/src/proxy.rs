@@ -636,6 +636,7 @@ impl Proxy {
                 }
             }
         }
+        wanted.extend(node.down);
         self.uplinks.retain(|i, _| wanted.contains(i));
         datapath.keep_uplinks(&wanted)?;
         drop(datapath);

@@ -202,3 +202,38 @@ async fn an_interface_that_could_not_be_served_is_tried_again() {
     wait_until("the other half is, too", PATIENCE, || async { link("in_770").is_file().then_some(()) }).await;
     stop.cancel();
 }
+
+/// What serves an interface stays while it is down, and goes with it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_interface_that_is_down_keeps_its_programs() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let place = Place::new(api.address);
+    let mut node = Node::new("me", &place);
+    node.config.uplinks.clear();
+    node.config.pod_packets = true;
+    let address = api.address;
+    api.listen(node.run(move || TcpListener::bind(address).unwrap()));
+    ip(&format!("-n {0} link add c0 type veth peer name c1", node.netns));
+    ip(&format!("-n {} link set c0 up", node.netns));
+    let stop = in_node(&node, &node.config).await.unwrap();
+    let maps = || RealMaps::open(&node.config.datapath.pins).unwrap();
+    let served = || maps().uplinks().into_iter().map(|(index, _)| index).collect::<Vec<_>>();
+    let before = served();
+    assert_eq!(before.len(), 1);
+    ip(&format!("-n {} link set c0 down", node.netns));
+    // The proxy has seen the one when it has seen the other.
+    ip(&format!("-n {} addr add 10.74.3.1/32 dev lo", node.netns));
+    let wanted: IpAddr = "10.74.3.1".parse().unwrap();
+    wait_until("the address is known", PATIENCE, || async {
+        maps().dump().unwrap().locals.keys().any(|a| addr_to(a) == wanted).then_some(())
+    })
+    .await;
+    assert_eq!(served(), before);
+    for end in ["in", "out"] {
+        assert!(node.config.datapath.pins.join(format!("links/{end}_{}", before[0])).exists());
+    }
+    ip(&format!("-n {} link del c0", node.netns));
+    wait_until("it goes with the interface", PATIENCE, || async { served().is_empty().then_some(()) }).await;
+    stop.cancel();
+}
