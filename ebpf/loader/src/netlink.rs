@@ -46,8 +46,8 @@ impl Netlink {
             let mut rest = &answer[..];
             while let Some((kind, body, after)) = split(rest) {
                 match kind {
-                    DONE => return Ok(()),
-                    ERROR => return verdict(body),
+                    // The end of a list says, too, whether it could be made.
+                    DONE | ERROR => return verdict(body),
                     _ => each(body),
                 }
                 rest = after;

@@ -13,7 +13,8 @@ use nix::net::if_::if_nametoindex;
 use orlop_base::supervise::{Ready, TaskGroup};
 use orlop_base::telemetry::{Metrics, chain};
 use orlop_client::{Refusal, refusal};
-use orlop_ebpf_common::{TCP, UDP, Uplink, config_flags, counters};
+use orlop_ebpf_common::{TCP, Uplink, config_flags, counters};
+use orlop_ebpf_loader::diag::{self, Closed};
 use orlop_ebpf_loader::{Datapath, MapFailure, Maps, Object, Programs, RealMaps};
 use parking_lot::Mutex;
 use tokio::sync::watch as latest;
@@ -92,6 +93,7 @@ pub(crate) async fn run(
         programs: None,
         closing: None,
         closer: None,
+        unseen: HashSet::new(),
     };
     proxy.follow_node(&netlink).await?;
     let result_tasks = tasks.clone();
@@ -185,7 +187,9 @@ struct Proxy {
     /// When to look for sockets whose backend is gone.
     closing: Option<tokio::time::Instant>,
     /// Closes such sockets, beside everything else: all sockets of all network namespaces are looked through.
-    closer: Option<JoinHandle<std::io::Result<usize>>>,
+    closer: Option<JoinHandle<std::io::Result<Closed>>>,
+    /// Protocols whose sockets the kernel does not list, which has been said.
+    unseen: HashSet<u8>,
 }
 
 /// One watched kind: names seen during a list, and whether a list has ever been complete.
@@ -385,16 +389,23 @@ impl Proxy {
         if stale.is_empty() {
             return;
         }
-        let cookies = stale.iter().map(|k| k.cookie).collect();
-        let close = move || orlop_ebpf_loader::diag::close_sockets(cookies, &[UDP, TCP]);
-        self.closer = Some(tokio::task::spawn_blocking(close));
+        self.closer = Some(tokio::task::spawn_blocking(move || diag::close_sockets(stale)));
     }
 
-    fn sockets_closed(&mut self, closed: Result<std::io::Result<usize>, JoinError>) {
+    fn sockets_closed(&mut self, closed: Result<std::io::Result<Closed>, JoinError>) {
         match closed {
-            Ok(Ok(n)) => {
-                self.metrics.closed_sockets.inc_by(n as u64);
-                tracing::debug!(closed = n, "closed sockets of backends that are gone");
+            Ok(Ok(Closed { count, unseen })) => {
+                self.metrics.closed_sockets.inc_by(count as u64);
+                tracing::debug!(closed = count, "closed sockets of backends that are gone");
+                for protocol in unseen {
+                    let name = if protocol == TCP { "tcp" } else { "udp" };
+                    if self.unseen.insert(protocol) {
+                        tracing::warn!(
+                            "the kernel does not list {name} sockets, so that those of backends that are gone stay open; load the \
+                             modules inet_diag and {name}_diag"
+                        );
+                    }
+                }
             }
             Ok(Err(e)) => tracing::warn!(error = %e, "sockets of backends that are gone stay open"),
             Err(e) => tracing::warn!(error = %e, "sockets of backends that are gone stay open"),
