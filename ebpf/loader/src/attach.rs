@@ -316,6 +316,8 @@ fn parse(config: &Config) -> Result<Ebpf, Error> {
         .map_max_entries("BACKENDS", sizes.backends)
         // No set has more members than slots.
         .map_max_entries("MEMBERS", sizes.slots)
+        // Of each Service port that clients outside ask.
+        .map_max_entries("MAGLEV", sizes.frontends)
         .map_max_entries("LOCAL_ADDRS", sizes.addresses)
         .map_max_entries("UPLINKS", sizes.interfaces)
         .map_max_entries("RANGES", sizes.frontends)

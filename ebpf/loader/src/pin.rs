@@ -118,9 +118,12 @@ pub(crate) fn check_shapes(pins: &Path) -> Result<(), Error> {
 /// Unpins maps that are smaller than they should be and that hold nothing but what user space puts there at every start:
 /// they are made anew. Programs that run on the old ones go on until they are replaced.
 pub(crate) fn make_room(pins: &Path, sizes: &Sizes) -> Result<(), Error> {
-    for (name, size) in
-        [("LOCAL_ADDRS", sizes.addresses), ("UPLINKS", sizes.interfaces), ("MEMBERS", sizes.slots)]
-    {
+    for (name, size) in [
+        ("LOCAL_ADDRS", sizes.addresses),
+        ("UPLINKS", sizes.interfaces),
+        ("MEMBERS", sizes.slots),
+        ("MAGLEV", sizes.frontends),
+    ] {
         let path = maps(pins).join(name);
         if MapData::from_pin(&path).and_then(|m| m.info()).is_ok_and(|i| i.max_entries() < size) {
             gone(fs::remove_file(&path)).map_err(path_err("unpin", &path))?;
