@@ -58,7 +58,17 @@ fn port(n: i32) -> u16 {
 }
 
 fn addresses(list: Option<&Vec<String>>) -> Vec<IpAddr> {
-    list.into_iter().flatten().filter_map(|a| a.parse().ok()).collect()
+    list.into_iter().flatten().filter_map(|a| address(a)).collect()
+}
+
+/// IPv4 addresses may have leading zeros, as the API allows what older versions took; they are decimal.
+fn address(text: &str) -> Option<IpAddr> {
+    if text.contains(':') {
+        return text.parse().ok();
+    }
+    let digits = |o: &str| o.bytes().all(|b| b.is_ascii_digit()).then(|| o.parse().ok())?;
+    let octets: Vec<u8> = text.split('.').map(digits).collect::<Option<_>>()?;
+    <[u8; 4]>::try_from(octets).ok().map(IpAddr::from)
 }
 
 /// `None`: headless, an external name, or handled by another proxy.
@@ -73,7 +83,7 @@ pub fn service(s: &objects::Service) -> Option<Service> {
     }
     let mut cluster_ips = addresses(spec.cluster_ips.as_ref());
     if cluster_ips.is_empty() {
-        cluster_ips.extend(spec.cluster_ip.as_ref().and_then(|a| a.parse::<IpAddr>().ok()));
+        cluster_ips.extend(spec.cluster_ip.as_deref().and_then(address));
     }
     if cluster_ips.is_empty() {
         return None;
@@ -83,7 +93,7 @@ pub fn service(s: &objects::Service) -> Option<Service> {
     let ingress = s.status.as_ref().and_then(|s| s.load_balancer.as_ref()).and_then(|l| l.ingress.as_ref());
     if spec.type_.as_deref() == Some("LoadBalancer") {
         for i in ingress.into_iter().flatten().filter(|i| i.ip_mode.as_deref() != Some("Proxy")) {
-            load_balancer_ips.extend(i.ip.as_ref().and_then(|a| a.parse::<IpAddr>().ok()));
+            load_balancer_ips.extend(i.ip.as_deref().and_then(address));
         }
     }
     for list in [&mut external_ips, &mut load_balancer_ips] {
@@ -131,10 +141,23 @@ pub fn service(s: &objects::Service) -> Option<Service> {
     })
 }
 
-/// Blanks around a range are allowed, as the API allows them.
+/// Blanks around a range are allowed, as the API allows them. What cannot be read admits nobody, but is a range all the same:
+/// without any everybody would be admitted.
 fn source_ranges(spec: &objects::ServiceSpec) -> Vec<IpNet> {
-    let ranges = spec.load_balancer_source_ranges.iter().flatten();
-    ranges.filter_map(|r| r.trim().parse().ok()).collect()
+    let read = |text: &str| {
+        let (ip, bits) = text.split_once('/')?;
+        IpNet::new(address(ip)?, bits.bytes().all(|b| b.is_ascii_digit()).then(|| bits.parse().ok())??).ok()
+    };
+    let ranges = spec.load_balancer_source_ranges.iter().flatten().map(|r| r.trim());
+    ranges
+        .map(|r| {
+            read(r).unwrap_or_else(|| {
+                tracing::warn!(range = r, "a Service's source range cannot be read; it admits nobody");
+                let nobody = if r.contains(':') { IpAddr::from([0u16; 8]) } else { IpAddr::from([0; 4]) };
+                nobody.into()
+            })
+        })
+        .collect()
 }
 
 /// `None`: of no Service, of names in place of addresses, or handled by another proxy. `node` and `zone` are
@@ -234,6 +257,31 @@ mod tests {
         assert_eq!(s.ports.len(), 1, "SCTP is left out");
         assert_eq!(s.affinity_seconds, 10_800);
         assert!(s.external_local && !s.internal_local);
+    }
+
+    #[test]
+    fn source_ranges_are_read_as_the_api_reads_them_and_none_opens_a_service() {
+        for (text, expected) in [
+            ("10.0.0.0/8", "10.0.0.0/8"),
+            (" 010.000.0.0/08 ", "10.0.0.0/8"),
+            ("192.168.001.1/32", "192.168.1.1/32"),
+            ("fd00::/16", "fd00::/16"),
+            ("10.0.0.0", "0.0.0.0/32"),
+            ("10.0.0.0/33", "0.0.0.0/32"),
+            ("10.0.0.256/8", "0.0.0.0/32"),
+            ("10.0.0/8", "0.0.0.0/32"),
+            ("+10.0.0.0/8", "0.0.0.0/32"),
+            ("fd00::/129", "::/128"),
+            ("", "0.0.0.0/32"),
+        ] {
+            let s = parse(json!({"clusterIP": "10.96.0.1", "loadBalancerSourceRanges": [text]})).unwrap();
+            assert_eq!(s.source_ranges, [expected.parse::<IpNet>().unwrap()], "{text:?}");
+        }
+        let s = parse(json!({"clusterIP": "010.096.0.1", "externalIPs": ["192.000.2.1"]})).unwrap();
+        assert_eq!(
+            (s.cluster_ips[0].to_string(), s.external_ips[0].to_string()),
+            ("10.96.0.1".into(), "192.0.2.1".into())
+        );
     }
 
     #[test]
