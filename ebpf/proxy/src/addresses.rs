@@ -9,7 +9,7 @@ use futures::{StreamExt, TryStreamExt};
 use ipnet::IpNet;
 use netlink_packet_route::address::{AddressAttribute, AddressScope};
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType};
-use orlop_ebpf_common::{Addr, Uplink, addr_from, config_flags, local_flags, uplink_flags};
+use orlop_ebpf_common::{Addr, Uplink, addr_from, addr_to, config_flags, local_flags, uplink_flags};
 use rtnetlink::{Handle, MulticastGroup};
 use tokio::time::{Duration, Instant};
 
@@ -43,6 +43,17 @@ pub struct Node {
     pub uplinks: Vec<(u32, String, Uplink)>,
     /// Interfaces that are there, but set down: what serves them stays for when they are up again.
     pub down: Vec<u32>,
+}
+
+impl Node {
+    /// Addresses that node ports answer on and that can be listened on by themselves, sorted.
+    pub fn node_port_ips(&self) -> Vec<IpAddr> {
+        let serving = self.locals.iter().filter(|(_, f)| **f & local_flags::NODE_PORT != 0);
+        let is_link_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        let mut ips: Vec<IpAddr> = serving.map(|(a, _)| addr_to(a)).filter(|ip| !is_link_local(ip)).collect();
+        ips.sort_unstable();
+        ips
+    }
 }
 
 /// Where node ports answer.
@@ -356,8 +367,7 @@ mod tests {
             let primary: Vec<IpAddr> = primary.iter().map(|w| w.parse().unwrap()).collect();
             let n = decide(&all, listed(&wanted, &primary).as_deref(), &[], false);
             let serving = n.locals.iter().filter(|(_, f)| **f != 0);
-            let mut serving: Vec<String> =
-                serving.map(|(a, _)| orlop_ebpf_common::addr_to(a).to_string()).collect();
+            let mut serving: Vec<String> = serving.map(|(a, _)| addr_to(a).to_string()).collect();
             serving.sort();
             assert_eq!(serving, expected, "{wanted:?} {primary:?}");
         }

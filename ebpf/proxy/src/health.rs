@@ -3,7 +3,8 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
@@ -15,10 +16,11 @@ use hyper::body::Bytes;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use nix::sys::socket::{setsockopt, sockopt};
 use orlop_base::supervise::TaskGroup;
 use orlop_base::telemetry::Metrics;
 use parking_lot::Mutex;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio_util::sync::CancellationToken;
 
 use crate::metrics::{Code, ProxyMetrics};
@@ -156,6 +158,8 @@ type Answer = Arc<dyn Fn(String) -> BoxFuture<'static, Response<Full<Bytes>>> + 
 
 /// Connections at a time: health checkers and scrapers are few.
 const MAX_CONNECTIONS: usize = 64;
+/// Connections that wait to be accepted.
+const BACKLOG: u32 = 128;
 /// How long a connection may take from its beginning to the end of its only answer.
 const CONNECTION: Duration = Duration::from_secs(10);
 
@@ -209,8 +213,29 @@ async fn accept(
 }
 
 /// Binds a listener; the error names the address.
-pub async fn bind(address: SocketAddr) -> Result<TcpListener, crate::Error> {
-    TcpListener::bind(address).await.map_err(|source| crate::Error::Listen { address, source })
+pub fn bind(address: SocketAddr) -> Result<TcpListener, crate::Error> {
+    listen(address).map_err(|source| crate::Error::Listen { address, source })
+}
+
+/// 0.0.0.0 and :: are all addresses of both families, as upstream's listeners take them, whatever net.ipv6.bindv6only says.
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let open = |at: SocketAddr| {
+        let socket = if at.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        socket.set_reuseaddr(true)?;
+        if at.is_ipv6() && at.ip().is_unspecified() {
+            setsockopt(&socket, sockopt::Ipv6V6Only, &false)?;
+        }
+        socket.bind(at)?;
+        socket.listen(BACKLOG)
+    };
+    if !address.ip().is_unspecified() {
+        return open(address);
+    }
+    // A kernel without IPv6 has only the other.
+    open((Ipv6Addr::UNSPECIFIED, address.port()).into()).or_else(|e| match e.raw_os_error() {
+        Some(libc::EAFNOSUPPORT) => open((Ipv4Addr::UNSPECIFIED, address.port()).into()),
+        _ => Err(e),
+    })
 }
 
 /// Pauses before a port that could not be bound is tried again.
@@ -235,6 +260,8 @@ pub struct NodePortChecks {
     failing: HashMap<u16, u32>,
     pause: Duration,
     retry: Option<tokio::time::Instant>,
+    /// Where to listen; `None`: on all addresses.
+    addresses: Option<Vec<IpAddr>>,
 }
 
 struct Check {
@@ -255,7 +282,21 @@ impl NodePortChecks {
             failing: HashMap::new(),
             pause: FIRST_PAUSE,
             retry: None,
+            addresses: None,
         }
+    }
+
+    /// Tells on which of the node's addresses node ports answer, when not on all: there these ports do, as upstream has it.
+    pub fn listen_on(&mut self, addresses: Option<Vec<IpAddr>>) {
+        if self.addresses == addresses {
+            return;
+        }
+        self.addresses = addresses;
+        for (port, check) in self.served.drain() {
+            check.stop.cancel();
+            self.changed.insert(port);
+        }
+        self.settle();
     }
 
     /// Tells a Service's health check port (0 for none) and how many ready endpoints it has on this node. Takes effect
@@ -329,12 +370,9 @@ impl NodePortChecks {
     }
 
     fn start(&self, port: u16, told: (Name, usize)) -> std::io::Result<Check> {
-        let any = SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, port));
-        // Both families; a kernel without IPv6 has only the other.
-        let listener =
-            std::net::TcpListener::bind(any).or_else(|_| std::net::TcpListener::bind(("0.0.0.0", port)))?;
-        listener.set_nonblocking(true)?;
-        let listener = TcpListener::from_std(listener)?;
+        let all = [IpAddr::from(Ipv4Addr::UNSPECIFIED)];
+        let addresses = self.addresses.as_deref().unwrap_or(&all).iter();
+        let listeners: Vec<_> = addresses.map(|ip| listen((*ip, port).into())).collect::<Result<_, _>>()?;
         let told = Arc::new(Mutex::new(told));
         let check = Check { told: told.clone(), stop: self.tasks.stop_token().child_token() };
         let health = self.health.clone();
@@ -343,12 +381,14 @@ impl NodePortChecks {
             let answer = node_port_answer(&name, local, health.is_healthy());
             std::future::ready(answer).boxed()
         });
-        let (tasks, stop) = (self.tasks.clone(), check.stop.clone());
-        self.tasks.spawn(async move {
-            if let Err(e) = accept(listener, answer, tasks, stop).await {
-                tracing::warn!(port, error = %e, "a health check port is no longer served");
-            }
-        });
+        for listener in listeners {
+            let (answer, tasks, stop) = (answer.clone(), self.tasks.clone(), check.stop.clone());
+            self.tasks.spawn(async move {
+                if let Err(e) = accept(listener, answer, tasks, stop).await {
+                    tracing::warn!(port, error = %e, "a health check port is no longer served");
+                }
+            });
+        }
         Ok(check)
     }
 }
@@ -363,4 +403,32 @@ fn node_port_answer(service: &str, local: usize, healthy: bool) -> Response<Full
     let mut r = response(status, "application/json", body.to_string());
     r.headers_mut().insert("x-load-balancing-endpoint-weight", hyper::header::HeaderValue::from(local));
     r
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// In a network namespace where IPv6 sockets take no IPv4 by themselves.
+    #[test]
+    fn all_addresses_are_those_of_both_families() {
+        let inside = || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("run as root");
+            let up = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status();
+            assert!(up.expect("`ip` is missing: apt-get install iproute2").success());
+            std::fs::write("/proc/sys/net/ipv6/bindv6only", "1").unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let _inside = runtime.enter();
+            for any in ["0.0.0.0:0", "[::]:0"] {
+                let port = listen(any.parse().unwrap()).unwrap();
+                let at = port.local_addr().unwrap().port();
+                for ip in ["127.0.0.1", "::1"] {
+                    std::net::TcpStream::connect((ip, at)).unwrap_or_else(|e| panic!("{any} by {ip}: {e}"));
+                }
+            }
+            let one = listen("127.0.0.1:0".parse().unwrap()).unwrap();
+            assert!(std::net::TcpStream::connect(("::1", one.local_addr().unwrap().port())).is_err());
+        };
+        std::thread::spawn(inside).join().unwrap();
+    }
 }

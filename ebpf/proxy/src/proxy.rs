@@ -58,7 +58,7 @@ pub(crate) async fn run(
         refresh: Arc::default(),
     };
     for address in [config.health_address, config.metrics_address].into_iter().flatten() {
-        let listener = health::bind(address).await?;
+        let listener = health::bind(address)?;
         tasks.spawn_essential("proxy-pages", health::serve(listener, pages.clone(), tasks.clone()));
     }
     let (netlink, connection) = Watch::open().map_err(|source| Error::Netlink { source })?;
@@ -609,6 +609,7 @@ impl Proxy {
         let primary = self.primary.clone().unwrap_or_else(|| self.tables.node_port_ips());
         let listed = addresses::listed(&c.node_port_addresses, &primary);
         let node = addresses::decide(&interfaces, listed.as_deref(), &c.uplinks, c.pod_packets);
+        self.checks.listen_on(listed.map(|_| node.node_port_ips()));
         if self.model.node_ips() != node.ips {
             self.ranges.look_again();
         }

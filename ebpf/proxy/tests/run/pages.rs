@@ -116,6 +116,27 @@ async fn silent_connections_keep_nobody_from_an_answer() {
     purge(&place.config).unwrap();
 }
 
+/// Where node ports answer is where these ports do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn health_check_ports_answer_on_node_port_addresses_only() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let mut place = Place::new(api.address);
+    let port = free_port();
+    api.put("services", local("a", "127.96.22.1", port));
+    let by_ipv6 = || std::net::TcpStream::connect((Ipv6Addr::LOCALHOST, port));
+    for (nets, both) in [(vec!["127.0.0.0/8"], false), (vec![], true), (vec!["127.0.0.0/8", "::1/128"], true)]
+    {
+        place.config.node_port_addresses = nets.iter().map(|n| n.parse().unwrap()).collect();
+        let (stop, task) = start(&place.config).await;
+        answers_for(port, "a", 0).await;
+        assert_eq!(by_ipv6().is_ok(), both, "{nets:?}");
+        stop.cancel();
+        task.await.unwrap().unwrap();
+    }
+    purge(&place.config).unwrap();
+}
+
 /// Load balancers are told when the node goes, those who would restart the proxy are not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_goes_says_so() {
