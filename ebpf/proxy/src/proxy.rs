@@ -85,6 +85,7 @@ pub(crate) async fn run(
         triggers: Vec::new(),
         failed: HashSet::new(),
         range_failed: false,
+        unread: false,
         retry: None,
         pause: RETRY,
         writes_seen: 0,
@@ -174,6 +175,8 @@ struct Proxy {
     failed: HashSet<Name>,
     /// The Service range could not be written.
     range_failed: bool,
+    /// What the maps hold is not known after a failed write.
+    unread: bool,
     /// When to try again what failed.
     retry: Option<tokio::time::Instant>,
     pause: Duration,
@@ -289,7 +292,8 @@ impl Proxy {
                 filling = true;
             }
             let clean = self.sync();
-            if initial && clean && verified {
+            // Services that could not be written are no reason to keep the others waiting.
+            if initial && verified && !self.unread {
                 if let Err(e) = self.take_over(&netlink).await {
                     tracing::warn!(error = %chain(&e), "cannot take over from an earlier run, trying again");
                     self.try_later();
@@ -298,7 +302,8 @@ impl Proxy {
                 initial = false;
                 self.closing = Some(tokio::time::Instant::now());
                 let (frontends, backends) = self.tables.sizes();
-                tracing::info!(frontends, backends, "maps are in step");
+                let left_out = self.failed.len();
+                tracing::info!(frontends, backends, left_out, "the maps hold the Services");
             }
             if clean && !initial {
                 self.health.in_step();
@@ -521,6 +526,9 @@ impl Proxy {
     /// The first time, in few system calls. When one fails, what has been carried out is read back, and the rest is
     /// written change by change, so that what fails is known.
     fn write_at_once(&mut self, maps: &mut RealMaps) -> Vec<(Name, MapFailure)> {
+        if self.unread && !self.read_back(maps) {
+            return Vec::new();
+        }
         let mut all = Gather::new(maps);
         let failed = self.write(&mut all);
         let error = match all.finish() {
@@ -531,16 +539,25 @@ impl Proxy {
         if let Some(e) = error {
             tracing::warn!(error = %chain(&e), "cannot write maps, trying one by one");
         }
-        match adopt(maps) {
+        if !self.read_back(maps) {
+            return Vec::new();
+        }
+        self.model.names().0.into_iter().for_each(|n| self.model.mark(n));
+        self.write(maps)
+    }
+
+    /// Takes for true what the maps hold; without that, all Services wait for the next try.
+    fn read_back(&mut self, maps: &RealMaps) -> bool {
+        let read = adopt(maps);
+        self.unread = read.is_err();
+        match read {
             Ok(tables) => (self.tables, self.writes_seen) = (tables, 0),
             Err(e) => {
                 tracing::warn!(error = %chain(&e), "cannot read maps back, trying again");
                 self.failed.extend(self.model.names().0);
-                return Vec::new();
             }
         }
-        self.model.names().0.into_iter().for_each(|n| self.model.mark(n));
-        self.write(maps)
+        !self.unread
     }
 
     /// Brings the maps to what changed services want; returns those that failed.

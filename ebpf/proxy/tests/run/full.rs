@@ -51,3 +51,33 @@ async fn a_service_that_does_not_fit_is_not_tried_at_every_event() {
     stop.cancel();
     task.await.unwrap().unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn services_that_fit_are_served_from_the_start() {
+    let _alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let mut place = Place::new(api.address);
+    place.config.datapath.sizes.frontends = ROOM;
+    let a = server("a", SocketAddr::from(([127, 0, 0, 1], 0)));
+    let addresses = ["127.96.41.1", "127.96.41.2", "127.96.41.3"];
+    for (name, ip) in ["one", "two", "three"].into_iter().zip(addresses) {
+        api.put("services", service(name, ip, json!({})));
+        api.put("endpointslices", slice(name, a.port()));
+    }
+    let (stop, ready) = (CancellationToken::new(), Ready::default());
+    let task = tokio::spawn(run(place.config.clone(), ready.clone(), stop.clone()));
+    wait_until("two of three answer", PATIENCE, || async {
+        let answer = addresses.iter().filter(|ip| ask(&format!("{ip}:80")).is_ok());
+        (answer.count() == 2).then_some(())
+    })
+    .await;
+    assert!(!ready.is_set(), "one is missing");
+    assert!(health_of(place.config.health_address.unwrap()).await.starts_with("HTTP/1.1 503"));
+
+    api.delete("services", "one");
+    api.delete("services", "two");
+    wait_until("the third answers", PATIENCE, || async { ask("127.96.41.3:80").ok() }).await;
+    ready.wait().await;
+    stop.cancel();
+    task.await.unwrap().unwrap();
+}
