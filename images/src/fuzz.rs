@@ -167,7 +167,7 @@ proptest! {
         fs::create_dir_all(&root).unwrap();
         let outside = ["canary", "a/canary", "a/b/canary"].map(|c| dir.path().join(c));
         outside.iter().for_each(|c| fs::write(c, "outside").unwrap());
-        let fd = unpack::open_folder(&root).unwrap();
+        let fd = crate::tree::open(&root).unwrap();
         let _ = unpack::unpack(&data[..], fd.as_fd());
         for canary in &outside {
             prop_assert_eq!(fs::read_to_string(canary).unwrap(), "outside");

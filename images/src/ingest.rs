@@ -12,7 +12,7 @@ use orlop_base::failpoint;
 
 use crate::layout::{Ingest, LayerRecord, Layout, VERSION};
 use crate::unpack::{self, Slot, Stream, Unpacked};
-use crate::{Algorithm, Digest, Error, Result};
+use crate::{Algorithm, Digest, Error, Result, tree};
 
 /// A layer to fetch, with what it must turn out to be.
 #[derive(Clone, Debug)]
@@ -59,7 +59,7 @@ pub(crate) fn unpack_layer(
         .mode(0o755)
         .create(&fs_dir)
         .map_err(Error::io("create", &fs_dir))?;
-    let root = unpack::open_folder(&fs_dir).map_err(Error::sys("open", &fs_dir))?;
+    let root = tree::open(&fs_dir).map_err(Error::sys("open", &fs_dir))?;
     // The umask does not count.
     rustix::fs::fchmod(&root, rustix::fs::Mode::from(0o755))
         .map_err(Error::sys("set the mode of", &fs_dir))?;
@@ -130,14 +130,14 @@ pub(crate) fn commit_layer(
 ) -> Result<LayerRecord> {
     let fs_dir = layer.dir.path.join("fs");
     if !(layer.unpacked.inherit.is_empty() && layer.unpacked.borrow.is_empty()) {
-        let root = unpack::open_folder(&fs_dir).map_err(Error::sys("open", &fs_dir))?;
+        let root = tree::open(&fs_dir).map_err(Error::sys("open", &fs_dir))?;
         // A bounded number of descriptors: images have at most a few hundred layers.
         let lower = lower
             .iter()
             .rev()
             .map(|chain| {
                 let path = layout.layer_fs(chain);
-                unpack::open_folder(&path).map_err(Error::sys("open", &path))
+                tree::open(&path).map_err(Error::sys("open", &path))
             })
             .collect::<Result<Vec<_>>>()?;
         unpack::borrow_from_lower(root.as_fd(), &lower, &layer.unpacked).map_err(|e| Error::Unpack {

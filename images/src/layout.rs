@@ -19,11 +19,13 @@ use std::fs;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use orlop_base::durable::{self, Sync};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::{Digest, Error, Result, Usage, UserNamespace, unpack};
+use crate::{Digest, Error, Result, Usage, UserNamespace, tree};
 
 /// Version of the files below.
 pub(crate) const VERSION: u32 = 1;
@@ -31,6 +33,8 @@ pub(crate) const VERSION: u32 = 1;
 #[derive(Debug)]
 pub(crate) struct Layout {
     pub root: PathBuf,
+    /// Tells names of this start from those that an earlier one left.
+    start: u128,
     next: AtomicU64,
 }
 
@@ -94,7 +98,7 @@ pub(crate) struct Ingest {
 impl Drop for Ingest {
     fn drop(&mut self) {
         // The next open empties the folder anyway.
-        let _ = fs::remove_file(&self.path).or_else(|_| fs::remove_dir_all(&self.path));
+        let _ = delete(&self.path);
     }
 }
 
@@ -114,7 +118,9 @@ impl Layout {
         for name in ["hostname", "hosts", "resolv.conf"] {
             create_empty(&root.join("layers/empty/points/etc").join(name))?;
         }
-        Ok(Layout { root, next: AtomicU64::new(0) })
+        // A clock that stands before 1970 has no earlier start to tell from.
+        let start = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        Ok(Layout { root, start, next: AtomicU64::new(0) })
     }
 
     pub fn images_file(&self) -> PathBuf {
@@ -179,7 +185,7 @@ impl Layout {
     }
 
     fn unique(&self) -> String {
-        self.next.fetch_add(1, Ordering::Relaxed).to_string()
+        format!("{:x}-{}", self.start, self.next.fetch_add(1, Ordering::Relaxed))
     }
 
     /// A small blob; why not when it is not there as it was written.
@@ -221,7 +227,7 @@ impl Layout {
         self.set_aside(path)?.map_or(Ok(()), |p| delete(&p))
     }
 
-    /// Empties `ingest/` and `trash/`, and unmounts what is in `mapped/`.
+    /// Empties `ingest/` and `trash/`, and unmounts what is in `mapped/`. What cannot be deleted stays: it is in nobody's way.
     pub fn clean(&self) -> Result<()> {
         let mapped = self.root.join("mapped");
         for item in fs::read_dir(&mapped).map_err(Error::io("list", &mapped))? {
@@ -229,8 +235,13 @@ impl Layout {
         }
         for name in ["ingest", "trash"] {
             let path = self.root.join(name);
-            let dir = unpack::open_folder(&path).map_err(Error::sys("open", &path))?;
-            unpack::empty_folder(&dir).map_err(Error::sys("empty", &path))?;
+            for item in fs::read_dir(&path).map_err(Error::io("list", &path))? {
+                let item = item.map_err(Error::io("list", &path))?.path();
+                if let Err(e) = delete(&item) {
+                    let error = orlop_base::telemetry::chain(&e);
+                    tracing::warn!(path = %item.display(), error, "a leftover stays until the next start");
+                }
+            }
         }
         Ok(())
     }
@@ -266,12 +277,13 @@ fn create_empty(path: &Path) -> Result<()> {
 
 /// Deletes what [`Layout::set_aside`] gave.
 pub(crate) fn delete(path: &Path) -> Result<()> {
-    match unpack::open_folder(path) {
+    match tree::open(path) {
         Ok(dir) => {
-            unpack::empty_folder(&dir).map_err(Error::sys("delete", path))?;
+            tree::empty(&dir).map_err(Error::sys("delete", path))?;
             fs::remove_dir(path).map_err(Error::io("delete", path))
         }
-        Err(_) => fs::remove_file(path).map_err(Error::io("delete", path)),
+        Err(Errno::NOTDIR | Errno::LOOP) => fs::remove_file(path).map_err(Error::io("delete", path)),
+        Err(e) => Err(Error::sys("delete", path)(e)),
     }
 }
 
@@ -282,28 +294,8 @@ pub(crate) fn boot_id() -> String {
 
 /// Bytes and inodes below `dir`, each hard-linked file once. Goes on where files vanish meanwhile.
 pub(crate) fn measure(dir: &Path) -> Result<Usage> {
-    use std::os::unix::fs::MetadataExt;
-    let mut usage = Usage::default();
-    let mut linked = std::collections::HashSet::new();
-    let mut stack = vec![dir.to_owned()];
-    while let Some(dir) = stack.pop() {
-        let listing = match fs::read_dir(&dir) {
-            Ok(l) => l,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(Error::io("list", &dir)(e)),
-        };
-        for item in listing {
-            let item = item.map_err(Error::io("list", &dir))?;
-            let Ok(meta) = item.metadata() else { continue };
-            if meta.nlink() > 1 && !meta.is_dir() && !linked.insert((meta.dev(), meta.ino())) {
-                continue;
-            }
-            usage.bytes += meta.blocks() * 512;
-            usage.inodes += 1;
-            if meta.is_dir() {
-                stack.push(item.path());
-            }
-        }
+    match tree::open(dir).and_then(|d| tree::measure(&d)) {
+        Err(Errno::NOENT) => Ok(Usage::default()),
+        usage => usage.map_err(Error::sys("measure", dir)),
     }
-    Ok(usage)
 }

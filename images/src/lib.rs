@@ -28,6 +28,7 @@ mod registry;
 mod snapshot;
 mod state;
 mod store;
+mod tree;
 mod unpack;
 mod unshare;
 mod user_namespace;

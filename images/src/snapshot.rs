@@ -12,7 +12,7 @@ use crate::idmap::{self, Mapped};
 use crate::layout::{Layout, RootfsRecord, VERSION};
 use crate::overlay::{self, Overlay};
 use crate::store::{Inner, blocking};
-use crate::{Digest, Error, Image, Result, RootfsOptions, UserNamespace, unpack};
+use crate::{Digest, Error, Image, Result, RootfsOptions, UserNamespace, tree, unpack};
 
 pub(crate) fn check_key(key: &str) -> Result<()> {
     let good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-');
@@ -168,9 +168,7 @@ fn change_owners(
     for name in ["upper", "work"] {
         let path = dir.join(name);
         // What an attempt left that a crash ended.
-        if path.exists() {
-            fs::remove_dir_all(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        }
+        layout.discard(&path).map_err(|e| e.to_string())?;
         fs::DirBuilder::new().mode(0o755).create(&path).map_err(|e| format!("{}: {e}", path.display()))?;
     }
     if let Some(top) = record.chain.last() {
@@ -187,8 +185,8 @@ fn change_owners(
 /// The root folder of the mount is that of the writable layer.
 fn copy_root(layout: &Layout, top: &Digest, upper: &Path) -> Result<()> {
     let from_path = layout.layer_fs(top);
-    let from = unpack::open_folder(&from_path).map_err(Error::sys("open", &from_path))?;
-    let to = unpack::open_folder(upper).map_err(Error::sys("open", upper))?;
+    let from = tree::open(&from_path).map_err(Error::sys("open", &from_path))?;
+    let to = tree::open(upper).map_err(Error::sys("open", upper))?;
     unpack::copy_metadata(from.as_fd(), to.as_fd()).map_err(Error::sys("set metadata of", upper))
 }
 

@@ -6,13 +6,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags,
+    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags,
 };
 use rustix::io::Errno;
 
 use super::Error;
 use super::reader::{Entry, Kind, TarReader};
-use crate::Usage;
+use crate::{Usage, tree};
 
 /// Names that mark deletions in OCI layers (OCI image spec, "Whiteouts").
 const WHITEOUT: &[u8] = b".wh.";
@@ -310,7 +310,7 @@ impl Unpacker<'_> {
             let fd =
                 rustix::fs::openat(parent, base, FOLDER | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
                     .map_err(Error::io("open", path))?;
-            empty_folder(&fd).map_err(Error::io("empty", path))?;
+            tree::empty(&fd).map_err(Error::io("empty", path))?;
             rustix::fs::unlinkat(parent, base, AtFlags::REMOVEDIR).map_err(Error::io("replace", path))?;
         } else {
             rustix::fs::unlinkat(parent, base, AtFlags::empty()).map_err(Error::io("replace", path))?;
@@ -637,37 +637,6 @@ fn special_metadata(entry: &Entry, parent: &OwnedFd, base: &[u8]) -> Result<(), 
         .map_err(Error::io("set times of", path))
 }
 
-/// Deletes everything below `dir`, without following links or recursing on the stack.
-pub(crate) fn empty_folder(dir: &OwnedFd) -> rustix::io::Result<()> {
-    let mut stack = vec![(rustix::fs::Dir::read_from(dir)?, None::<std::ffi::CString>)];
-    while let Some((listing, _)) = stack.last_mut() {
-        let next = listing.next().transpose()?;
-        let Some(item) = next else {
-            let name = stack.pop().and_then(|(_, name)| name);
-            if let (Some(name), Some((up, _))) = (name, stack.last()) {
-                rustix::fs::unlinkat(up.fd()?, &*name, AtFlags::REMOVEDIR)?;
-            }
-            continue;
-        };
-        let name = item.file_name();
-        if matches!(name.to_bytes(), b"." | b"..") {
-            continue;
-        }
-        let here = listing.fd()?;
-        match rustix::fs::unlinkat(here, name, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(Errno::ISDIR | Errno::PERM) => {
-                let flags = FOLDER | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let fd = rustix::fs::openat(here, name, flags, Mode::empty())?;
-                let name = name.to_owned();
-                stack.push((rustix::fs::Dir::new(fd)?, Some(name)));
-            }
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
-}
-
 /// Attributes that are none of an image's: overlayfs' own would let a layer redirect names and see what it hid, and which SELinux
 /// label a file has is for the node's policy and its mount to say.
 pub(crate) fn is_of_the_node(attribute: &[u8]) -> bool {
@@ -775,9 +744,4 @@ pub(crate) fn borrow_from_lower(
         }
     }
     Ok(())
-}
-
-/// Opens a folder of ours by its path.
-pub(crate) fn open_folder(path: &std::path::Path) -> rustix::io::Result<OwnedFd> {
-    rustix::fs::openat(CWD, path, FOLDER | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
 }

@@ -13,10 +13,7 @@ mod zstd_frames;
 
 use std::io;
 
-pub(crate) use apply::{
-    OPAQUE_XATTR, Unpacked, borrow_from_lower, copy_metadata, empty_folder, is_of_the_node, open_folder,
-    unpack,
-};
+pub(crate) use apply::{OPAQUE_XATTR, Unpacked, borrow_from_lower, copy_metadata, is_of_the_node, unpack};
 pub(crate) use reader::{Kind, TarReader};
 pub(crate) use slot::Slot;
 pub(crate) use source::{Stream, decompress_while};

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use tar::{Builder, EntryType, Header};
 
 use super::*;
+use crate::tree;
 
 struct Layer(Builder<Vec<u8>>);
 
@@ -65,7 +66,7 @@ impl Layer {
 /// A folder for one layer inside another, so that an escape has something to hit.
 fn unpack_into(root: &Path, bytes: &[u8]) -> Result<Unpacked, Error> {
     fs::create_dir_all(root).unwrap();
-    let fd = open_folder(root).unwrap();
+    let fd = tree::open(root).unwrap();
     unpack(bytes, fd.as_fd()).map(|(u, _)| u)
 }
 
@@ -268,8 +269,8 @@ fn what_a_layer_lacks_comes_from_below() {
     let mut l = Layer::new();
     l.file("srv/new", "n").hard("srv/link", "srv/data").hard("nowhere", "srv/missing");
     let u = unpack_into(&up, &l.bytes()).unwrap();
-    let lower: Vec<OwnedFd> = vec![open_folder(&low).unwrap()];
-    let top = open_folder(&up).unwrap();
+    let lower: Vec<OwnedFd> = vec![tree::open(&low).unwrap()];
+    let top = tree::open(&up).unwrap();
     let e = borrow_from_lower(top.as_fd(), &lower, &u).unwrap_err();
     assert!(matches!(&e, Error::LinkTarget { path, .. } if path == "nowhere"), "{e}");
     let u = Unpacked { borrow: vec![u.borrow[0].clone()], ..u };
@@ -308,7 +309,7 @@ fn folder_with_attribute(name: &str) -> Vec<u8> {
 #[test]
 fn a_few_megabytes_do_not_become_gigabytes() {
     let dir = tempfile::tempdir().unwrap();
-    let root = open_folder(dir.path()).unwrap();
+    let root = tree::open(dir.path()).unwrap();
     let unpack = |entries: &mut dyn Iterator<Item = Vec<u8>>| {
         unpack(std::io::BufReader::new(Made(entries, Default::default())), root.as_fd()).map(|(u, _)| u)
     };
@@ -349,7 +350,7 @@ fn a_link_to_a_sparse_file_below_copies_no_holes() {
     disk.set_len(4 << 30).unwrap();
     disk.write_all_at(b"middle", 3 << 30).unwrap();
     let u = unpack_into(&up, &Layer::new().hard("copy", "disk").bytes()).unwrap();
-    borrow_from_lower(open_folder(&up).unwrap().as_fd(), &[open_folder(&low).unwrap()], &u).unwrap();
+    borrow_from_lower(tree::open(&up).unwrap().as_fd(), &[tree::open(&low).unwrap()], &u).unwrap();
     let copy = fs::File::open(up.join("copy")).unwrap();
     let meta = copy.metadata().unwrap();
     assert_eq!(meta.len(), 4 << 30);
@@ -390,7 +391,7 @@ fn deleting_does_not_follow_links() {
     fs::create_dir(dir.path().join("out")).unwrap();
     fs::write(dir.path().join("out/f"), "f").unwrap();
     symlink(dir.path().join("out"), dir.path().join("in/a/b/l")).unwrap();
-    empty_folder(&open_folder(&dir.path().join("in")).unwrap()).unwrap();
+    tree::empty(&tree::open(&dir.path().join("in")).unwrap()).unwrap();
     assert_eq!(fs::read_dir(dir.path().join("in")).unwrap().count(), 0);
     assert!(dir.path().join("out/f").exists());
 }
