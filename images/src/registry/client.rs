@@ -221,7 +221,7 @@ impl Session {
         if endpoint.host.authority != hosts::own_authority(&self.reference.registry) {
             url.query_pairs_mut().append_pair("ns", &self.reference.registry);
         }
-        let first = self.send(endpoint, &method, url.clone(), range).await?;
+        let (first, from) = self.send(endpoint, &method, url.clone(), range).await?;
         // The caller knows what to make of that.
         let as_asked = |r: Response<Incoming>| {
             let unsatisfied = range.is_some() && r.status() == StatusCode::RANGE_NOT_SATISFIABLE;
@@ -229,6 +229,11 @@ impl Session {
         };
         if first.status() != StatusCode::UNAUTHORIZED {
             return as_asked(first);
+        }
+        // Whoever the registry redirects to must not choose where the credentials go.
+        if from.origin() != url.origin() {
+            let text = format!("HTTP 401 from {}, to which it redirects", from.authority());
+            return Err(final_failure(self.unauthorized(endpoint, text)));
         }
         let challenge = first
             .headers()
@@ -252,18 +257,18 @@ impl Session {
         })?;
         header.set_sensitive(true);
         *endpoint.granted.lock() = Some(header);
-        let second = self.send(endpoint, &method, url, range).await?;
+        let (second, _) = self.send(endpoint, &method, url, range).await?;
         as_asked(second)
     }
 
-    /// One request with redirects followed. Credentials go to the first host only.
+    /// One request with redirects followed, and who answered it. Credentials go to the first host only.
     async fn send(
         &self,
         endpoint: &Endpoint,
         method: &Method,
         url: Url,
         range: Option<&str>,
-    ) -> Result<Response<Incoming>, Failure> {
+    ) -> Result<(Response<Incoming>, Url), Failure> {
         let origin = url.origin();
         let mut url = url;
         for _ in 0..REDIRECTS {
@@ -292,7 +297,7 @@ impl Session {
                 .map_err(|e| final_failure(self.registry_error(endpoint, e.to_string())))?;
             let response = self.exchange(endpoint, request, "").await?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-                return Ok(response);
+                return Ok((response, url));
             }
             let next = response
                 .headers()

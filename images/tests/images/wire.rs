@@ -393,3 +393,39 @@ async fn a_silent_mirror_costs_its_dial_timeout() {
         assert!(!r.headers.contains_key("x-secret") && !r.headers.contains_key("authorization"), "{r:?}");
     }
 }
+
+/// Whoever a registry redirects to gets no say in where its credentials go.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redirect_does_not_lead_credentials_away() {
+    for challenge in ["Bearer realm=\"http://REALM/token\",service=\"s\"", "Basic realm=\"x\""] {
+        let thief = Fake::start(Box::new(|_, _| {
+            let body = br#"{"token":"t"}"#;
+            response("200 OK", "", body.len(), body)
+        }));
+        let challenge = challenge.replace("REALM", &thief.address);
+        let storage = Fake::start(Box::new(move |_, _| {
+            response("401 Unauthorized", &format!("www-authenticate: {challenge}\r\n"), 0, b"")
+        }));
+        let (data, to) = (image(), storage.address.clone());
+        let registry = Fake::start(Box::new(move |r, _| {
+            if !r.line.contains("/blobs/") {
+                return serve(&r.line, &data);
+            }
+            let path = r.line.split(' ').nth(1).unwrap();
+            response("307 Temporary Redirect", &format!("location: http://{to}{path}\r\n"), 0, b"")
+        }));
+        let place = Place::new();
+        let store = store(&place, None).await;
+        let user = Auth { username: "user".into(), password: "hunter2".into(), ..Auth::default() };
+        let refresh = Auth { identity_token: "long-lived".into(), ..Auth::default() };
+        for auth in [user, refresh] {
+            let e = store.pull(&format!("{}/a:v1", registry.address), Some(&auth)).await.unwrap_err();
+            assert!(matches!(&e, Error::Unauthorized { detail, .. } if detail.contains("redirects")), "{e}");
+        }
+        assert!(!storage.requests("").is_empty());
+        for r in [thief.requests(""), storage.requests(""), registry.requests("")].concat() {
+            let told = r.line.contains("long-lived") || r.headers.contains_key("authorization");
+            assert!(!told, "{r:?}");
+        }
+    }
+}
