@@ -125,6 +125,9 @@ impl Error {
             Error::State(e) if matches!(**e, orlop_base::durable::Error::Locked { .. }) => {
                 Kind::Misconfigured
             }
+            Error::State(e) if matches!(&**e, orlop_base::durable::Error::Io { source, .. } if is_full(source)) => {
+                Kind::Full
+            }
             Error::Io { source, .. } if is_full(source) => Kind::Full,
             Error::Full { .. } => Kind::Full,
             Error::Cancelled => Kind::Cancelled,
@@ -173,7 +176,7 @@ impl Error {
 }
 
 /// Whether space, inodes or a quota ran out.
-fn is_full(e: &io::Error) -> bool {
+pub(crate) fn is_full(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 

@@ -25,6 +25,7 @@ use orlop_base::durable::{self, Sync};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use crate::error::is_full;
 use crate::{Digest, Error, Result, Usage, UserNamespace, tree};
 
 /// Version of the files below.
@@ -133,7 +134,16 @@ impl Layout {
 
     /// Writes down which images there are. Blocking code.
     pub fn write_images(&self, records: &[impl Serialize]) -> Result<()> {
-        durable::write_json(&self.images_file(), VERSION, &records, Sync::Disk)?;
+        let write = || durable::write_json(&self.images_file(), VERSION, &records, Sync::Disk);
+        match write() {
+            // The copy takes the room that is missing: images can be removed from a full disk only if that can be written down.
+            Err(durable::Error::Io { source, .. })
+                if is_full(&source) && fs::remove_file(self.images_copy()).is_ok() =>
+            {
+                write()?;
+            }
+            written => written?,
+        }
         // For when the file is damaged, not for a power cut, which it outlives. The change has been made, whatever becomes of this.
         if let Err(e) = durable::write_json(&self.images_copy(), VERSION, &records, Sync::PageCache) {
             tracing::warn!(error = %e, "the list of images has no copy until it changes again");

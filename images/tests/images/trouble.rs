@@ -91,6 +91,40 @@ async fn a_full_disk_is_named_and_gets_its_space_back() {
     }
 }
 
+/// Whoever has a full disk removes images: the list of what is left must not need more room than there is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn images_can_be_removed_from_a_full_disk() {
+    for (what, tight) in [("space", c"size=8m"), ("inodes", c"nr_inodes=500")] {
+        let fake = serving(vec![gzip(tar_of(&[("small", b"s")]))]);
+        let names = ["a", "b", "c"].map(|n| format!("{}/{n}:v1", fake.address));
+        let place = Place::new();
+        fs::create_dir_all(place.root()).unwrap();
+        mount("images-full", place.root(), "tmpfs", MountFlags::empty(), Some(tight)).unwrap();
+        let store = place.open().await;
+        for name in &names {
+            store.pull(name, None).await.unwrap();
+        }
+        let ballast = place.root().join("ballast");
+        let mut made = 0;
+        fs::create_dir(&ballast).unwrap();
+        match what {
+            "space" => assert!(fs::write(ballast.join("big"), vec![1u8; 64 << 20]).is_err()),
+            _ => {
+                while fs::write(ballast.join(made.to_string()), "").is_ok() {
+                    made += 1
+                }
+            }
+        }
+        // Again and again: each removal leaves what the next one needs.
+        for name in &names {
+            assert!(store.remove(name).await.expect(what));
+        }
+        assert_eq!((place.count("layers"), place.count("content")), (1, 0), "{what}");
+        drop(store);
+        assert!(place.open().await.list().is_empty());
+    }
+}
+
 const FILES: usize = 15;
 
 fn ten_layers() -> Vec<Blob> {
