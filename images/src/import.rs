@@ -187,9 +187,7 @@ async fn import_one(
         layers: found.layers,
         chain,
     };
-    let image = finish(inner, record, config, &found.manifest, &found.config).await?;
-    drop(pins);
-    Ok(image)
+    finish(inner, record, config, &found.manifest, &found.config, pins).await
 }
 
 fn open(inner: &Inner, archive: &Path) -> Result<Source> {

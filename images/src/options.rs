@@ -27,6 +27,8 @@ pub struct Options {
     /// How long a registry may keep a request waiting, or send next to nothing, before the transfer counts as broken
     /// off. A broken transfer goes on where it was, a few times.
     pub patience: Duration,
+    /// How long the finished layers of a pull that failed are kept for another try.
+    pub keep_unfinished: Duration,
     pub proxies: Proxies,
 }
 
@@ -68,6 +70,7 @@ impl Default for Options {
             parallel_layers: 3,
             sync_before_answer: false,
             patience: Duration::from_secs(30),
+            keep_unfinished: Duration::from_secs(600),
             proxies: Proxies::default(),
         }
     }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared, WeakShared, try_join_all};
@@ -15,7 +16,7 @@ use crate::ingest::{LayerPlan, Origin, commit_layer, unpack_layer};
 use crate::layout::{ImageRecord, LayerBlob, LayerRecord};
 use crate::manifest::{self, Manifest};
 use crate::registry::Session;
-use crate::store::{Inner, blocking, joined};
+use crate::store::{Inner, Pins, blocking, joined};
 use crate::unpack::{Slot, Stream};
 use crate::verify;
 use crate::{Auth, Digest, Error, Image, Reference, Result};
@@ -87,7 +88,7 @@ pub(crate) async fn shared(inner: &Arc<Inner>, reference: &str, auth: Option<&Au
 pub(crate) async fn after_failure(inner: &Arc<Inner>, error: Error) -> Error {
     let error = error.name_full_disk(&inner.layout.root);
     if matches!(error, Error::Full { .. })
-        && let Err(e) = inner.collect_unused().await
+        && let Err(e) = inner.collect_unused(Duration::ZERO).await
     {
         tracing::warn!(error = %e, "could not free the layers of an image that does not fit");
     }
@@ -171,9 +172,7 @@ async fn pull(
         layers,
         chain,
     };
-    let image = finish(inner, record, config, &manifest_bytes, &config_bytes).await?;
-    drop(pins);
-    Ok(image)
+    finish(inner, record, config, &manifest_bytes, &config_bytes, pins).await
 }
 
 /// Keeps the small blobs and makes the image visible.
@@ -183,10 +182,11 @@ pub(crate) async fn finish(
     config: oci_spec::image::ImageConfiguration,
     manifest_bytes: &[u8],
     config_bytes: &[u8],
+    pins: Pins,
 ) -> Result<Arc<Image>> {
     inner.layout.write_content(&record.manifest, manifest_bytes)?;
     inner.layout.write_content(&record.id, config_bytes)?;
-    inner.register(record, config, (manifest_bytes.len() + config_bytes.len()) as u64).await
+    inner.register(record, config, (manifest_bytes.len() + config_bytes.len()) as u64, pins).await
 }
 
 /// Follows indexes to the manifest for this machine.
@@ -327,8 +327,16 @@ where
     let inner2 = inner.clone();
     let commit = answering(&unpacking, move || {
         let record = commit_layer(&inner2.layout, &plan, &chain[..position], &origin, unfinished)?;
-        inner2.state.write().layers.insert(record.chain, record.clone());
+        let wanted = {
+            let mut state = inner2.state.write();
+            state.layers.insert(record.chain, record.clone());
+            state.pins.contains_key(&record.chain)
+        };
         drop(lock);
+        if !wanted {
+            // Whoever wanted it has gone away.
+            inner2.collect_later();
+        }
         Ok(record)
     });
     Ok(Some((commit.await?, digest)))

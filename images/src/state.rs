@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use orlop_base::durable::{self, Sync};
 
@@ -29,6 +30,8 @@ pub(crate) struct State {
     pub rootfs: BTreeMap<String, RootfsRecord>,
     /// Layers of pulls and imports in progress, with the number of those.
     pub pins: HashMap<Digest, usize>,
+    /// When the last of those ended.
+    pub released: HashMap<Digest, Instant>,
 }
 
 #[derive(Clone)]

@@ -1,9 +1,10 @@
 //! The handle that the CRI server and the command line hold.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use orlop_base::durable::DirLock;
 use orlop_base::supervise::TaskGroup;
@@ -26,13 +27,15 @@ pub(crate) struct Inner {
     pub options: Options,
     pub state: RwLock<State>,
     /// Held while `images.json` is written, so that writes happen in the order of the changes.
-    pub writer: tokio::sync::Mutex<()>,
+    pub writer: Arc<tokio::sync::Mutex<()>>,
     pub layer_locks: KeyedLocks<Digest>,
     pub rootfs_locks: KeyedLocks<String>,
     /// One permit per layer that is transferred and unpacked.
     pub slots: Arc<tokio::sync::Semaphore>,
     pub pulls: Pulls,
     pub tasks: TaskGroup,
+    /// When the store was opened.
+    opened: Instant,
     _lock: DirLock,
 }
 
@@ -87,14 +90,22 @@ pub(crate) struct Pins {
 
 impl Drop for Pins {
     fn drop(&mut self) {
-        let mut state = self.inner.state.write();
-        for c in &self.chain {
-            if let Some(n) = state.pins.get_mut(c) {
-                *n -= 1;
-                if *n == 0 {
-                    state.pins.remove(c);
+        let left = {
+            let mut state = self.inner.state.write();
+            for c in &self.chain {
+                if let Some(n) = state.pins.get_mut(c) {
+                    *n -= 1;
+                    if *n == 0 {
+                        state.pins.remove(c);
+                        state.released.insert(*c, Instant::now());
+                    }
                 }
             }
+            let used = state.used_layers();
+            self.chain.iter().any(|c| state.layers.contains_key(c) && !used.contains(c))
+        };
+        if left {
+            self.inner.collect_later();
         }
     }
 }
@@ -126,6 +137,7 @@ impl ImageStore {
                 slots,
                 pulls: Pulls::default(),
                 tasks: TaskGroup::new(&CancellationToken::new()),
+                opened: Instant::now(),
                 _lock: lock,
             });
             Ok((inner, unsynced))
@@ -134,6 +146,9 @@ impl ImageStore {
         .map(|(inner, unsynced)| {
             if !unsynced.is_empty() {
                 inner.settle_later(unsynced);
+            }
+            if inner.has_unused() {
+                inner.collect_later();
             }
             ImageStore { inner }
         })
@@ -159,28 +174,16 @@ impl ImageStore {
     /// Removes an image: an id or a digest takes all its names, a tag only that tag, and the image goes with its last
     /// tag. False when there is no such image. Layers that a root file system uses stay until that is removed.
     pub async fn remove(&self, reference_or_id: &str) -> Result<bool> {
-        let tag =
-            Reference::parse(reference_or_id).ok().filter(|r| r.digest.is_none()).and_then(|r| r.tagged());
-        let found = self
-            .inner
-            .change(|state| {
-                let Some(entry) = state.find(reference_or_id).cloned() else { return false };
-                let mut record = entry.record.clone();
-                let by_tag = tag.as_ref().is_some_and(|t| record.tags.contains(t));
-                record.tags.retain(|t| by_tag && Some(t) != tag.as_ref());
-                if record.tags.is_empty() {
-                    state.images.remove(&record.id);
-                } else {
-                    let entry = entry.renamed(record, &self.inner.options.pinned);
-                    state.images.insert(entry.record.id, entry);
-                }
-                true
-            })
-            .await?;
-        if found {
-            self.gc().await?;
-        }
-        Ok(found)
+        let (inner, text) = (self.inner.clone(), reference_or_id.to_owned());
+        // Of its own: a caller that goes away must not leave the layers behind.
+        let removed = tokio::spawn(async move {
+            let found = inner.remove_names(&text).await?;
+            if found {
+                inner.collect_unused(Duration::ZERO).await?;
+            }
+            Ok(found)
+        });
+        joined(removed).await
     }
 
     /// Imports an OCI layout (folder or tar) or a docker archive, plain or compressed. `name` names an image that
@@ -209,7 +212,7 @@ impl ImageStore {
 
     /// Deletes layers and blobs that no image and no root file system uses.
     pub async fn gc(&self) -> Result<GcReport> {
-        self.inner.collect_unused().await
+        self.inner.collect_unused(Duration::ZERO).await
     }
 
     /// Mounts the image at `target` with a writable layer of its own, named `key` (1 to 128 of `[A-Za-z0-9_.-]`).
@@ -298,27 +301,60 @@ impl ImageStore {
 }
 
 impl Inner {
-    /// Changes the images and writes them down before anybody sees the change.
-    pub async fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> Result<T> {
-        let _writer = self.writer.lock().await;
+    /// Changes the images and writes them down before anybody sees the change. What was begun goes on when nobody waits for it any
+    /// more, with `pins` held until it is done.
+    pub async fn change<T>(
+        self: &Arc<Self>,
+        pins: Option<Pins>,
+        change: impl FnOnce(&mut State) -> T,
+    ) -> Result<T> {
+        let writer = self.writer.clone().lock_owned().await;
         let mut next = State { images: self.state.read().images.clone(), ..State::default() };
         let result = change(&mut next);
         let records: Vec<ImageRecord> = next.images.values().map(|e| e.record.clone()).collect();
-        let layout = self.layout.clone();
-        blocking(move || layout.write_images(&records)).await?;
-        self.state.write().images = next.images;
+        let inner = self.clone();
+        blocking(move || {
+            let written = inner.layout.write_images(&records);
+            if written.is_ok() {
+                inner.state.write().images = next.images;
+            }
+            drop((pins, writer));
+            written
+        })
+        .await?;
         Ok(result)
+    }
+
+    /// See [`ImageStore::remove`]; the layers stay.
+    async fn remove_names(self: &Arc<Self>, reference_or_id: &str) -> Result<bool> {
+        let tag =
+            Reference::parse(reference_or_id).ok().filter(|r| r.digest.is_none()).and_then(|r| r.tagged());
+        self.change(None, |state| {
+            let Some(entry) = state.find(reference_or_id).cloned() else { return false };
+            let mut record = entry.record.clone();
+            let by_tag = tag.as_ref().is_some_and(|t| record.tags.contains(t));
+            record.tags.retain(|t| by_tag && Some(t) != tag.as_ref());
+            if record.tags.is_empty() {
+                state.images.remove(&record.id);
+            } else {
+                let entry = entry.renamed(record, &self.options.pinned);
+                state.images.insert(entry.record.id, entry);
+            }
+            true
+        })
+        .await
     }
 
     /// Adds an image, or names to one that is here. A tag that another image has moves.
     pub async fn register(
-        &self,
+        self: &Arc<Self>,
         record: ImageRecord,
         config: oci_spec::image::ImageConfiguration,
         meta_size: u64,
+        pins: Pins,
     ) -> Result<Arc<Image>> {
         let pinned = &self.options.pinned;
-        self.change(|state| {
+        self.change(Some(pins), |state| {
             let mut record = record;
             for entry in state.images.values_mut() {
                 if entry.record.id != record.id && entry.record.tags.iter().any(|t| record.tags.contains(t)) {
@@ -353,7 +389,7 @@ impl Inner {
 
     /// Why `image` cannot be mounted, if that is because a layer is not on disk any more. All images with that layer are dropped, as
     /// the next open would do: whoever looks for one must not find it, but pull it again.
-    pub async fn lost_layer(&self, image: &Image) -> Result<Option<Error>> {
+    pub async fn lost_layer(self: &Arc<Self>, image: &Image) -> Result<Option<Error>> {
         let known = |c: &Digest| self.state.read().layers.contains_key(c);
         let lost = self.layout.lost(&image.chain);
         let Some(chain) = lost.or_else(|| image.chain.iter().find(|c| !known(c)).copied()) else {
@@ -368,7 +404,7 @@ impl Inner {
             self.lose_layer(&chain)?;
         }
         let dropped = self
-            .change(|state| {
+            .change(None, |state| {
                 let before = state.images.len();
                 state.images.retain(|_, e| !e.record.chain.contains(&chain));
                 before > state.images.len()
@@ -399,46 +435,177 @@ impl Inner {
         });
     }
 
-    /// Deletes what nothing uses.
-    pub async fn collect_unused(self: &Arc<Self>) -> Result<GcReport> {
-        let inner = self.clone();
-        blocking(move || inner.collect()).await
+    fn has_unused(&self) -> bool {
+        let state = self.state.read();
+        let used = state.used_layers();
+        state.layers.keys().any(|c| !used.contains(c))
     }
 
-    /// Deletes what nothing uses. Blocking code.
-    fn collect(&self) -> Result<GcReport> {
+    /// Deletes what nothing uses once a pull that failed, or that a restart cut short, has had the time to be tried again.
+    pub fn collect_later(self: &Arc<Self>) {
+        if tokio::runtime::Handle::try_current().is_err() {
+            // The program is ending; the next open does it.
+            return;
+        }
+        let (weak, wait) = (Arc::downgrade(self), self.options.keep_unfinished);
+        self.tasks.spawn(async move {
+            tokio::time::sleep(wait).await;
+            if let Some(inner) = weak.upgrade()
+                && let Err(e) = inner.collect_unused(wait).await
+            {
+                tracing::warn!(error = %e, "could not delete the layers of a pull that failed");
+            }
+        });
+    }
+
+    /// Deletes what nothing uses and no pull has used for `age`.
+    pub async fn collect_unused(self: &Arc<Self>, age: Duration) -> Result<GcReport> {
+        let inner = self.clone();
+        blocking(move || inner.collect(age)).await
+    }
+
+    /// Goes on after a failure and returns the first one. Blocking code.
+    fn collect(&self, age: Duration) -> Result<GcReport> {
         let mut report = GcReport::default();
-        let mut gone = Vec::new();
+        let (mut gone, mut failed) = (Vec::new(), None);
         {
             // Under the lock, so that no pull finds a layer that is about to go, or a name that is still taken.
             let mut state = self.state.write();
             let used = state.used_layers();
-            let unused: Vec<Digest> = state.layers.keys().filter(|c| !used.contains(c)).copied().collect();
+            let (unused, young): (Vec<Digest>, Vec<Digest>) = state
+                .layers
+                .keys()
+                .filter(|c| !used.contains(c))
+                .partition(|c| state.released.get(c).unwrap_or(&self.opened).elapsed() >= age);
             for chain in unused {
-                gone.push(self.layout.set_aside(&self.layout.layer(&chain))?);
+                match self.layout.set_aside(&self.layout.layer(&chain)) {
+                    Ok(path) => gone.extend(path),
+                    Err(e) => {
+                        failed.get_or_insert(e);
+                        continue;
+                    }
+                }
                 if let Some(layer) = state.layers.remove(&chain) {
                     report.layers += 1;
                     report.bytes += layer.usage.bytes;
                 }
             }
-            // A pull in progress has blobs that no image names yet.
-            if state.pins.is_empty() {
-                let used = state.used_blobs();
-                let content = self.layout.root.join("content");
-                for item in std::fs::read_dir(&content).map_err(Error::io("list", &content))? {
-                    let item = item.map_err(Error::io("list", &content))?;
-                    let digest = item.file_name().to_str().and_then(Digest::from_hex);
-                    if !digest.is_some_and(|d| used.contains(&d)) {
-                        report.blobs += 1;
-                        report.bytes += item.metadata().map(|m| m.len()).unwrap_or_default();
-                        gone.push(self.layout.set_aside(&item.path())?);
+            let State { layers, released, .. } = &mut *state;
+            released.retain(|c, _| layers.contains_key(c));
+            // A pull in progress has blobs that no image names yet, and one that is tried again wants its own.
+            if state.pins.is_empty() && young.is_empty() {
+                match self.unused_blobs(&state.used_blobs()) {
+                    Ok(unused) => {
+                        for (path, bytes) in unused {
+                            match self.layout.set_aside(&path) {
+                                Ok(path) => gone.extend(path),
+                                Err(e) => {
+                                    failed.get_or_insert(e);
+                                    continue;
+                                }
+                            }
+                            report.blobs += 1;
+                            report.bytes += bytes;
+                        }
+                    }
+                    Err(e) => {
+                        failed.get_or_insert(e);
                     }
                 }
             }
         }
-        for path in gone.into_iter().flatten() {
-            crate::layout::delete(&path)?;
+        for path in gone {
+            if let Err(e) = crate::layout::delete(&path) {
+                failed.get_or_insert(e);
+            }
         }
-        Ok(report)
+        failed.map_or(Ok(report), Err)
+    }
+
+    /// Files in `content/` that are none of `used`, with their sizes.
+    fn unused_blobs(&self, used: &HashSet<Digest>) -> Result<Vec<(PathBuf, u64)>> {
+        let content = self.layout.root.join("content");
+        let mut unused = Vec::new();
+        for item in std::fs::read_dir(&content).map_err(Error::io("list", &content))? {
+            let item = item.map_err(Error::io("list", &content))?;
+            let digest = item.file_name().to_str().and_then(Digest::from_hex);
+            if !digest.is_some_and(|d| used.contains(&d)) {
+                unused.push((item.path(), item.metadata().map(|m| m.len()).unwrap_or_default()));
+            }
+        }
+        Ok(unused)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use orlop_base::durable;
+
+    use super::*;
+    use crate::layout::VERSION;
+    use crate::state::Entry;
+
+    fn add(state: &mut State, name: &str) {
+        let id = Digest::of(name.as_bytes());
+        let record = ImageRecord {
+            id,
+            tags: vec![name.to_owned()],
+            digests: Vec::new(),
+            manifest: id,
+            layers: Vec::new(),
+            chain: Vec::new(),
+        };
+        state.images.insert(id, Entry::new(record, Default::default(), 0, &[]));
+    }
+
+    /// A caller that goes away while its change is on the way to the disk must not be overtaken by the next one.
+    #[test]
+    fn a_change_that_nobody_waits_for_comes_before_the_next() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .max_blocking_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        runtime.block_on(async {
+            let store = ImageStore::open(dir.path(), Options::default()).await.unwrap();
+            // The only thread that could write has something else to do.
+            let (go, wait) = std::sync::mpsc::channel::<()>();
+            let busy = tokio::task::spawn_blocking(move || wait.recv());
+            {
+                let mut first = std::pin::pin!(store.inner.change(None, |s| add(s, "a")));
+                assert!(futures::poll!(&mut first).is_pending());
+            }
+            let inner = store.inner.clone();
+            let second = tokio::spawn(async move { inner.change(None, |s| add(s, "b")).await });
+            go.send(()).unwrap();
+            busy.await.unwrap().unwrap();
+            second.await.unwrap().unwrap();
+            assert_eq!(store.list().len(), 2);
+            let file = store.inner.layout.images_file();
+            let written: Vec<ImageRecord> = durable::read_json(&file, VERSION).unwrap().unwrap();
+            assert_eq!(written.len(), 2);
+        });
+    }
+
+    /// One thing that cannot be deleted does not keep the others.
+    #[tokio::test]
+    async fn collection_goes_on_after_a_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = ImageStore::open(dir.path(), Options::default()).await.unwrap();
+        let layout = &store.inner.layout;
+        for name in ["a", "b", "c"] {
+            std::fs::create_dir(layout.root.join("content").join(name)).unwrap();
+        }
+        // A mount cannot be taken away by a rename.
+        let mount = layout.root.join("content/b");
+        rustix::mount::mount("x", &mount, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
+        let failed = store.gc().await;
+        let left = std::fs::read_dir(layout.root.join("content")).unwrap().count();
+        rustix::mount::unmount(&mount, rustix::mount::UnmountFlags::DETACH).unwrap();
+        failed.unwrap_err();
+        assert_eq!(left, 1);
+        assert_eq!(store.gc().await.unwrap().blobs, 1);
     }
 }

@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use crate::fake::Fake;
@@ -123,6 +125,46 @@ async fn images_can_be_removed_from_a_full_disk() {
         drop(store);
         assert!(place.open().await.list().is_empty());
     }
+}
+
+/// What a pull has finished when it fails is there for the next try, and not for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn layers_of_a_failed_pull_stay_for_another_try_only() {
+    let layers = [gzip(tar_of(&[("one", b"1")])), gzip(tar_of(&[("two", b"2")]))];
+    let config = config(&layers);
+    let manifest = manifest(&config, &layers).to_string().into_bytes();
+    let whole = Arc::new(AtomicBool::new(false));
+    let (is_whole, data) = (whole.clone(), layers.clone());
+    let fake = Fake::start(Box::new(move |r, _| {
+        if r.line.contains(&data[1].digest.hex()) && !is_whole.load(SeqCst) {
+            return crate::fake::response("404 Not Found", "", 0, b"");
+        }
+        let layer = data.iter().find(|l| r.line.contains(&l.digest.hex())).unwrap_or(&data[0]);
+        crate::fake::serve(&r.line, &(manifest.clone(), config.clone(), layer.clone()))
+    }));
+    let name = format!("{}/a:v1", fake.address);
+    let place = Place::new();
+    let one_layer = |parallel_layers| Options { parallel_layers, ..Options::default() };
+    let soon = Options { keep_unfinished: Duration::from_millis(1), ..one_layer(1) };
+    let collected = || async {
+        wait_until("they are gone", PATIENCE, || async { (place.count("layers") == 1).then_some(()) }).await
+    };
+    // One after the other, so that the first is finished when the second fails.
+    let store = place.open_with(one_layer(1)).await;
+    store.pull(&name, None).await.unwrap_err();
+    assert_eq!(place.count("layers"), 2);
+    drop(store);
+    let store = place.open_with(soon).await;
+    collected().await;
+    store.pull(&name, None).await.unwrap_err();
+    collected().await;
+    drop(store);
+    let store = place.open_with(one_layer(1)).await;
+    store.pull(&name, None).await.unwrap_err();
+    let before = fake.requests(&layers[0].digest.hex()).len();
+    whole.store(true, SeqCst);
+    store.pull(&name, None).await.unwrap();
+    assert_eq!(fake.requests(&layers[0].digest.hex()).len(), before, "the next try has the first layer");
 }
 
 const FILES: usize = 15;
