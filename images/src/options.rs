@@ -19,14 +19,18 @@ pub struct Options {
     /// Keep layers as transferred beside the unpacked ones, so that an export has the original digests. Costs the
     /// compressed size of every image.
     pub keep_layer_blobs: bool,
-    /// Layers that are downloaded and unpacked at the same time, over all pulls.
+    /// Layers that are downloaded and unpacked at the same time, over all pulls; up to five more where a pull has none otherwise.
     pub parallel_layers: usize,
     /// Answer a pull only when the disk holds all of it. Without, a power cut within about a second of the answer
     /// makes the next open drop the image, never serve a damaged one.
     pub sync_before_answer: bool,
     /// How long a registry may keep a request waiting, or send next to nothing, before the transfer counts as broken
-    /// off. A broken transfer goes on where it was, a few times.
+    /// off. A broken transfer goes on where it was.
     pub patience: Duration,
+    /// The first pause before a request is tried again; later ones are up to a hundred times as long.
+    pub pause: Duration,
+    /// How long a registry that has begun to send a layer may be away.
+    pub outage: Duration,
     /// How long the finished layers of a pull that failed are kept for another try.
     pub keep_unfinished: Duration,
     pub proxies: Proxies,
@@ -70,6 +74,8 @@ impl Default for Options {
             parallel_layers: 3,
             sync_before_answer: false,
             patience: Duration::from_secs(30),
+            pause: Duration::from_millis(100),
+            outage: Duration::from_secs(300),
             keep_unfinished: Duration::from_secs(600),
             proxies: Proxies::default(),
         }

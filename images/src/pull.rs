@@ -156,10 +156,10 @@ async fn pull(
     let origin = Origin { reference: text, from: session.origin().to_owned() };
     let session = Arc::new(session);
     fetch_layers(inner, plans, &origin, |plan, to| {
-        let session = session.clone();
+        let (session, slots) = (session.clone(), inner.slots.clone());
         async move {
             if let Some(digest) = &plan.digest {
-                session.blob(digest, plan.size, &to).await;
+                session.blob(digest, plan.size, &to, &slots).await;
             }
         }
     })
@@ -227,6 +227,7 @@ where
     let mut below: Option<oneshot::Receiver<()>> = None;
     let mut jobs = Vec::with_capacity(plans.len());
     let unpacking = TaskTracker::new();
+    let pull = inner.slots.pull();
     let chain: Arc<[Digest]> = plans.iter().map(|p| p.chain).collect();
     for (i, plan) in plans.into_iter().enumerate() {
         let (done, done_rx) = oneshot::channel();
@@ -239,7 +240,7 @@ where
         };
         let (inner, origin, unpacking) = (inner.clone(), origin.clone(), unpacking.clone());
         jobs.push(async move {
-            let result = layer(&inner, plan, chain, i, origin, below, unpacking, transfer).await;
+            let result = layer(&inner, pull, plan, chain, i, origin, below, unpacking, transfer).await;
             if result.is_ok() {
                 // Nobody waits for the topmost layer.
                 let _ = done.send(());
@@ -273,6 +274,7 @@ where
 #[allow(clippy::too_many_arguments)] // One call, a few lines above.
 async fn layer<F>(
     inner: &Arc<Inner>,
+    pull: u64,
     plan: LayerPlan,
     chain: Arc<[Digest]>,
     position: usize,
@@ -309,7 +311,7 @@ where
         // With this future goes what its thread waits for.
         let stop = CancellationToken::new();
         let _stop = stop.clone().drop_guard();
-        let slot = Slot::take(&inner.slots, stop).await?;
+        let slot = Slot::take(&inner.slots, pull, stop).await?;
         let (layout, plan2, origin2) = (inner.layout.clone(), plan.clone(), origin.clone());
         let keep = inner.options.keep_layer_blobs;
         let unpack = answering(&unpacking, move || {

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::layout::{ImageRecord, LayerRecord, Layout, measure};
 use crate::pull::Pulls;
 use crate::state::{self, Entry, State};
+use crate::unpack::Slots;
 use crate::{Auth, Digest, Error, GcReport, Image, Options, Reference, Result, RootfsOptions, Usage};
 
 /// All images and root file systems below one folder. A cheap handle: clones share the store.
@@ -30,8 +31,7 @@ pub(crate) struct Inner {
     pub writer: Arc<tokio::sync::Mutex<()>>,
     pub layer_locks: KeyedLocks<Digest>,
     pub rootfs_locks: KeyedLocks<String>,
-    /// One permit per layer that is transferred and unpacked.
-    pub slots: Arc<tokio::sync::Semaphore>,
+    pub slots: Arc<Slots>,
     pub pulls: Pulls,
     pub tasks: TaskGroup,
     /// When the store was opened.
@@ -124,7 +124,7 @@ impl ImageStore {
             let layout = Arc::new(Layout::create(&root)?);
             let lock = DirLock::try_take(&layout.root)?;
             let state = state::load(&layout, &options.pinned)?;
-            let slots = Arc::new(tokio::sync::Semaphore::new(options.parallel_layers.max(1)));
+            let slots = Slots::new(options.parallel_layers);
             let unsynced: Vec<LayerRecord> =
                 state.layers.values().filter(|l| l.unsynced_since.is_some()).cloned().collect();
             let inner = Arc::new(Inner {

@@ -51,6 +51,8 @@ pub(crate) struct Session {
     endpoints: Vec<Endpoint>,
     routes: Arc<Routes>,
     patience: Duration,
+    pause: Duration,
+    outage: Duration,
 }
 
 /// A manifest or config to fetch.
@@ -78,8 +80,8 @@ struct Failure {
 
 impl Failure {
     /// How long to wait before attempt number `next`; `None` when there is no use in it.
-    fn delay(&self, next: u32, patience: Duration) -> Option<Duration> {
-        let own = Duration::from_millis(100 << next.min(6));
+    fn delay(&self, next: u32, session: &Session) -> Option<Duration> {
+        let (patience, own) = (session.patience, session.pause * (1 << next.min(7)).min(100));
         let delay = self.after.map_or(own, |a| a.max(own));
         // Whoever waits longer had better be told.
         (self.retry && (delay <= patience || self.after.is_none())).then_some(delay)
@@ -109,7 +111,8 @@ impl Session {
             let http = transport::http_client(&host, &routes)?;
             endpoints.push(Endpoint { host, http, auth, granted: Mutex::new(None) });
         }
-        Ok(Session { reference: reference.clone(), endpoints, routes, patience: options.patience })
+        let (patience, pause, outage) = (options.patience, options.pause, options.outage);
+        Ok(Session { reference: reference.clone(), endpoints, routes, patience, pause, outage })
     }
 
     /// The manifest or index of the reference, and how the registry names it.
@@ -184,7 +187,7 @@ impl Session {
                     Ok(v) => return Ok(v),
                     Err(f) => {
                         tracing::debug!(host = endpoint.host.authority, error = %f.error, "request failed");
-                        let delay = f.delay(attempt, self.patience);
+                        let delay = f.delay(attempt, self);
                         last = Some(*f.error);
                         match delay {
                             Some(delay) if attempt < DOCUMENT_ATTEMPTS => tokio::time::sleep(delay).await,

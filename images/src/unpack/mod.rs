@@ -15,7 +15,7 @@ use std::io;
 
 pub(crate) use apply::{OPAQUE_XATTR, Unpacked, borrow_from_lower, copy_metadata, is_of_the_node, unpack};
 pub(crate) use reader::{Kind, TarReader};
-pub(crate) use slot::Slot;
+pub(crate) use slot::{Slot, Slots};
 pub(crate) use source::{Stream, decompress_while};
 pub(crate) use zstd_frames::Frames;
 

@@ -163,11 +163,11 @@ mod tests {
     use std::io::Write;
     use std::sync::Arc;
 
-    use tokio::sync::Semaphore;
     use tokio_util::sync::CancellationToken;
     use zstd::zstd_safe::CParameter;
 
     use super::*;
+    use crate::unpack::Slots;
 
     fn compress(data: &[u8], window_log: u32, level: i32) -> Vec<u8> {
         let mut out = zstd::Encoder::new(Vec::new(), level).unwrap();
@@ -255,21 +255,22 @@ mod tests {
             };
             tokio::task::spawn_blocking(read).await.unwrap().unwrap()
         };
-        let slots = Arc::new(Semaphore::new(1));
+        let slots = Slots::new(1);
+        let pull = slots.pull();
         let stop = CancellationToken::new();
-        let waiting = with_slot(Slot::take(&slots, CancellationToken::new()).await.unwrap());
+        let waiting = with_slot(Slot::take(&slots, pull, CancellationToken::new()).await.unwrap());
         // The only slot, which comes back by waiting alone.
-        let given_up = with_slot(Slot::take(&slots, stop.clone()).await.unwrap());
-        let other = Slot::take(&slots, CancellationToken::new()).await.unwrap();
+        let given_up = with_slot(Slot::take(&slots, pull, stop.clone()).await.unwrap());
+        let other = Slot::take(&slots, pull, CancellationToken::new()).await.unwrap();
         stop.cancel();
         assert!(given_up.await.unwrap().is_err());
         drop(slow);
-        assert_eq!(slots.available_permits(), 0);
+        assert_eq!(slots.taken(), 1);
         drop(other);
         let (out, slot) = waiting.await.unwrap().unwrap();
         assert!(out == data);
-        assert_eq!(slots.available_permits(), 0);
+        assert_eq!(slots.taken(), 1);
         drop(slot);
-        assert_eq!(slots.available_permits(), 1);
+        assert_eq!(slots.taken(), 0);
     }
 }

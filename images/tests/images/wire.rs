@@ -429,3 +429,33 @@ async fn a_redirect_does_not_lead_credentials_away() {
         }
     }
 }
+
+/// A registry that has begun to send a layer may be away for a while.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transfer_outlives_an_outage() {
+    let data = image();
+    let layer = data.2.clone();
+    let path = Digest::of(&layer.bytes).hex();
+    let asked = std::sync::atomic::AtomicU32::new(0);
+    let fake = Fake::start(Box::new(move |r, _| {
+        if !r.line.contains(&Digest::of(&layer.bytes).hex()) {
+            return serve(&r.line, &data);
+        }
+        let all = &layer.bytes;
+        match (asked.fetch_add(1, std::sync::atomic::Ordering::SeqCst), r.headers.get("range")) {
+            (0, None) => response("200 OK", "", all.len(), &all[..all.len() / 2]),
+            (12.., Some(range)) => {
+                let from: usize = range.trim_start_matches("bytes=").trim_end_matches('-').parse().unwrap();
+                let headers = format!("content-range: bytes {from}-{}/{}\r\n", all.len() - 1, all.len());
+                response("206 Partial Content", &headers, all.len() - from, &all[from..])
+            }
+            _ => Vec::new(),
+        }
+    }));
+    let name = format!("{}/a:v1", fake.address);
+    let place = Place::new();
+    let pause = std::time::Duration::from_millis(1);
+    let store = place.open_with(Options { pause, ..Options::default() }).await;
+    store.pull(&name, None).await.unwrap();
+    assert!(fake.requests(&path).len() >= 13);
+}

@@ -1,5 +1,7 @@
 //! Transfers blobs, in as many parts as it takes.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use http::header::CONTENT_RANGE;
 use http::{Method, StatusCode};
@@ -8,20 +10,48 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::{Endpoint, Failure, Session, chain, final_failure, range_start};
+use crate::unpack::Slots;
 use crate::{Digest, Result};
 
 /// A body that brings less within the patience stalls, even if some bytes trickle in.
 const PROGRESS: usize = 4096;
-/// Attempts without any progress before a transfer fails.
+/// Attempts without any progress before a transfer fails that has brought nothing, or before the next host is asked.
 const ATTEMPTS: u32 = 5;
+/// Bytes per second that a transfer must bring while pulls wait that could have its slot.
+const SLOWEST: u64 = 8 << 10;
+
+/// How fast a transfer is.
+struct Pace {
+    since: Instant,
+    bytes: u64,
+}
+
+impl Pace {
+    fn new(now: Instant) -> Pace {
+        Pace { since: now, bytes: 0 }
+    }
+
+    /// Counts what came; once per `window` whether it has been enough.
+    fn too_slow(&mut self, bytes: usize, now: Instant, window: Duration) -> bool {
+        self.bytes += bytes as u64;
+        let passed = now.saturating_duration_since(self.since);
+        if passed < window {
+            return false;
+        }
+        let slow = (self.bytes as f64) < SLOWEST as f64 * passed.as_secs_f64();
+        *self = Pace::new(now);
+        slow
+    }
+}
 
 impl Session {
     /// Sends a blob's bytes into `to`, then an empty chunk; or an error. Resumes where a connection broke off. Ends
     /// early when the receiver is gone.
-    pub async fn blob(&self, digest: &Digest, size: u64, to: &mpsc::Sender<Result<Bytes>>) {
+    pub async fn blob(&self, digest: &Digest, size: u64, to: &mpsc::Sender<Result<Bytes>>, slots: &Slots) {
         let path = format!("/{}/blobs/{digest}", self.reference.repository);
         let mut sent = 0u64;
         let mut attempt = 0;
+        let mut progress = Instant::now();
         let mut last = None;
         let mut host = 0;
         while let Some(endpoint) = self.endpoints.get(host) {
@@ -30,7 +60,7 @@ impl Session {
                 continue;
             }
             let before = sent;
-            match self.blob_part(endpoint, &path, size, &mut sent, to).await {
+            match self.blob_part(endpoint, &path, size, &mut sent, to, slots).await {
                 Ok(()) => {
                     // A receiver that is gone has reported its own failure.
                     let _ = to.send(Ok(Bytes::new())).await;
@@ -40,12 +70,18 @@ impl Session {
                     if to.is_closed() {
                         return;
                     }
-                    attempt = if sent - before >= PROGRESS as u64 { 1 } else { attempt + 1 };
+                    attempt += 1;
+                    if sent - before >= PROGRESS as u64 {
+                        (attempt, progress) = (1, Instant::now());
+                    }
                     tracing::debug!(%digest, sent, attempt, error = %failure.error, "blob transfer broke off");
-                    let delay = failure.delay(attempt, self.patience);
+                    let delay = failure.delay(attempt, self);
                     last = Some(*failure.error);
+                    // What has begun to come is worth waiting for where nobody else has it: a registry restarts, a line fails.
+                    let others = self.endpoints[host + 1..].iter().any(|e| e.host.pull);
+                    let away = sent > 0 && !others && progress.elapsed() < self.outage;
                     match delay {
-                        Some(delay) if attempt < ATTEMPTS => {
+                        Some(delay) if attempt < ATTEMPTS || away => {
                             tokio::select! {
                                 () = tokio::time::sleep(delay) => {}
                                 // Nobody wants it any more.
@@ -71,6 +107,7 @@ impl Session {
         size: u64,
         sent: &mut u64,
         to: &mpsc::Sender<Result<Bytes>>,
+        slots: &Slots,
     ) -> Result<(), Failure> {
         if *sent == size && size > 0 {
             return Ok(());
@@ -98,6 +135,7 @@ impl Session {
         };
         let mut body = response.into_body();
         let (mut deadline, mut progress) = (Instant::now() + self.patience, 0);
+        let mut pace = Pace::new(Instant::now());
         loop {
             let frame = tokio::select! {
                 frame = tokio::time::timeout_at(deadline, body.frame()) => frame,
@@ -118,6 +156,10 @@ impl Session {
             };
             let Ok(mut data) = frame.into_data() else { continue };
             progress += data.len();
+            if pace.too_slow(data.len(), Instant::now(), self.patience) && slots.starving() {
+                let text = format!("it sends less than {SLOWEST} bytes per second, and other images wait");
+                return Err(Failure { retry: false, ..self.unreachable(endpoint, text) });
+            }
             if progress >= PROGRESS {
                 (deadline, progress) = (Instant::now() + self.patience, 0);
             }
@@ -138,6 +180,24 @@ impl Session {
             }
             // A receiver that was busy is not the registry's fault.
             deadline += ready.elapsed();
+            pace.since += ready.elapsed();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trickle_is_too_slow() {
+        let (start, window) = (Instant::now(), Duration::from_secs(30));
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut pace = Pace::new(start);
+        // Not before the time is over, and by what has come since the last look.
+        assert!(!pace.too_slow(1, at(29), window));
+        assert!(pace.too_slow(1000, at(30), window));
+        assert!(!pace.too_slow(1 << 20, at(60), window));
+        assert!(pace.too_slow(4096, at(91), window));
     }
 }
