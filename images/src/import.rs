@@ -135,11 +135,21 @@ pub(crate) async fn import(
         })
         .await?
     };
-    let mut images = Vec::new();
-    for image in found {
-        images.push(import_one(inner, archive, &source, image).await?);
-    }
-    Ok(images)
+    let images = async {
+        let mut images = Vec::new();
+        for image in found {
+            images.push(import_one(inner, archive, &source, image).await?);
+        }
+        Ok(images)
+    };
+    let images = images.await;
+    // An archive that was decompressed is a large file to delete.
+    blocking(move || {
+        drop(source);
+        Ok(())
+    })
+    .await?;
+    images
 }
 
 async fn import_one(

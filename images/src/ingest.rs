@@ -11,7 +11,8 @@ use orlop_base::durable::{self, Sync};
 use orlop_base::failpoint;
 
 use crate::layout::{Ingest, LayerRecord, Layout, VERSION};
-use crate::unpack::{self, Slot, Stream, Unpacked};
+use crate::needs::Needs;
+use crate::unpack::{self, Slot, Stream};
 use crate::{Algorithm, Digest, Error, Result, tree};
 
 /// A layer to fetch, with what it must turn out to be.
@@ -40,7 +41,7 @@ pub(crate) struct Unfinished {
     blob: Option<Ingest>,
     /// Digest and size as transferred.
     pub blob_digest: Digest,
-    unpacked: Unpacked,
+    needs: Needs,
 }
 
 /// Unpacks `stream` and verifies it, digests included. Leaves nothing behind when it fails.
@@ -117,7 +118,7 @@ pub(crate) fn unpack_layer(
     }
     // A copy that could not be written in full is dropped.
     let blob = blob.filter(|b| fs::metadata(&b.path).is_ok_and(|m| m.len() == size));
-    Ok(Unfinished { dir, blob, blob_digest, unpacked })
+    Ok(Unfinished { dir, blob, blob_digest, needs: Needs::keep(layout, unpacked)? })
 }
 
 /// Makes a layer visible, once all below it are. `lower` are their chain ids, bottom first.
@@ -129,7 +130,8 @@ pub(crate) fn commit_layer(
     layer: Unfinished,
 ) -> Result<LayerRecord> {
     let fs_dir = layer.dir.path.join("fs");
-    if !(layer.unpacked.inherit.is_empty() && layer.unpacked.borrow.is_empty()) {
+    let unpacked = layer.needs.take()?;
+    if !(unpacked.inherit.is_empty() && unpacked.borrow.is_empty()) {
         let root = tree::open(&fs_dir).map_err(Error::sys("open", &fs_dir))?;
         // A bounded number of descriptors: images have at most a few hundred layers.
         let lower = lower
@@ -140,7 +142,7 @@ pub(crate) fn commit_layer(
                 tree::open(&path).map_err(Error::sys("open", &path))
             })
             .collect::<Result<Vec<_>>>()?;
-        unpack::borrow_from_lower(root.as_fd(), &lower, &layer.unpacked).map_err(|e| Error::Unpack {
+        unpack::borrow_from_lower(root.as_fd(), &lower, &unpacked).map_err(|e| Error::Unpack {
             reference: origin.reference.clone(),
             layer: layer.blob_digest.to_string(),
             source: Arc::new(e),
@@ -150,7 +152,7 @@ pub(crate) fn commit_layer(
         chain: plan.chain,
         diff: plan.diff,
         parent: plan.parent,
-        usage: layer.unpacked.usage,
+        usage: unpacked.usage,
         unsynced_since: Some(crate::layout::boot_id()),
     };
     durable::write_json(&layer.dir.path.join("layer.json"), VERSION, &record, Sync::PageCache)?;

@@ -19,6 +19,7 @@ mod layout;
 mod manifest;
 mod mount_setattr;
 mod mounts;
+mod needs;
 mod options;
 mod overlay;
 mod pack;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared, WeakShared, try_join_all};
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -269,6 +270,32 @@ where
     Ok(fetched.into_iter().map(|f| f.map(|(_, digest)| digest)).collect())
 }
 
+/// A value whose end deletes files: where it is given up it goes to a thread that may block, which `tracker` counts.
+struct Unwanted<T: Send + 'static> {
+    value: Option<T>,
+    tracker: TaskTracker,
+    runtime: Handle,
+}
+
+impl<T: Send + 'static> Unwanted<T> {
+    fn new(value: T, tracker: &TaskTracker, runtime: Handle) -> Self {
+        Unwanted { value: Some(value), tracker: tracker.clone(), runtime }
+    }
+
+    /// It is wanted after all.
+    fn take(mut self) -> Option<T> {
+        self.value.take()
+    }
+}
+
+impl<T: Send + 'static> Drop for Unwanted<T> {
+    fn drop(&mut self) {
+        if let Some(value) = self.value.take() {
+            self.tracker.spawn_blocking_on(move || drop(value), &self.runtime);
+        }
+    }
+}
+
 /// One layer: `None` when it is here already. Lock, then slot, then transfer; the slot is given back before waiting
 /// for the layer below, so that whoever has a slot makes progress.
 #[allow(clippy::too_many_arguments)] // One call, a few lines above.
@@ -307,15 +334,17 @@ where
         }
         return Ok(None);
     }
-    let unfinished = {
+    let (digest, unfinished) = {
         // With this future goes what its thread waits for.
         let stop = CancellationToken::new();
         let _stop = stop.clone().drop_guard();
         let slot = Slot::take(&inner.slots, pull, stop).await?;
         let (layout, plan2, origin2) = (inner.layout.clone(), plan.clone(), origin.clone());
         let keep = inner.options.keep_layer_blobs;
+        let (tracker, runtime) = (unpacking.clone(), Handle::current());
         let unpack = answering(&unpacking, move || {
-            unpack_layer(&layout, &plan2, &origin2, keep, Stream::new(chunks), slot)
+            let unfinished = unpack_layer(&layout, &plan2, &origin2, keep, Stream::new(chunks), slot)?;
+            Ok((unfinished.blob_digest, Unwanted::new(unfinished, &tracker, runtime)))
         });
         let ((), unpacked) = tokio::join!(send, unpack);
         unpacked?
@@ -323,11 +352,11 @@ where
     if let Some(below) = below {
         below.await.map_err(|_| Error::Cancelled)?;
     }
-    let digest = unfinished.blob_digest;
     // The lock goes along, and the layer is known as soon as it is there: this future may be dropped any moment, the
     // blocking part goes on.
     let inner2 = inner.clone();
     let commit = answering(&unpacking, move || {
+        let unfinished = unfinished.take().ok_or(Error::Cancelled)?;
         let record = commit_layer(&inner2.layout, &plan, &chain[..position], &origin, unfinished)?;
         let wanted = {
             let mut state = inner2.state.write();
@@ -362,5 +391,29 @@ fn answering<T: Send + 'static>(
             // It panicked.
             Err(_) => joined(task).await.and(Err(Error::Cancelled)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tells which thread it ended on.
+    struct Ends(std::sync::mpsc::Sender<std::thread::ThreadId>);
+
+    impl Drop for Ends {
+        fn drop(&mut self) {
+            self.0.send(std::thread::current().id()).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn files_are_deleted_where_nobody_waits() {
+        let (tell, told) = std::sync::mpsc::channel();
+        let tracker = TaskTracker::new();
+        drop(Unwanted::new(Ends(tell), &tracker, Handle::current()));
+        tracker.close();
+        tracker.wait().await;
+        assert_ne!(told.try_recv().unwrap(), std::thread::current().id());
     }
 }
