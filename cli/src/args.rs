@@ -33,6 +33,10 @@ impl FromStr for Address {
     }
 }
 
+fn image_name(text: &str) -> Result<String, orlop_images::Error> {
+    orlop_images::Reference::parse(text).map(|_| text.to_owned())
+}
+
 fn key_value(text: &str) -> Result<String, &'static str> {
     match text.split_once('=') {
         Some((key, _)) if !key.is_empty() => Ok(text.to_owned()),
@@ -272,6 +276,14 @@ pub struct RuntimeArgs {
     /// Programs that decide which images may be pulled: every file of this folder, all executable, called as containerd calls its verifiers
     #[arg(long, value_name = "DIR", default_value = "/opt/containerd/image-verifier/bin")]
     pub image_verifier_dir: PathBuf,
+
+    /// Image that the kubelet's garbage collection keeps, by tag or digest (repeatable)
+    #[arg(long = "pin-image", value_name = "REFERENCE", value_parser = image_name)]
+    pub pinned_images: Vec<String>,
+
+    /// Credentials of registries for pulls that bring none: a docker config.json
+    #[arg(long, value_name = "FILE")]
+    pub registry_auth_file: Option<PathBuf>,
 
     /// OCI runtime for pods whose RuntimeClass has this handler: NAME=/PROGRAM [ARGUMENT]..., as runc=/usr/sbin/runc (repeatable)
     #[arg(long = "runtime-handler", value_name = "NAME=PROGRAM")]
@@ -552,7 +564,7 @@ mod tests {
 
     #[test]
     fn a_mistake_is_one_line_that_names_the_flag() {
-        let table: [(&[&str], &[&str]); 11] = [
+        let table: [(&[&str], &[&str]); 12] = [
             (&["bogus"], &["unrecognized subcommand 'bogus'"]),
             (&["up", "--bogus"], &["unexpected argument '--bogus'"]),
             (&["up", "--wait", "abc"], &["'abc'", "--wait"]),
@@ -561,6 +573,7 @@ mod tests {
             (&["up", "--cluster-cidr", "10.0.0.0/28"], &["--cluster-cidr", "each node gets a /24"]),
             (&["up", "--dns-link", "averyveryverylongname"], &["--dns-link", "1 to 15"]),
             (&["cri", "--listen", "tcp://1.2.3.4:5"], &["--listen", "write unix:///PATH"]),
+            (&["cri", "--pin-image", "UPPER CASE"], &["--pin-image", "invalid image reference"]),
             (&["image", "ls", "--endpoint", "tcp://1.2.3.4:5"], &["--endpoint", "write unix:///PATH"]),
             (&["image", "pull"], &["required arguments were not provided: <REFERENCE>"]),
             (&["image", "build", "/", "-o", "o", "-t", "t", "--env", "=x"], &["--env", "write KEY=VALUE"]),
@@ -570,6 +583,27 @@ mod tests {
             assert!(!line.contains('\n') && !line.contains("Usage"), "{line}");
             assert!(parts.iter().all(|p| line.contains(p)), "{line}");
         }
+    }
+
+    #[test]
+    fn images_are_pinned_wherever_the_cri_server_runs() {
+        let flags =
+            ["--pin-image", "pause:3.10", "--pin-image", "quay.io/a@b", "--registry-auth-file", "/a.json"];
+        let pinned = |role: &[&str]| {
+            let words = [&["orlop"], role, &flags[..2], &flags[4..]].concat();
+            match Cli::try_parse_from(words).unwrap().command {
+                Command::Cri(a) => a.runtime,
+                Command::Agent(a) => a.node.runtime,
+                Command::Up(a) => a.node.runtime,
+                other => panic!("{other:?}"),
+            }
+        };
+        for role in [&["cri"][..], &["agent", "--kubeconfig", "k"], &["up"]] {
+            let runtime = pinned(role);
+            assert_eq!(runtime.pinned_images, ["pause:3.10"]);
+            assert_eq!(runtime.registry_auth_file.as_deref(), Some(std::path::Path::new("/a.json")));
+        }
+        assert!(refusal(&[&["cri"], &flags[..]].concat()).contains("quay.io/a@b"));
     }
 
     #[test]

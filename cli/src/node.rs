@@ -273,7 +273,9 @@ fn cri_config(
         images_dir: data_dir.join("images"),
         images: orlop_images::Options {
             certs_dir: Some(runtime.registry_config_dir.clone()),
+            docker_config: runtime.registry_auth_file.clone(),
             verifiers_dir: Some(runtime.image_verifier_dir.clone()),
+            pinned: runtime.pinned_images.clone(),
             proxies: orlop_images::Proxies::from_env(),
             ..orlop_images::Options::default()
         },

@@ -14,7 +14,8 @@ pub struct Options {
     /// every file of this folder; one that is not executable, or a link to nothing, fails every pull, folders are passed over.
     /// They are looked for at each pull.
     pub verifiers_dir: Option<PathBuf>,
-    /// Names of images that garbage collection must keep (the CRI `pinned` flag), such as the sandbox image.
+    /// Names of images that garbage collection must keep (the CRI `pinned` flag), such as the sandbox image. Of one with tag and
+    /// digest the digest counts.
     pub pinned: Vec<String>,
     /// Keep layers as transferred beside the unpacked ones, so that an export has the original digests. Costs the
     /// compressed size of every image.

@@ -116,8 +116,11 @@ impl ImageStore {
     pub async fn open(root: &Path, mut options: Options) -> Result<ImageStore> {
         let root = root.to_owned();
         for name in &mut options.pinned {
-            if let Ok(r) = Reference::parse(name) {
-                *name = r.to_string();
+            // As images are named in their records: by tag or by digest.
+            if let Ok(r) = Reference::parse(name)
+                && let Some(full) = r.digest.map(|d| r.with_digest(&d)).or_else(|| r.tagged())
+            {
+                *name = full;
             }
         }
         blocking(move || {

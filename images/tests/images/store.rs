@@ -5,7 +5,9 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use crate::support::*;
-use orlop_images::{Build, Error, IdMapping, ImageStore, Options, RootfsOptions, UserNamespace, build};
+use orlop_images::{
+    Build, Digest, Error, IdMapping, ImageStore, Options, RootfsOptions, UserNamespace, build,
+};
 
 fn three_layers() -> Vec<Blob> {
     vec![
@@ -124,6 +126,27 @@ async fn a_damaged_or_absent_source_is_a_clear_error_and_leaves_nothing() {
     assert!(e.to_string().contains(&nobody), "{e}");
     assert!(matches!(store.pull("UPPER CASE", None).await, Err(Error::Reference { .. })));
     store.pull(&name, None).await.unwrap();
+}
+
+/// However a name is written.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn images_are_pinned_by_tag_and_by_digest() {
+    let registry = Registry::start().await;
+    let digest = registry.push("a", "v1", &[gzip(tar_of(&[("a", b"a")]))]).await;
+    registry.push("b", "latest", &[gzip(tar_of(&[("b", b"b")]))]).await;
+    let other = Digest::of(b"another");
+    for (pin, pull, pinned) in [
+        (format!("a:v1@{digest}"), "a:v1".to_owned(), true),
+        (format!("a@{digest}"), format!("a:v1@{digest}"), true),
+        (format!("a:v1@{other}"), "a:v1".to_owned(), false),
+        ("b".to_owned(), "b:latest".to_owned(), true),
+        ("b:v1".to_owned(), "b:latest".to_owned(), false),
+    ] {
+        let full = |name: &str| format!("{}/{name}", registry.address);
+        let place = Place::new();
+        let store = place.open_with(Options { pinned: vec![full(&pin)], ..Options::default() }).await;
+        assert_eq!(store.pull(&full(&pull), None).await.unwrap().pinned, pinned, "{pin}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
