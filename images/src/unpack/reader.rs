@@ -18,6 +18,8 @@ const MAX_XATTR: usize = 1 << 16;
 const MAX_XATTR_NAME: usize = 255;
 /// The most bytes of one entry's extended attributes. File systems hold less than their names alone may have.
 const MAX_XATTRS: usize = 1 << 20;
+/// The most extended attributes of one entry. Real ones are below ten.
+const MAX_XATTR_COUNT: usize = 1000;
 /// The most pieces of a sparse file that are kept in memory (16 bytes each).
 const MAX_PIECES: usize = 1 << 16;
 
@@ -253,7 +255,9 @@ impl<R: BufRead> TarReader<R> {
             kind = Kind::Dir;
         }
         let id = |pax: Option<u64>, range, what| {
-            u32::try_from(pax.or_else(|| field(range)).unwrap_or(u64::MAX)).map_err(|_| self.bad(what))
+            // The last one means "leave it" to the kernel.
+            let id = pax.or_else(|| field(range)).and_then(|id| u32::try_from(id).ok());
+            id.filter(|id| *id != u32::MAX).ok_or_else(|| self.bad(what))
         };
         let mut entry = Entry {
             kind,
@@ -463,7 +467,7 @@ fn time(value: &[u8]) -> Option<(i64, u32)> {
         nanos = nanos * 10 + digit;
     }
     if whole.starts_with('-') && nanos > 0 {
-        return Some((secs - 1, 1_000_000_000 - nanos));
+        return Some((secs.checked_sub(1)?, 1_000_000_000 - nanos));
     }
     Some((secs, nanos))
 }
@@ -536,6 +540,9 @@ impl Overrides {
         // The last one counts, as with all other records.
         self.xattrs.retain(|(n, _)| n != name);
         let held: usize = self.xattrs.iter().map(|(n, v)| n.len() + v.len()).sum();
+        if self.xattrs.len() >= MAX_XATTR_COUNT {
+            return Err("an entry has more than 1000 extended attributes");
+        }
         if held + name.len() + value.len() > MAX_XATTRS {
             return Err("the extended attributes of an entry are longer than 1 MiB");
         }
@@ -571,6 +578,41 @@ mod tests {
         assert_eq!(time(b"12.5"), Some((12, 500_000_000)));
         assert_eq!(time(b"-1.25"), Some((-2, 750_000_000)));
         assert_eq!(time(b"1.x"), None);
+        assert_eq!(time(b"-9223372036854775808"), Some((i64::MIN, 0)));
+        assert_eq!(time(b"-9223372036854775808.5"), None);
+    }
+
+    #[test]
+    fn an_entry_has_a_thousand_attributes_at_most() {
+        let record = |n: usize| {
+            let text = format!("SCHILY.xattr.user.{n:05}=v\n");
+            format!("{} {text}", text.len() + 3)
+        };
+        let mut o = Overrides::default();
+        let most: String = (0..MAX_XATTR_COUNT).map(record).collect();
+        o.parse_pax(most.as_bytes()).unwrap();
+        // The same ones again are no more.
+        o.parse_pax(most.as_bytes()).unwrap();
+        assert_eq!(o.xattrs.len(), MAX_XATTR_COUNT);
+        assert!(o.parse_pax(record(MAX_XATTR_COUNT).as_bytes()).unwrap_err().contains("1000"));
+    }
+
+    #[test]
+    fn nobody_is_the_owner_that_the_kernel_does_not_know() {
+        for (key, value) in [("uid", "4294967295"), ("gid", "4294967295"), ("uid", "4294967296")] {
+            let mut tar = tar::Builder::new(Vec::new());
+            tar.append_pax_extensions([(key, value.as_bytes())]).unwrap();
+            tar.append_data(&mut Header::new_gnu(), "x", &b""[..]).unwrap();
+            let bytes = tar.into_inner().unwrap();
+            let e = TarReader::new(&bytes[..]).next().unwrap_err().to_string();
+            assert!(e.contains(key) && e.contains("out of range"), "{e}");
+        }
+        let mut header = Header::new_gnu();
+        header.set_uid(u64::from(u32::MAX));
+        let mut tar = tar::Builder::new(Vec::new());
+        tar.append_data(&mut header, "x", &b""[..]).unwrap();
+        let bytes = tar.into_inner().unwrap();
+        assert!(TarReader::new(&bytes[..]).next().is_err());
     }
 
     /// So many zeros, which nobody writes anywhere.
