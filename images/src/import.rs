@@ -22,6 +22,10 @@ use crate::{Digest, Error, Image, Reference, Result};
 /// The largest document (index, manifest, config) of an archive.
 const MAX_DOCUMENT: u64 = 8 << 20;
 const CHUNK: usize = 256 << 10;
+/// The most entries of an archive, the longest name in it, and the most bytes of all names.
+const MAX_ENTRIES: usize = 100_000;
+const MAX_NAME: usize = 4096;
+const MAX_NAMES: usize = 16 << 20;
 
 /// Files of an archive by name.
 enum Source {
@@ -240,7 +244,16 @@ fn index_tar(path: &Path) -> Result<HashMap<String, (u64, u64)>, String> {
     let mut tar = TarReader::new(BufReader::with_capacity(CHUNK, file));
     let mut index = HashMap::new();
     let mut links: Vec<(String, String)> = Vec::new();
+    let (mut entries, mut names) = (0, 0);
     while let Some(entry) = tar.next().map_err(|e| e.to_string())? {
+        entries += 1;
+        names += entry.path.len() + entry.link.len();
+        if entries > MAX_ENTRIES || names > MAX_NAMES {
+            return Err("it has too many files".into());
+        }
+        if entry.path.len() > MAX_NAME {
+            return Err(format!("a name in it is longer than {MAX_NAME} bytes"));
+        }
         let name = |bytes: &[u8]| {
             let text = String::from_utf8_lossy(bytes);
             text.trim_start_matches("./").trim_start_matches('/').to_owned()
@@ -257,9 +270,6 @@ fn index_tar(path: &Path) -> Result<HashMap<String, (u64, u64)>, String> {
                 links.push((path, target));
             }
             _ => {}
-        }
-        if index.len() > 100_000 {
-            return Err("it has too many files".into());
         }
     }
     for (path, target) in links {
@@ -301,8 +311,19 @@ fn find_oci(source: &Source, name: Option<&Reference>) -> Result<Vec<Found>, Str
     let index: Index =
         serde_json::from_slice(&source.read("index.json")?).map_err(|e| format!("index.json: {e}"))?;
     let docker_tags = docker_tags(source);
+    let tags_of = |entry: &Descriptor, config: Digest| match oci_name(entry, name) {
+        Some(t) => vec![t],
+        None => docker_tags.get(&config).cloned().unwrap_or_default(),
+    };
     let mut images: Vec<Found> = Vec::new();
+    // Places in `images`, by the digests of entries and of manifests.
+    let mut by_entry: HashMap<Digest, (usize, Digest)> = HashMap::new();
+    let mut by_manifest: HashMap<Digest, usize> = HashMap::new();
     for entry in index.manifests {
+        if let Some(&(at, config)) = by_entry.get(&entry.digest) {
+            images[at].tags.extend(tags_of(&entry, config));
+            continue;
+        }
         let mut bytes = source.document(&entry.digest)?;
         let mut image = None;
         for _ in 0..3 {
@@ -319,12 +340,10 @@ fn find_oci(source: &Source, name: Option<&Reference>) -> Result<Vec<Found>, Str
             }
         }
         let (config, layers) = image.ok_or("its index is nested too deeply")?;
-        let tags = match oci_name(&entry, name) {
-            Some(t) => vec![t],
-            None => docker_tags.get(&config.digest).cloned().unwrap_or_default(),
-        };
-        let digest = Digest::of(&bytes);
-        if let Some(same) = images.iter_mut().find(|i| Digest::of(&i.manifest) == digest) {
+        let tags = tags_of(&entry, config.digest);
+        let at = *by_manifest.entry(Digest::of(&bytes)).or_insert(images.len());
+        by_entry.insert(entry.digest, (at, config.digest));
+        if let Some(same) = images.get_mut(at) {
             same.tags.extend(tags);
             continue;
         }
@@ -410,4 +429,37 @@ fn find_docker(source: &Source, name: Option<&Reference>) -> Result<Vec<Found>, 
         images.push(Found { tags, manifest, config, id, layers, files: entry.layers, digests_known: false });
     }
     Ok(images)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn archive(add: impl FnOnce(&mut tar::Builder<Vec<u8>>)) -> tempfile::NamedTempFile {
+        let mut tar = tar::Builder::new(Vec::new());
+        add(&mut tar);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), tar.into_inner().unwrap()).unwrap();
+        file
+    }
+
+    fn link(tar: &mut tar::Builder<Vec<u8>>, name: &str) {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Symlink);
+        header.set_size(0);
+        tar.append_link(&mut header, name, "x").unwrap();
+    }
+
+    #[test]
+    fn an_archive_of_links_alone_has_an_end() {
+        let file = archive(|tar| (0..=MAX_ENTRIES).for_each(|n| link(tar, &n.to_string())));
+        assert_eq!(index_tar(file.path()).unwrap_err(), "it has too many files");
+        let long = "n".repeat(MAX_NAME);
+        let file = archive(|tar| (0..=MAX_NAMES / MAX_NAME).for_each(|_| link(tar, &long)));
+        assert_eq!(index_tar(file.path()).unwrap_err(), "it has too many files");
+        let file = archive(|tar| link(tar, &format!("{long}n")));
+        assert!(index_tar(file.path()).unwrap_err().contains("longer than 4096"));
+        let file = archive(|tar| link(tar, &long));
+        assert!(index_tar(file.path()).unwrap().is_empty());
+    }
 }
