@@ -110,10 +110,10 @@ impl Error {
             Error::Unauthorized { .. } => Kind::Unauthorized,
             Error::Unreachable { .. } | Error::Registry { .. } => Kind::Unavailable,
             Error::TooManyRequests { .. } => Kind::Limited,
-            // The stream is at fault unless writing failed.
+            // The stream is at fault unless writing failed for a reason that is not in it.
             Error::Unpack { source, .. } => match &**source {
                 crate::unpack::Error::Io { source, .. } if is_full(source) => Kind::Full,
-                crate::unpack::Error::Io { .. } => Kind::Internal,
+                crate::unpack::Error::Io { source, .. } if !is_of_the_stream(source) => Kind::Internal,
                 _ => Kind::Corrupt,
             },
             Error::DigestMismatch { .. }
@@ -180,6 +180,14 @@ pub(crate) fn is_full(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
+/// Whether a system call failed because of what it was asked to make: names and links that lead in circles or are too long, more
+/// links or attributes than a file can have, numbers that nothing has.
+fn is_of_the_stream(e: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let of_the_stream = [Errno::LOOP, Errno::INVAL, Errno::MLINK, Errno::NAMETOOLONG, Errno::TOOBIG];
+    Errno::from_io_error(e).is_some_and(|e| of_the_stream.contains(&e))
+}
+
 impl From<orlop_base::durable::Error> for Error {
     fn from(e: orlop_base::durable::Error) -> Self {
         Error::State(Arc::new(e))
@@ -188,6 +196,8 @@ impl From<orlop_base::durable::Error> for Error {
 
 #[cfg(test)]
 mod tests {
+    use rustix::io::Errno;
+
     use super::*;
 
     #[test]
@@ -196,11 +206,18 @@ mod tests {
         let unpack =
             |source| Error::Unpack { reference: "r".into(), layer: "l".into(), source: Arc::new(source) };
         let writing = |kind| crate::unpack::Error::Io { what: "write", path: "p".into(), source: io(kind) };
+        let failed = |e: Errno| crate::unpack::Error::Io { what: "x", path: "p".into(), source: e.into() };
         for (error, kind) in [
             (unpack(crate::unpack::Error::Tar { offset: 0, why: "x" }), Kind::Corrupt),
             (unpack(crate::unpack::Error::Read(io(io::ErrorKind::InvalidData))), Kind::Corrupt),
             (unpack(writing(io::ErrorKind::StorageFull)), Kind::Full),
             (unpack(writing(io::ErrorKind::PermissionDenied)), Kind::Internal),
+            (unpack(failed(Errno::LOOP)), Kind::Corrupt),
+            (unpack(failed(Errno::INVAL)), Kind::Corrupt),
+            (unpack(failed(Errno::MLINK)), Kind::Corrupt),
+            (unpack(failed(Errno::NAMETOOLONG)), Kind::Corrupt),
+            (unpack(failed(Errno::TOOBIG)), Kind::Corrupt),
+            (unpack(failed(Errno::IO)), Kind::Internal),
             (Error::io("write", Path::new("p"))(io(io::ErrorKind::QuotaExceeded)), Kind::Full),
             (Error::io("write", Path::new("p"))(io(io::ErrorKind::NotFound)), Kind::Internal),
             (Error::NoImage("x".into()), Kind::NotFound),

@@ -486,7 +486,7 @@ impl Unpacker<'_> {
             };
             own(fd.as_fd(), folder.owner).map_err(Error::io("set owner of", &path))?;
             for (name, value) in &folder.xattrs {
-                xattr(rustix::fs::fsetxattr(&fd, &**name, value, XattrFlags::empty()), &path)?;
+                xattr(rustix::fs::fsetxattr(&fd, &**name, value, XattrFlags::empty()), fd.as_fd(), &path)?;
             }
             rustix::fs::fchmod(&fd, Mode::from(folder.mode)).map_err(Error::io("set mode of", &path))?;
             rustix::fs::futimens(&fd, &timestamps(folder.mtime)).map_err(Error::io("set times of", &path))?;
@@ -523,11 +523,19 @@ fn set_opaque(fd: BorrowedFd<'_>, path: &[u8]) -> Result<(), Error> {
 }
 
 /// File systems without extended attributes lose them, as with every other runtime; all else is an error.
-fn xattr(result: rustix::io::Result<()>, path: &[u8]) -> Result<(), Error> {
-    match result {
-        Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
-        Err(e) => Err(Error::io("set an extended attribute of", path)(e)),
-    }
+fn xattr(result: rustix::io::Result<()>, at: BorrowedFd<'_>, path: &[u8]) -> Result<(), Error> {
+    let e = match result {
+        Ok(()) | Err(Errno::OPNOTSUPP) => return Ok(()),
+        // ext4 says so of more attributes than its inodes have room for.
+        Err(Errno::NOSPC) if has_room(at) => Errno::TOOBIG,
+        Err(e) => e,
+    };
+    Err(Error::io("set an extended attribute of", path)(e))
+}
+
+/// Whether the file system could take more than an attribute is.
+fn has_room(at: BorrowedFd<'_>) -> bool {
+    rustix::fs::fstatvfs(at).is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) > 1 << 20)
 }
 
 /// New files belong to root, and folders get their set-gid bit last, so that the usual owner costs no call.
@@ -610,7 +618,7 @@ impl Write for Descriptor<'_> {
 fn file_metadata(entry: &Entry, fd: BorrowedFd<'_>) -> Result<(), Error> {
     own(fd, (entry.uid, entry.gid)).map_err(Error::io("set owner of", &entry.path))?;
     for (name, value) in &entry.xattrs {
-        xattr(rustix::fs::fsetxattr(fd, &**name, value, XattrFlags::empty()), &entry.path)?;
+        xattr(rustix::fs::fsetxattr(fd, &**name, value, XattrFlags::empty()), fd, &entry.path)?;
     }
     rustix::fs::fchmod(fd, Mode::from(entry.mode)).map_err(Error::io("set mode of", &entry.path))?;
     rustix::fs::futimens(fd, &timestamps(entry.mtime)).map_err(Error::io("set times of", &entry.path))
@@ -626,7 +634,11 @@ fn special_metadata(entry: &Entry, parent: &OwnedFd, base: &[u8]) -> Result<(), 
     // There is no call that takes a folder's descriptor, a name and an attribute.
     let through_proc = || [format!("/proc/self/fd/{}/", parent.as_raw_fd()).as_bytes(), base].concat();
     for (name, value) in &entry.xattrs {
-        xattr(rustix::fs::lsetxattr(through_proc(), &**name, value, XattrFlags::empty()), path)?;
+        xattr(
+            rustix::fs::lsetxattr(through_proc(), &**name, value, XattrFlags::empty()),
+            parent.as_fd(),
+            path,
+        )?;
     }
     if entry.kind != Kind::Symlink {
         // The name was made just now, and this process alone has the folder: it cannot be a link.

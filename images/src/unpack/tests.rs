@@ -122,6 +122,20 @@ fn nothing_leaves_the_layer() {
     }
 }
 
+/// ext4 has room for 4 KiB and calls all else a lack of space.
+#[test]
+fn more_attributes_than_the_file_system_holds_are_no_full_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut tar = Builder::new(Vec::new());
+    tar.append_pax_extensions([("SCHILY.xattr.user.a", &[7u8; 60_000][..])]).unwrap();
+    tar.append_data(&mut Header::new_gnu(), "f", &b""[..]).unwrap();
+    // Other file systems have the room.
+    if let Err(e) = unpack_into(&dir.path().join("l"), &tar.into_inner().unwrap()) {
+        let number = |e: &std::io::Error| e.raw_os_error();
+        assert!(matches!(&e, Error::Io { source, .. } if number(source) == Some(libc::E2BIG)), "{e}");
+    }
+}
+
 #[test]
 fn broken_streams_are_errors() {
     let dir = tempfile::tempdir().unwrap();
