@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 use crate::ingest::{LayerPlan, Origin, commit_layer, unpack_layer};
 use crate::layout::{ImageRecord, LayerBlob, LayerRecord};
 use crate::manifest::{self, Manifest};
-use crate::registry::Session;
+use crate::registry::{Hosts, Session};
 use crate::store::{Inner, Pins, blocking, joined};
 use crate::unpack::{Slot, Stream};
 use crate::verify;
@@ -155,16 +155,26 @@ async fn pull(
     let pins = inner.pin(&[&chain[..], &[config_descriptor.digest]].concat());
     let plans = manifest::plan(&layers, &diffs, &chain);
     let origin = Origin { reference: text, from: session.origin().to_owned() };
-    let session = Arc::new(session);
-    fetch_layers(inner, plans, &origin, |plan, to| {
-        let (session, slots) = (session.clone(), inner.slots.clone());
-        async move {
-            if let Some(digest) = &plan.digest {
-                session.blob(digest, plan.size, &to, &slots).await;
+    let mirrored = session.has_mirrors();
+    let session = &Arc::new(session);
+    let fetch = |plans, hosts| {
+        fetch_layers(inner, plans, &origin, move |plan, to| {
+            let (session, slots) = (session.clone(), inner.slots.clone());
+            async move {
+                if let Some(digest) = &plan.digest {
+                    session.blob(digest, plan.size, hosts, &to, &slots).await;
+                }
             }
+        })
+    };
+    match fetch(plans.clone(), Hosts::All).await {
+        // What one host has begun another may have gone on with.
+        Err(e @ Error::DigestMismatch { .. }) if mirrored => {
+            tracing::warn!(error = %e, "fetching the layers from the registry itself");
+            fetch(plans, Hosts::Registry).await?;
         }
-    })
-    .await?;
+        fetched => drop(fetched?),
+    }
     let record = ImageRecord {
         id: config_descriptor.digest,
         tags: reference.tagged().into_iter().collect(),

@@ -2,6 +2,8 @@
 
 mod blob;
 
+pub(crate) use blob::Hosts;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,12 +15,14 @@ use http::{HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use parking_lot::Mutex;
+use tokio::sync::OnceCell;
 use url::Url;
 
 use super::auth::{self, Challenge};
 use super::hosts::{self, Host};
 use super::proxy::Routes;
-use super::transport::{self, Http};
+use super::transport::{self, Http, Trust};
+use crate::store::blocking;
 use crate::{Algorithm, Auth, Digest, Error, Options, Reference, Result};
 
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
@@ -35,6 +39,8 @@ const REDIRECTS: usize = 10;
 struct Endpoint {
     host: Host,
     http: Http,
+    /// For https addresses that a host without TLS names: its token service, and what it redirects to.
+    elsewhere: OnceCell<Http>,
     auth: Option<Auth>,
     /// The `Authorization` header that worked last.
     granted: Mutex<Option<HeaderValue>>,
@@ -108,8 +114,9 @@ impl Session {
                 (None, Some(path)) => auth::from_docker_config(path, &host.authority)?,
                 (None, None) => None,
             };
-            let http = transport::http_client(&host, &routes)?;
-            endpoints.push(Endpoint { host, http, auth, granted: Mutex::new(None) });
+            let http = transport::http_client(&host, Trust::of(&host), &routes)?;
+            let (elsewhere, granted) = (OnceCell::new(), Mutex::new(None));
+            endpoints.push(Endpoint { host, http, elsewhere, auth, granted });
         }
         let (patience, pause, outage) = (options.patience, options.pause, options.outage);
         Ok(Session { reference: reference.clone(), endpoints, routes, patience, pause, outage })
@@ -278,15 +285,18 @@ impl Session {
             let mut request =
                 Request::builder().method(method).uri(url.as_str()).header(ACCEPT, MANIFEST_TYPES);
             request = request.header("user-agent", concat!("orlop/", env!("CARGO_PKG_VERSION")));
+            let mut authorization = None;
             if url.origin() == origin {
                 for (k, v) in &endpoint.host.headers {
                     request = request.header(k, v);
                 }
                 let preset = endpoint.auth.as_ref().filter(|a| !a.registry_token.is_empty());
-                if let Some(granted) = endpoint.granted.lock().clone() {
-                    request = request.header(AUTHORIZATION, granted);
-                } else if let Some(a) = preset {
-                    request = request.header(AUTHORIZATION, format!("Bearer {}", a.registry_token));
+                authorization = endpoint.granted.lock().clone();
+                if let (None, Some(a)) = (&authorization, preset) {
+                    let text = format!("Bearer {}", a.registry_token);
+                    authorization = Some(HeaderValue::from_str(&text).map_err(|_| {
+                        final_failure(self.unauthorized(endpoint, "its token cannot be sent".into()))
+                    })?);
                 }
             }
             if let Some(range) = range {
@@ -295,9 +305,14 @@ impl Session {
             if let Some(for_proxy) = self.routes.authorization(&url) {
                 request = request.header(PROXY_AUTHORIZATION, for_proxy);
             }
-            let request = request
+            let mut request = request
                 .body(Full::default())
                 .map_err(|e| final_failure(self.registry_error(endpoint, e.to_string())))?;
+            if let Some(mut value) = authorization {
+                value.set_sensitive(true);
+                // In place of what hosts.toml says.
+                request.headers_mut().insert(AUTHORIZATION, value);
+            }
             let response = self.exchange(endpoint, request, "").await?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok((response, url));
@@ -327,7 +342,18 @@ impl Session {
         request: Request<Full<Bytes>>,
         whose: &str,
     ) -> Result<Response<Incoming>, Failure> {
-        let send = || tokio::time::timeout(self.patience, endpoint.http.request(request.clone()));
+        let secure = request.uri().scheme_str() == Some("https");
+        let http = match Trust::of(&endpoint.host) {
+            Trust::Named if secure => {
+                let make = || {
+                    let (host, routes) = (endpoint.host.clone(), self.routes.clone());
+                    blocking(move || transport::http_client(&host, Trust::System, &routes))
+                };
+                endpoint.elsewhere.get_or_try_init(make).await.map_err(final_failure)?
+            }
+            _ => &endpoint.http,
+        };
+        let send = || tokio::time::timeout(self.patience, http.request(request.clone()));
         let mut result = send().await;
         for _ in 1..DISPATCH_ATTEMPTS {
             match &result {

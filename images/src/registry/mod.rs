@@ -6,4 +6,4 @@ pub(crate) mod hosts;
 mod proxy;
 mod transport;
 
-pub(crate) use client::Session;
+pub(crate) use client::{Hosts, Session};

@@ -22,13 +22,29 @@ use crate::{Error, Result};
 
 pub(crate) type Http = Client<HttpsConnector<Connector>, Full<Bytes>>;
 
-/// Blocks on reading certificates; cheap for plain HTTP hosts.
-pub(crate) fn http_client(host: &Host, routes: &Arc<Routes>) -> Result<Http> {
+/// Which certificates of servers are good.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Trust {
+    /// Those that hosts.toml names. Reading the machine's hundred authorities costs 10 ms, which a host without TLS need not wait for.
+    Named,
+    /// Those of the machine as well.
+    System,
+}
+
+impl Trust {
+    /// For the host itself.
+    pub fn of(host: &Host) -> Trust {
+        if host.base.starts_with("https:") { Trust::System } else { Trust::Named }
+    }
+}
+
+/// Blocks on reading certificates.
+pub(crate) fn http_client(host: &Host, trust: Trust, routes: &Arc<Routes>) -> Result<Http> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_connect_timeout(Some(host.dial_timeout));
     tcp.set_nodelay(true);
-    let tls = tls_config(host)?;
+    let tls = tls_config(host, trust)?;
     // HTTP/1.1 only: layers come over connections of their own, without one window for all of them.
     let connector = hyper_rustls::HttpsConnectorBuilder::new()
         .with_tls_config(tls)
@@ -38,7 +54,7 @@ pub(crate) fn http_client(host: &Host, routes: &Arc<Routes>) -> Result<Http> {
     Ok(Client::builder(TokioExecutor::new()).pool_idle_timeout(Duration::from_secs(5)).build(connector))
 }
 
-fn tls_config(host: &Host) -> Result<ClientConfig> {
+fn tls_config(host: &Host, trust: Trust) -> Result<ClientConfig> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
@@ -47,7 +63,7 @@ fn tls_config(host: &Host) -> Result<ClientConfig> {
         // The operator wrote so for this host.
         builder.dangerous().with_custom_certificate_verifier(AnyCertificate::new(provider))
     } else {
-        builder.with_root_certificates(roots(host)?)
+        builder.with_root_certificates(roots(host, trust)?)
     };
     match &host.client {
         None => Ok(builder.with_no_client_auth()),
@@ -60,11 +76,9 @@ fn tls_config(host: &Host) -> Result<ClientConfig> {
     }
 }
 
-fn roots(host: &Host) -> Result<RootCertStore> {
+fn roots(host: &Host, trust: Trust) -> Result<RootCertStore> {
     let mut roots = RootCertStore::empty();
-    // Not for plain hosts: reading a hundred certificates costs 10 ms, and one that redirects to https is a mirror of
-    // this machine.
-    if host.base.starts_with("https:") {
+    if trust == Trust::System {
         roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     }
     for path in &host.ca {

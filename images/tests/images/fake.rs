@@ -89,7 +89,11 @@ fn read_request(stream: &mut impl Read) -> Option<Seen> {
         let mut h = String::new();
         reader.read_line(&mut h).ok()?;
         let Some((k, v)) = h.trim().split_once(':') else { break };
-        headers.insert(k.to_ascii_lowercase(), v.trim().to_owned());
+        let value = headers.entry(k.to_ascii_lowercase()).or_insert_with(String::new);
+        if !value.is_empty() {
+            value.push_str(", ");
+        }
+        value.push_str(v.trim());
     }
     let length = headers.get("content-length").and_then(|l| l.parse().ok()).unwrap_or(0);
     let mut body = vec![0; length];

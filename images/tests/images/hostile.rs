@@ -17,7 +17,8 @@ async fn open(place: &Place, options: Options) -> ImageStore {
 }
 
 fn plain_options() -> Options {
-    Options { certs_dir: None, ..Options::default() }
+    // A registry that stops in the middle is not waited for.
+    Options { certs_dir: None, outage: Duration::ZERO, ..Options::default() }
 }
 
 fn layer_path() -> String {
@@ -470,6 +471,54 @@ async fn tls_is_checked_as_hosts_toml_says() {
         }
     }
     assert!(plain.requests("").is_empty(), "nothing goes over plain HTTP");
+}
+
+/// Whoever a plain registry sends on to by https is checked by the machine's authorities.
+#[test]
+fn a_plain_registry_may_redirect_to_tls() {
+    const KEYS: &str = "ORLOP_TEST_KEYS";
+    let Some(keys) = std::env::var_os(KEYS) else {
+        let keys = tempfile::tempdir().unwrap();
+        certificates(keys.path());
+        // A process of its own: which authorities there are is the environment's to say.
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "hostile::a_plain_registry_may_redirect_to_tls", "--nocapture"])
+            .env(KEYS, keys.path())
+            .env("SSL_CERT_FILE", keys.path().join("ca.pem"))
+            .env_remove("SSL_CERT_DIR")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&child.stdout) + String::from_utf8_lossy(&child.stderr);
+        assert!(child.status.success() && said.contains("1 passed"), "{said}");
+        return;
+    };
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let (data, stored) = (image(), image());
+        let answer: Box<Answer> = Box::new(move |r, _| {
+            let body = br#"{"token":"t"}"#;
+            if r.line.contains("/token") {
+                response("200 OK", "", body.len(), body)
+            } else {
+                serve(&r.line, &stored)
+            }
+        });
+        let storage = Fake::start_tls(answer, Some(server_tls(keys.as_ref(), false)));
+        let to = storage.address.clone();
+        let plain = Fake::start(Box::new(move |r, _| {
+            if !r.headers.contains_key("authorization") {
+                let header = format!("www-authenticate: Bearer realm=\"https://{to}/token\"\r\n");
+                return response("401 Unauthorized", &header, 0, b"");
+            }
+            if !r.line.contains("/blobs/") {
+                return serve(&r.line, &data);
+            }
+            let path = r.line.split(' ').nth(1).unwrap();
+            response("307 Temporary Redirect", &format!("location: https://{to}{path}\r\n"), 0, b"")
+        }));
+        let place = Place::new();
+        let store = open(&place, plain_options()).await;
+        store.pull(&format!("{}/a:v1", plain.address), None).await.unwrap();
+    });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

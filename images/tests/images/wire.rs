@@ -459,3 +459,60 @@ async fn a_transfer_outlives_an_outage() {
     store.pull(&name, None).await.unwrap();
     assert!(fake.requests(&path).len() >= 13);
 }
+
+/// What hosts.toml gives a host as its authorization goes when the host wants something else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_granted_token_takes_the_place_of_the_configured_header() {
+    let data = image();
+    let fake = Fake::start(Box::new(move |r, own| {
+        if r.line.contains("/token") {
+            return response("200 OK", "", 13, br#"{"token":"t"}"#);
+        }
+        if r.headers.get("authorization").is_some_and(|a| a == "Bearer t") {
+            return serve(&r.line, &data);
+        }
+        let header = format!("www-authenticate: Bearer realm=\"http://{own}/token\"\r\n");
+        response("401 Unauthorized", &header, 0, b"")
+    }));
+    let place = Place::new();
+    let certs = place.dir.path().join("certs.d");
+    std::fs::create_dir_all(certs.join("registry.example")).unwrap();
+    let hosts =
+        format!("server = \"http://{}\"\nheader = {{ authorization = \"Basic eDp5\" }}\n", fake.address);
+    std::fs::write(certs.join("registry.example/hosts.toml"), hosts).unwrap();
+    store(&place, Some(certs)).await.pull("registry.example/a:v1", None).await.unwrap();
+}
+
+/// A mirror that breaks off may have sent something else than the registry goes on with.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wrong_bytes_of_a_mirror_are_fetched_again_from_the_registry() {
+    let data = image();
+    let layer = data.2.clone();
+    let path = Digest::of(&layer.bytes).hex();
+    let mirror = Fake::start(Box::new(move |r, _| {
+        if !r.line.contains("/blobs/") || r.headers.contains_key("range") {
+            return response("404 Not Found", "", 0, b"");
+        }
+        // Of the right length, and not all of it.
+        response("200 OK", "", layer.bytes.len(), &vec![7; layer.bytes.len() / 2])
+    }));
+    let all = data.2.bytes.clone();
+    let registry = Fake::start(Box::new(move |r, _| match r.headers.get("range") {
+        Some(range) => {
+            let from: usize = range.trim_start_matches("bytes=").trim_end_matches('-').parse().unwrap();
+            let headers = format!("content-range: bytes {from}-{}/{}\r\n", all.len() - 1, all.len());
+            response("206 Partial Content", &headers, all.len() - from, &all[from..])
+        }
+        None => serve(&r.line, &data),
+    }));
+    let place = Place::new();
+    let certs = place.dir.path().join("certs.d");
+    std::fs::create_dir_all(certs.join("registry.example")).unwrap();
+    let hosts = format!("server = \"http://{}\"\n[host.\"http://{}\"]\n", registry.address, mirror.address);
+    std::fs::write(certs.join("registry.example/hosts.toml"), hosts).unwrap();
+    store(&place, Some(certs)).await.pull("registry.example/a:v1", None).await.unwrap();
+    assert!(!mirror.requests(&path).is_empty());
+    let ranges: Vec<bool> =
+        registry.requests(&path).iter().map(|r| r.headers.contains_key("range")).collect();
+    assert_eq!(ranges, [true, false]);
+}

@@ -44,16 +44,38 @@ impl Pace {
     }
 }
 
+/// Who is asked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hosts {
+    All,
+    /// The registry, or the last mirror where there is only those.
+    Registry,
+}
+
 impl Session {
+    pub fn has_mirrors(&self) -> bool {
+        self.endpoints.len() > 1
+    }
+
     /// Sends a blob's bytes into `to`, then an empty chunk; or an error. Resumes where a connection broke off. Ends
     /// early when the receiver is gone.
-    pub async fn blob(&self, digest: &Digest, size: u64, to: &mpsc::Sender<Result<Bytes>>, slots: &Slots) {
+    pub async fn blob(
+        &self,
+        digest: &Digest,
+        size: u64,
+        hosts: Hosts,
+        to: &mpsc::Sender<Result<Bytes>>,
+        slots: &Slots,
+    ) {
         let path = format!("/{}/blobs/{digest}", self.reference.repository);
         let mut sent = 0u64;
         let mut attempt = 0;
         let mut progress = Instant::now();
         let mut last = None;
-        let mut host = 0;
+        let mut host = match hosts {
+            Hosts::All => 0,
+            Hosts::Registry => self.endpoints.len().saturating_sub(1),
+        };
         while let Some(endpoint) = self.endpoints.get(host) {
             if !endpoint.host.pull {
                 host += 1;
