@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::ingest::{LayerPlan, Origin, commit_layer, unpack_layer};
-use crate::layout::{ImageRecord, LayerBlob, LayerRecord};
+use crate::layout::{ImageRecord, LayerBlob};
 use crate::manifest::{self, Manifest};
 use crate::registry::{Hosts, Session};
 use crate::store::{Inner, Pins, blocking, joined};
@@ -173,7 +173,7 @@ async fn pull(
             tracing::warn!(error = %e, "fetching the layers from the registry itself");
             fetch(plans, Hosts::Registry).await?;
         }
-        fetched => drop(fetched?),
+        fetched => fetched?,
     }
     let record = ImageRecord {
         id: config_descriptor.digest,
@@ -197,7 +197,22 @@ pub(crate) async fn finish(
 ) -> Result<Arc<Image>> {
     inner.layout.write_content(&record.manifest, manifest_bytes)?;
     inner.layout.write_content(&record.id, config_bytes)?;
-    inner.register(record, config, (manifest_bytes.len() + config_bytes.len()) as u64, pins).await
+    let size = (manifest_bytes.len() + config_bytes.len()) as u64;
+    // Those of a pull that failed before as well.
+    let unsynced = inner.unsynced(&record.chain);
+    if inner.options.sync_before_answer {
+        inner.settle(unsynced).await?;
+        return inner.register(record, config, size, pins).await;
+    }
+    let inner = inner.clone();
+    // Of its own: once it has begun it ends, whoever goes away.
+    let registered = tokio::spawn(async move {
+        let image = inner.register(record, config, size, pins).await?;
+        // Not before: what is written down would wait for all of the layers.
+        inner.settle_later(unsynced);
+        Ok(image)
+    });
+    joined(registered).await
 }
 
 /// Follows indexes to the manifest for this machine.
@@ -225,13 +240,12 @@ async fn image_manifest(
 }
 
 /// Makes all layers available: those that are missing are fetched by `send`, several at a time, and committed in order.
-/// Returns each blob's digest as transferred, where it was transferred.
 pub(crate) async fn fetch_layers<F>(
     inner: &Arc<Inner>,
     plans: Vec<LayerPlan>,
     origin: &Origin,
     send: impl Fn(LayerPlan, mpsc::Sender<Result<bytes::Bytes>>) -> F,
-) -> Result<Vec<Option<Digest>>>
+) -> Result<()>
 where
     F: Future<Output = ()> + Send,
 {
@@ -259,25 +273,13 @@ where
             result
         });
     }
-    let fetched = match try_join_all(jobs).await {
-        Ok(f) => f,
-        Err(e) => {
-            // The other layers' threads end as their transfers are gone; nothing of them is left when this returns.
-            unpacking.close();
-            unpacking.wait().await;
-            return Err(e);
-        }
-    };
-    let records: Vec<LayerRecord> = fetched.iter().flatten().map(|(r, _)| r.clone()).collect();
-    if !records.is_empty() {
-        if inner.options.sync_before_answer {
-            let layout = inner.layout.clone();
-            blocking(move || crate::ingest::settle(&layout, &records)).await?;
-        } else {
-            inner.settle_later(records);
-        }
+    if let Err(e) = try_join_all(jobs).await {
+        // The other layers' threads end as their transfers are gone; nothing of them is left when this returns.
+        unpacking.close();
+        unpacking.wait().await;
+        return Err(e);
     }
-    Ok(fetched.into_iter().map(|f| f.map(|(_, digest)| digest)).collect())
+    Ok(())
 }
 
 /// A value whose end deletes files: where it is given up it goes to a thread that may block, which `tracker` counts.
@@ -306,7 +308,7 @@ impl<T: Send + 'static> Drop for Unwanted<T> {
     }
 }
 
-/// One layer: `None` when it is here already. Lock, then slot, then transfer; the slot is given back before waiting
+/// One layer, unless it is here already. Lock, then slot, then transfer; the slot is given back before waiting
 /// for the layer below, so that whoever has a slot makes progress.
 #[allow(clippy::too_many_arguments)] // One call, a few lines above.
 async fn layer<F>(
@@ -319,7 +321,7 @@ async fn layer<F>(
     below: Option<oneshot::Receiver<()>>,
     unpacking: TaskTracker,
     (send, chunks): (F, mpsc::Receiver<Result<bytes::Bytes>>),
-) -> Result<Option<(LayerRecord, Digest)>>
+) -> Result<()>
 where
     F: Future<Output = ()> + Send,
 {
@@ -342,9 +344,9 @@ where
                 why: "another layer has the same short name".into(),
             });
         }
-        return Ok(None);
+        return Ok(());
     }
-    let (digest, unfinished) = {
+    let unfinished = {
         // With this future goes what its thread waits for.
         let stop = CancellationToken::new();
         let _stop = stop.clone().drop_guard();
@@ -354,7 +356,7 @@ where
         let (tracker, runtime) = (unpacking.clone(), Handle::current());
         let unpack = answering(&unpacking, move || {
             let unfinished = unpack_layer(&layout, &plan2, &origin2, keep, Stream::new(chunks), slot)?;
-            Ok((unfinished.blob_digest, Unwanted::new(unfinished, &tracker, runtime)))
+            Ok(Unwanted::new(unfinished, &tracker, runtime))
         });
         let ((), unpacked) = tokio::join!(send, unpack);
         unpacked?
@@ -370,17 +372,18 @@ where
         let record = commit_layer(&inner2.layout, &plan, &chain[..position], &origin, unfinished)?;
         let wanted = {
             let mut state = inner2.state.write();
-            state.layers.insert(record.chain, record.clone());
-            state.pins.contains_key(&record.chain)
+            let chain = record.chain;
+            state.layers.insert(chain, record);
+            state.pins.contains_key(&chain)
         };
         drop(lock);
         if !wanted {
             // Whoever wanted it has gone away.
             inner2.collect_later();
         }
-        Ok(record)
+        Ok(())
     });
-    Ok(Some((commit.await?, digest)))
+    commit.await
 }
 
 /// Runs blocking code that `tracker` counts until its result is handed over or, when nobody wants it any more, gone: a

@@ -110,6 +110,26 @@ impl Drop for Pins {
     }
 }
 
+/// Does not keep a store open that nobody wants any more.
+async fn settle(layout: Arc<Layout>, inner: Weak<Inner>, records: Vec<LayerRecord>) -> Result<()> {
+    if records.is_empty() {
+        return Ok(());
+    }
+    blocking(move || {
+        crate::ingest::settle(&layout, &records)?;
+        if let Some(inner) = inner.upgrade() {
+            let mut state = inner.state.write();
+            for record in &records {
+                if let Some(layer) = state.layers.get_mut(&record.chain) {
+                    layer.unsynced_since = None;
+                }
+            }
+        }
+        Ok(())
+    })
+    .await
+}
+
 impl ImageStore {
     /// Opens the store at `root`, making it when missing, and repairs what a crash left. Fails when another process
     /// has it open.
@@ -147,9 +167,7 @@ impl ImageStore {
         })
         .await
         .map(|(inner, unsynced)| {
-            if !unsynced.is_empty() {
-                inner.settle_later(unsynced);
-            }
+            inner.settle_later(unsynced);
             if inner.has_unused() {
                 inner.collect_later();
             }
@@ -428,11 +446,23 @@ impl Inner {
         Pins { inner: self.clone(), chain: chain.to_vec() }
     }
 
-    /// Puts new layers on disk without making anybody wait.
-    pub fn settle_later(&self, records: Vec<LayerRecord>) {
-        let layout = self.layout.clone();
+    /// Layers of `chain` that the disk may not hold yet.
+    pub fn unsynced(&self, chain: &[Digest]) -> Vec<LayerRecord> {
+        let state = self.state.read();
+        let known = chain.iter().filter_map(|c| state.layers.get(c));
+        known.filter(|l| l.unsynced_since.is_some()).cloned().collect()
+    }
+
+    /// Puts layers on disk.
+    pub async fn settle(self: &Arc<Self>, records: Vec<LayerRecord>) -> Result<()> {
+        settle(self.layout.clone(), Arc::downgrade(self), records).await
+    }
+
+    /// Puts layers on disk without making anybody wait.
+    pub fn settle_later(self: &Arc<Self>, records: Vec<LayerRecord>) {
+        let (layout, inner) = (self.layout.clone(), Arc::downgrade(self));
         self.tasks.spawn(async move {
-            if let Err(e) = blocking(move || crate::ingest::settle(&layout, &records)).await {
+            if let Err(e) = settle(layout, inner, records).await {
                 tracing::warn!(error = %e, "layers may not be on disk yet; a power cut now makes them be pulled again");
             }
         });

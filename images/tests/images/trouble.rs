@@ -165,6 +165,19 @@ async fn layers_of_a_failed_pull_stay_for_another_try_only() {
     whole.store(true, SeqCst);
     store.pull(&name, None).await.unwrap();
     assert_eq!(fake.requests(&layers[0].digest.hex()).len(), before, "the next try has the first layer");
+    // And whatever try brought a layer, the disk has it in the end.
+    let synced = |dir: std::io::Result<fs::DirEntry>| {
+        fs::read_to_string(dir.unwrap().path().join("layer.json"))
+            .is_ok_and(|r| r.contains("\"unsynced_since\":null"))
+    };
+    wait_until("both layers are on the disk", PATIENCE, || async {
+        let count = fs::read_dir(place.root().join("layers"))
+            .unwrap()
+            .filter_map(|d| synced(d).then_some(()))
+            .count();
+        (count == 2).then_some(())
+    })
+    .await;
 }
 
 const FILES: usize = 15;
