@@ -297,10 +297,11 @@ fn matching(secret: &Secret, image: &str) -> Vec<(usize, AuthConfig)> {
             AuthConfig {
                 username: pick(a.username, user),
                 password: pick(a.password, password),
-                auth: String::new(),
-                server_address: server,
                 identity_token: a.identitytoken,
                 registry_token: a.registrytoken,
+                // No address, as upstream's kubelet: a key may have wildcards or a path, and a runtime that compares it with the
+                // registry's name would then not use them.
+                ..Default::default()
             },
         ))
     });
@@ -410,6 +411,14 @@ mod tests {
         assert_eq!(users("reg.example/team/a:1"), ["team", "host", "wild"]);
         assert_eq!(users("reg.example/teams/a:1"), ["host", "wild"]);
         assert_eq!(users("busybox"), ["u"]);
+        let addresses = |image: &str| {
+            matching(&secret, image).into_iter().map(|(_, a)| a.server_address).collect::<String>()
+        };
+        assert_eq!(
+            addresses("reg.example/team/a:1") + &addresses("busybox"),
+            "",
+            "a runtime might not recognize the image's registry"
+        );
         assert!(users("other.test/a").is_empty());
     }
 }

@@ -201,7 +201,7 @@ impl CredentialProviders {
                     let auth = AuthConfig {
                         username: login.username.clone(),
                         password: login.password.clone(),
-                        server_address: registry(&repository),
+                        // No address, as upstream's kubelet: a runtime takes them for the image's registry.
                         ..Default::default()
                     };
                     Some((fits(pattern, &repository)?, auth))
@@ -271,8 +271,9 @@ mod tests {
             json!({"apiVersion": VERSION, "kind": "CredentialProviderRequest", "image": "reg.test/team/app"});
         assert_eq!(request, wanted);
         assert_eq!(users(&p, "reg.test/other:1").await, ["wide:w"]);
+        assert!(p.for_image("reg.test/other:1").await.iter().all(|a| a.server_address.is_empty()));
         assert!(users(&p, "busybox").await.is_empty());
-        assert_eq!(asked(t.path()), 2, "not for others' images, and nothing was kept");
+        assert_eq!(asked(t.path()), 3, "not for others' images, and nothing was kept");
     }
 
     #[tokio::test]
