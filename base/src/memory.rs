@@ -13,6 +13,9 @@ const LOOK: Duration = Duration::from_secs(1);
 const REST: Duration = Duration::from_millis(20);
 /// Less work than this has touched too little to be worth a round, which takes a millisecond or a few.
 const BURST: Duration = Duration::from_millis(50);
+/// Rounds take no more than this part of the processor time that the process uses: with a large heap each may take a hundred milliseconds,
+/// in which nobody else allocates.
+const SHARE: u32 = 50;
 
 /// For a process that is to stay small: few heaps, and large buffers apart from them, so that they leave no holes.
 pub fn keep_small() {
@@ -37,13 +40,13 @@ pub fn give_back() {
 /// Gives memory back each time the process rests after work, for ever. Dropping the future ends it.
 pub async fn give_back_at_rest() -> std::convert::Infallible {
     let mut rest = Rest::default();
+    // Every Linux has this clock.
+    let worked = || clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(Duration::ZERO, Duration::from);
     loop {
         tokio::time::sleep(LOOK).await;
-        // Every Linux has this clock.
-        let worked = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(Duration::ZERO, Duration::from);
-        if rest.begins(worked) {
-            // Trimming a large heap takes milliseconds.
+        if rest.begins(worked()) {
             let _ = tokio::task::spawn_blocking(give_back).await;
+            rest.ends(worked());
         }
     }
 }
@@ -52,6 +55,8 @@ pub async fn give_back_at_rest() -> std::convert::Infallible {
 #[derive(Default)]
 struct Rest {
     given_back_at: Duration,
+    /// What the last round took.
+    cost: Duration,
     last: Duration,
 }
 
@@ -59,14 +64,20 @@ impl Rest {
     /// Takes note of the processor time that the process has used since it began.
     fn begins(&mut self, worked: Duration) -> bool {
         let rests = worked.saturating_sub(self.last) < REST;
-        let after_work = worked.saturating_sub(self.given_back_at) >= BURST;
+        let after_work = worked.saturating_sub(self.given_back_at) >= BURST.max(self.cost * SHARE);
         self.last = worked;
-        if rests && after_work {
-            self.given_back_at = worked;
-        }
         rests && after_work
     }
+
+    /// A round is over. What it took itself is no work, or a costly one would be the reason for the next.
+    fn ends(&mut self, worked: Duration) {
+        self.cost = worked.saturating_sub(self.last);
+        (self.given_back_at, self.last) = (worked, worked);
+    }
 }
+
+/// Where the kernel says its own object lies.
+const AT_SYSINFO_EHDR: libc::c_ulong = 33;
 
 unsafe extern "C" fn of_object(
     info: *mut libc::dl_phdr_info,
@@ -81,17 +92,41 @@ unsafe extern "C" fn of_object(
         }
         (info.dlpi_addr as usize, std::slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)))
     };
-    const PAGE: usize = 4096;
+    // SAFETY: a loaded object's dynamic section is mapped as long as its header says.
+    let relocated = headers.iter().filter(|h| h.p_type == libc::PT_DYNAMIC).any(|h| unsafe {
+        let entries = h.p_memsz as usize / size_of::<[usize; 2]>();
+        let dynamic = std::slice::from_raw_parts((base + h.p_vaddr as usize) as *const [usize; 2], entries);
+        has_text_relocations(dynamic.iter().copied().take_while(|[tag, _]| *tag != 0))
+    });
+    if relocated {
+        return 0;
+    }
+    // SAFETY: no preconditions.
+    let (page, vdso) =
+        unsafe { (libc::sysconf(libc::_SC_PAGESIZE) as usize, libc::getauxval(AT_SYSINFO_EHDR) as usize) };
     // What was never writable has no content but the file's; what relocations wrote to is in a writable segment.
     for h in headers.iter().filter(|h| h.p_type == libc::PT_LOAD && h.p_flags & libc::PF_W == 0) {
         let from = base + h.p_vaddr as usize;
-        let (start, end) = (from.next_multiple_of(PAGE), (from + h.p_filesz as usize) & !(PAGE - 1));
+        if from == vdso {
+            // The kernel's own object, of no file.
+            continue;
+        }
+        let (start, end) = (from.next_multiple_of(page), (from + h.p_filesz as usize) & !(page - 1));
         if start < end {
-            // SAFETY: whole pages of a private, never written mapping of a file: the next access reads the same again.
+            // SAFETY: whole pages of a private, never written mapping of a file: the next access reads the same again. The kernel refuses
+            // locked ones.
             unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };
         }
     }
     0
+}
+
+/// Pure: whether a dynamic section, as pairs of tag and value, says that the loader writes to code. What it wrote would be lost.
+fn has_text_relocations(mut dynamic: impl Iterator<Item = [usize; 2]>) -> bool {
+    const TEXTREL: usize = 22;
+    const FLAGS: usize = 30;
+    const FLAG_TEXTREL: usize = 4;
+    dynamic.any(|[tag, value]| tag == TEXTREL || tag == FLAGS && value & FLAG_TEXTREL != 0)
 }
 
 #[cfg(test)]
@@ -117,7 +152,44 @@ mod tests {
     fn memory_is_given_back_once_after_each_burst_of_work() {
         let mut rest = Rest::default();
         let at = [150, 400, 410, 415, 459, 500, 519, 525];
-        let begins = at.map(|ms| rest.begins(Duration::from_millis(ms)));
+        let begins = at.map(|ms| {
+            let ms = Duration::from_millis(ms);
+            let begins = rest.begins(ms);
+            if begins {
+                rest.ends(ms);
+            }
+            begins
+        });
         assert_eq!(begins, [false, false, true, false, false, false, true, false]);
+    }
+
+    #[test]
+    fn a_costly_round_is_no_reason_for_another() {
+        let ms = Duration::from_millis;
+        let mut rest = Rest::default();
+        assert!(!rest.begins(ms(1000)));
+        assert!(rest.begins(ms(1010)));
+        // As long as with a heap of gigabytes.
+        rest.ends(ms(1110));
+        let mut worked = ms(1110);
+        let mut rounds = 0;
+        for _ in 0..200 {
+            // A second's work, then a second's rest.
+            worked += ms(60);
+            rest.begins(worked);
+            worked += ms(1);
+            if rest.begins(worked) {
+                rounds += 1;
+                worked += ms(100);
+                rest.ends(worked);
+            }
+        }
+        assert_eq!(rounds, 2, "a fiftieth of twelve seconds");
+    }
+
+    #[test]
+    fn code_that_the_loader_has_written_to() {
+        let has = |entries: &[[usize; 2]]| has_text_relocations(entries.iter().copied());
+        assert!(!has(&[[1, 4], [30, 8]]) && has(&[[1, 4], [22, 0]]) && has(&[[30, 12]]));
     }
 }
