@@ -21,6 +21,8 @@ use crate::poll::{EventFlags, Token};
 
 /// Exit code of a container whose program could not be executed, as other runtimes report it.
 const NOT_EXECUTED: i32 = 128;
+/// Stage of an operation whose helper has not told what became of it.
+const HELPER: &str = "helper";
 /// Ended children that nobody has claimed yet while helpers are at work.
 const UNCLAIMED_LIMIT: usize = 4096;
 
@@ -91,6 +93,11 @@ impl Monitor {
             Ok(_) => {
                 self.refuse(conn, request, failure(FailureKind::Internal, "helper", "unexpected answer"))
             }
+            Err(e) if e.stage == HELPER => {
+                self.note(&format!("container {id}: {e}"));
+                self.refuse(conn, request, oci_failure(&e));
+                self.take_back_unmade(id);
+            }
             Err(e) => {
                 let waiting = self.drop_container(id);
                 self.refuse(conn, request, oci_failure(&e));
@@ -100,6 +107,18 @@ impl Monitor {
                 self.continue_destroy();
             }
         }
+    }
+
+    /// The helper of a creation was killed, or could not even fork: it took nothing back, and what it made is in no record.
+    fn take_back_unmade(&mut self, id: &str) {
+        let Some(c) = self.containers.get_mut(id) else { return };
+        c.busy = false;
+        c.record.cgroups = orlop_oci::own_cgroups(&c.record.bundle, id);
+        if let Err(e) = journal::save_container(&self.dir, &c.record) {
+            self.own_log.line(&format!("container {id}: {e}"));
+        }
+        let r = pb::DeleteContainer { container_id: id.to_owned(), force: true };
+        self.container_request(0, 0, pb::client_frame::Body::DeleteContainer(r));
     }
 
     fn adopt_created(

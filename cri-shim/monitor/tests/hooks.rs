@@ -233,3 +233,32 @@ fn a_monitor_that_is_killed_meanwhile() {
     assert_eq!(names(&pod), ["stopped"]);
     pod.assert_clean();
 }
+
+/// As it ends when it takes too long. The helper that made the cgroup can take nothing back.
+#[test]
+fn a_creation_that_is_killed_leaves_nothing() {
+    let pod = Pod::new("hooks-hung");
+    let mut c = pod.client();
+    let hangs = r#"echo $PPID $$ > "$out.new"; mv "$out.new" "$out.pids"; exec sleep 1000"#;
+    let mut extra = hooks(&pod);
+    extra["hooks"]["createRuntime"] = json!([hook(&pod, hangs)]);
+    let request = c.send(Ask::CreateContainer(pod.bundle("a", &["true"], extra)));
+    let told_pids = pod.dir.join("out.pids");
+    wait_until(|| told_pids.exists());
+    assert_ne!(cgroups_of(&pod.name, false), Vec::<PathBuf>::new(), "it has made them");
+    for pid in fs::read_to_string(&told_pids).unwrap().split_whitespace() {
+        let pid = rustix::process::Pid::from_raw(pid.parse().unwrap()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    }
+    match c.wait(request) {
+        Body::Failure(f) => assert_eq!(f.stage, "helper", "{f:?}"),
+        other => panic!("{other:?}"),
+    }
+    wait_until(|| cgroups_of(&pod.name, false).is_empty());
+    // Its end is the container's, too.
+    wait_until(|| names(&pod) == ["stopped"]);
+    wait_until(|| fs::read_dir(pod.dir.join("containers")).unwrap().count() == 0);
+    // The name is free again.
+    pod.create(&mut c, "a", &["true"], json!({}));
+    pod.finish();
+}

@@ -40,7 +40,8 @@ pub use external::{External, Runtime};
 pub use helper::{Helper, Reply};
 pub use hooks::poststart;
 pub use ops::{
-    Outcome, Stdio, delete, delete_in_place, delete_now, end_groups, start, start_channel, update,
+    Outcome, Stdio, delete, delete_in_place, delete_now, end_groups, own_cgroups, start, start_channel,
+    update,
 };
 pub use sysctl::sysctl_file;
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
 use nix::unistd::Pid;
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{LinuxResources, Spec};
 use serde::{Deserialize, Serialize};
 
 use crate::create::{Context, Created};
@@ -153,6 +153,17 @@ pub fn end_groups(cgroups: &[PathBuf]) -> Result<(), Error> {
         return Err(Error::new(Kind::Runtime, "cgroup", message, libc::EBUSY));
     }
     Ok(())
+}
+
+/// The cgroup that the spec in `bundle` has made for this container alone, as far as it is there: one that bears its id. What a creation
+/// has made that could not tell.
+pub fn own_cgroups(bundle: &Path, id: &str) -> Vec<PathBuf> {
+    let Ok(spec) = Spec::load(bundle.join("config.json")) else { return Vec::new() };
+    let path = spec.linux().as_ref().and_then(|l| l.cgroups_path().clone());
+    let path = path.unwrap_or_else(|| Path::new("/").join(id));
+    // Otherwise systemd names it, and takes it away once it is empty.
+    let own = path.is_absolute() && path.file_name().is_some_and(|name| name == id);
+    if own { cgroup::existing(&path.to_string_lossy()) } else { Vec::new() }
 }
 
 pub(crate) fn forget(root: &Path, id: &str) -> Result<(), Error> {
