@@ -20,8 +20,18 @@ use crate::log::{self, Stream};
 use crate::oom;
 use crate::poll::{EventFlags, Poll, Token};
 
-/// Clients at once; a server has one for requests, one for events and one per attach or exec.
-const MAX_CONNS: usize = 512;
+/// Clients at once; a server has one for events, one per attach or exec, and one for each other request while it lasts.
+const MAX_CONNS: usize = 640;
+/// Attaches and execs, which may last for days, leave the rest of the places: a server that is not answered takes its monitor for hung.
+const MAX_LASTING: usize = 512;
+/// Descriptors that they leave.
+const SPARE_FILES: usize = 64;
+/// What an exec holds beside its connection: three streams, the report of its start, and its helper's socket.
+const FILES_OF_EXEC: usize = 5;
+/// What a container holds: its streams, its log, the channel for its start, and its notice of out-of-memory.
+const FILES_OF_CONTAINER: usize = 8;
+/// After Shutdown its answer may take so long to be read.
+pub const FAREWELL: Duration = Duration::from_secs(5);
 /// Quiet for so long, the monitor gives memory back.
 const REST: Duration = Duration::from_secs(2);
 /// An operation that takes longer is killed: its file system or hook hangs.
@@ -83,7 +93,8 @@ pub struct Monitor {
     /// Children that ended before the helper that made them had told their number.
     pub unclaimed: HashMap<i32, (i32, i64)>,
     pub own_log: OwnLog,
-    pub stop: bool,
+    /// Who has asked for the end, and when it comes even if that client reads no answer.
+    pub stop: Option<(Token, Instant)>,
     pub next_exec: u64,
     pub buf: Box<[u8]>,
 }
@@ -118,7 +129,7 @@ impl Monitor {
     /// Serves until Shutdown.
     pub fn run(&mut self) -> io::Result<()> {
         let mut rested = false;
-        while !(self.stop && self.conns.values().all(|c| c.queued() == 0)) {
+        while !self.is_over() {
             let deadline = self.next_deadline().map(|d| d.saturating_duration_since(Instant::now()));
             let resting = deadline.is_none() && !rested;
             let events = self.poll.wait(if resting { Some(REST) } else { deadline })?;
@@ -133,6 +144,24 @@ impl Monitor {
             self.tick(Instant::now());
         }
         Ok(())
+    }
+
+    /// Whether Shutdown has been asked for and answered. What others have not read yet, suspended ones perhaps, is lost.
+    fn is_over(&self) -> bool {
+        self.stop.is_some_and(|(asker, latest)| {
+            self.conns.get(&asker).is_none_or(|c| c.queued() == 0) || latest <= Instant::now()
+        })
+    }
+
+    /// Whether an attach or exec would take a place that short requests need.
+    pub fn has_no_place(&self) -> bool {
+        let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let held = self.conns.len()
+            + FILES_OF_EXEC * (self.execs.len() + 1)
+            + FILES_OF_CONTAINER * self.containers.len()
+            + SPARE_FILES;
+        // The one that asks is among the connections.
+        self.conns.len() > MAX_LASTING || files.is_some_and(|most| held as u64 > most)
     }
 
     fn dispatch(&mut self, token: Token, flags: EventFlags) {
@@ -366,7 +395,8 @@ impl Monitor {
             [c.announce_by, retry, oom].into_iter().flatten()
         });
         let conns = self.conns.values().filter_map(|c| c.stuck_since).map(|s| s + conn::PATIENCE);
-        ops.chain(execs).chain(containers).chain(conns).min()
+        let stop = self.stop.map(|(_, latest)| latest);
+        ops.chain(execs).chain(containers).chain(conns).chain(stop).min()
     }
 
     fn tick(&mut self, now: Instant) {

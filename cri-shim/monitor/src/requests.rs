@@ -17,7 +17,7 @@ use crate::exec::{Exec, OUTPUT_LIMIT};
 use crate::io::Io;
 use crate::journal::{self, Phase, Record};
 use crate::log::{DEFAULT_LINE_LIMIT, LogFile, Stream};
-use crate::monitor::{Monitor, OP_LIMIT, Op, OpKind, Source, failure, oci_failure};
+use crate::monitor::{FAREWELL, Monitor, OP_LIMIT, Op, OpKind, Source, failure, oci_failure};
 use crate::poll::{EventFlags, Token};
 use crate::sandbox;
 
@@ -107,6 +107,10 @@ impl Monitor {
                 return self.refuse(token, id, f);
             }
             return c.waiting.push_back((token, id, body));
+        }
+        if matches!(body, Ask::Exec(_) | Ask::Attach(_)) && self.has_no_place() {
+            let text = "too many attaches and execs in this pod; end some of them";
+            return self.refuse(token, id, failure(FailureKind::Internal, "state", text));
         }
         match body {
             Ask::StartContainer(r) => self.start_container(token, id, &r.container_id),
@@ -198,8 +202,8 @@ impl Monitor {
             );
             return self.refuse(token, id, f);
         }
+        self.stop = Some((token, Instant::now() + FAREWELL));
         self.answer(token, id, Body::Done(Done {}));
-        self.stop = true;
     }
 
     fn create_container(&mut self, token: Token, id: u64, r: pb::CreateContainer) {

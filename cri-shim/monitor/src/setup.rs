@@ -135,7 +135,7 @@ pub fn start(dir: &Path) -> Result<Monitor, SetupError> {
         destroying: None,
         unclaimed: HashMap::new(),
         own_log,
-        stop: false,
+        stop: None,
         next_exec: 0,
         buf: vec![0; 64 * 1024].into_boxed_slice(),
     })

@@ -239,3 +239,71 @@ fn terminals() {
     wait_until(|| !String::from_utf8_lossy(&c.exec_sync("a", &["ps", "-o", "args"]).stdout).contains("777"));
     pod.finish();
 }
+
+/// A client that is suspended, with too little left to count as stuck.
+#[test]
+fn what_nobody_reads_does_not_keep_the_monitor() {
+    let pod = Pod::new("linger");
+    let mut c = pod.client();
+    pod.create_started(&mut c, "a", &["sleep", "1000"]);
+    let mut suspended = pod.client();
+    suspended.send(Ask::Exec(stream(&["head", "-c", "800000", "/dev/zero"])));
+    match suspended.recv().expect("an answer").body.unwrap() {
+        Body::StreamStarted(_) => {}
+        other => panic!("{other:?}"),
+    }
+    wait_until(|| {
+        let d = c.exec_sync("a", &["ps", "-o", "comm"]);
+        !String::from_utf8_lossy(&d.stdout).contains("head")
+    });
+    pod.finish();
+}
+
+#[test]
+fn execs_and_attaches_leave_places_for_other_requests() {
+    let pod = Pod::new("places");
+    let mut c = pod.client();
+    pod.create_started(&mut c, "a", &["sleep", "1000"]);
+    let attach = || Ask::Attach(Attach { container_id: "a".into(), stdout: true, ..Default::default() });
+    let mut attached = Vec::new();
+    // This client and the attached ones have the places for those that last.
+    while attached.len() < 511 {
+        let mut s = pod.client();
+        match s.call(attach()) {
+            Body::StreamStarted(_) => attached.push(s),
+            other => panic!("{other:?} after {}", attached.len()),
+        }
+    }
+    for refused in [attach(), Ask::Exec(request(&["true"])), Ask::Exec(stream(&["true"]))] {
+        let mut s = pod.client();
+        let f = s.failure(refused);
+        assert!(f.message.contains("too many attaches and execs"), "{f:?}");
+        // And nothing else is.
+        assert_eq!(s.container("a").phase, ContainerPhase::Running as i32);
+    }
+    attached.pop();
+    wait_until(|| matches!(pod.client().call(attach()), Body::StreamStarted(_)));
+    drop(attached);
+    // The same for descriptors, which are fewer where the limit is low.
+    let monitor = rustix::process::Pid::from_raw(pod.monitor_pid()).unwrap();
+    let files = rustix::process::Resource::Nofile;
+    let limit = rustix::process::Rlimit { current: Some(128), ..rustix::process::getrlimit(files) };
+    rustix::process::prlimit(Some(monitor), files, limit).unwrap();
+    let mut running = Vec::new();
+    let refusal = loop {
+        let mut s = pod.client();
+        match s.call(Ask::Exec(stream(&["sleep", "100"]))) {
+            Body::StreamStarted(_) => running.push(s),
+            // The attached ones may not all be gone yet.
+            Body::Failure(_) if running.is_empty() => {}
+            other => break other,
+        }
+    };
+    assert!(
+        matches!(&refusal, Body::Failure(f) if f.message.contains("too many attaches and execs")),
+        "{refusal:?}"
+    );
+    assert_eq!(pod.client().container("a").phase, ContainerPhase::Running as i32);
+    drop(running);
+    pod.finish();
+}
