@@ -31,6 +31,9 @@ const STALL: Duration = Duration::from_secs(30);
 const CONNECT: Duration = Duration::from_secs(10);
 /// Streams whose pair is still missing.
 const MAX_HALVES: usize = 64;
+/// Connections of one session at once. A client's streams alone do not bound them: those that it has half-closed are open no more, and
+/// what they forward goes on.
+const MAX_CONNECTIONS: usize = 512;
 
 /// A connection to `port` on the pod's loopback, IPv4 first.
 async fn dial(runtime: &Runtime, sandbox_id: &str, port: u16) -> io::Result<TcpStream> {
@@ -113,11 +116,13 @@ struct Pair {
     error: Option<u32>,
 }
 
-/// How long a session and each of its connections may be silent, and how long a full queue may stay full.
+/// How long a session and each of its connections may be silent, how long a full queue may stay full, and how many connections there
+/// may be at once.
 #[derive(Clone, Copy)]
 struct Limits {
     idle: Duration,
     stall: Duration,
+    connections: usize,
 }
 
 /// Port-forward over SPDY: a pair of streams, data and error, per connection (`portforward.k8s.io`).
@@ -125,7 +130,8 @@ pub(super) async fn spdy<I>(runtime: &Arc<Runtime>, request: &cri::PortForwardRe
 where
     I: AsyncRead + AsyncWrite + Send + 'static,
 {
-    let limits = Limits { idle: runtime.config.streaming_idle_timeout, stall: STALL };
+    let idle = runtime.config.streaming_idle_timeout;
+    let limits = Limits { idle, stall: STALL, connections: MAX_CONNECTIONS };
     let dial = |port| {
         let (runtime, sandbox) = (runtime.clone(), request.pod_sandbox_id.clone());
         async move { dial(&runtime, &sandbox, port).await }
@@ -156,20 +162,25 @@ impl Forwards {
         }
     }
 
-    /// Ends a connection at once; `why` tells the client, which waits for the error stream's end.
+    /// Ends a connection at once; `why` tells the client.
     async fn abort(&mut self, data: u32, why: Option<&str>, writer: &Writer) {
         self.inputs.remove(&data);
         let Some(running) = self.running.remove(&data) else { return };
         running.task.abort();
-        // The client may be gone.
-        if let Some(text) = why {
-            let _ = writer.data(running.error, Bytes::copy_from_slice(text.as_bytes())).await;
-            let _ = writer.reset(data).await;
-        }
-        let _ = writer.end(running.error).await;
+        farewell(data, running.error, why, writer).await;
     }
 }
 
+/// The last there is of a connection; clients wait for the error stream's end. This one may be gone.
+async fn farewell(data: u32, error: u32, why: Option<&str>, writer: &Writer) {
+    if let Some(text) = why {
+        let _ = writer.data(error, Bytes::copy_from_slice(text.as_bytes())).await;
+        let _ = writer.reset(data).await;
+    }
+    let _ = writer.end(error).await;
+}
+
+const TOO_MANY: &str = "too many connections are being forwarded in this session";
 const UNREAD: &str = "the process in the pod does not read what it is sent";
 
 async fn spdy_session<I, D, F>(io: I, limits: Limits, dial: D)
@@ -208,6 +219,11 @@ where
                         continue;
                     }
                     let pair = halves.entry(key.clone()).or_default();
+                    if (if is_data { pair.data } else { pair.error }).is_some() {
+                        // The first one waits for its other half.
+                        let _ = writer.reset(id).await;
+                        continue;
+                    }
                     if is_data {
                         pair.data = Some(id);
                         // Data may come before the pair is complete.
@@ -219,7 +235,13 @@ where
                     }
                     let (Some(data), Some(error)) = (pair.data, pair.error) else { continue };
                     halves.remove(&key);
-                    if let Some(rx) = waiting.remove(&data) {
+                    let rx = waiting.remove(&data);
+                    if forwards.running.len() >= limits.connections {
+                        forwards.inputs.remove(&data);
+                        farewell(data, error, Some(TOO_MANY), &writer).await;
+                        continue;
+                    }
+                    if let Some(rx) = rx {
                         let (dialled, writer, activity) = (dial(port), writer.clone(), activity.clone());
                         let task = forwards.tasks.spawn(async move {
                             let stream = dialled.await.map_err(|e| refusal(port, &e));
@@ -409,10 +431,16 @@ mod tests {
         /// Opens error and data stream, which get the numbers `id` and `id + 2`.
         async fn open(&mut self, id: u32, port: u16) {
             for (id, kind) in [(id, "error"), (id + 2, "data")] {
-                let headers = [("streamtype", kind.to_owned()), ("port", port.to_string())];
-                let headers = headers.into_iter().map(|(n, v)| (n.to_owned(), v)).collect();
-                self.send(Frame::SynStream { id, fin: false, headers }).await;
+                self.half(id, kind, port, &[], false).await;
             }
+        }
+
+        async fn half(&mut self, id: u32, kind: &str, port: u16, more: &[(&str, &str)], fin: bool) {
+            let port = port.to_string();
+            let headers = [("streamtype", kind), ("port", &port)];
+            let headers =
+                headers.iter().chain(more).map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
+            self.send(Frame::SynStream { id, fin, headers }).await;
         }
 
         async fn data(&mut self, id: u32, data: &'static [u8]) {
@@ -454,6 +482,7 @@ mod tests {
     }
 
     const LONG: Duration = Duration::from_secs(60);
+    const LIMITS: Limits = Limits { idle: LONG, stall: LONG, connections: MAX_CONNECTIONS };
 
     async fn within_reason(all: impl Future) {
         timeout(LONG, all).await.expect("it ends");
@@ -462,7 +491,7 @@ mod tests {
     #[tokio::test]
     async fn a_download_is_no_silence() {
         let idle = Duration::from_secs(2);
-        let (mut client, serve) = session(Limits { idle, stall: LONG });
+        let (mut client, serve) = session(Limits { idle, ..LIMITS });
         let (listener, port) = listen().await;
         let pod = async {
             let (mut stream, _) = listener.accept().await.unwrap();
@@ -490,7 +519,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_process_that_does_not_read_stops_itself_alone() {
-        let (mut client, serve) = session(Limits { idle: LONG, stall: Duration::from_millis(200) });
+        let (mut client, serve) = session(Limits { stall: Duration::from_millis(200), ..LIMITS });
         let (deaf, deaf_port) = listen().await;
         let (listener, port) = listen().await;
         let pod = async {
@@ -523,7 +552,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_reset_ends_an_endless_answer() {
-        let (mut client, serve) = session(Limits { idle: LONG, stall: LONG });
+        let (mut client, serve) = session(LIMITS);
         let (listener, port) = listen().await;
         let pod = async {
             let (mut stream, _) = listener.accept().await.unwrap();
@@ -535,6 +564,89 @@ mod tests {
             client.send(Frame::RstStream { id: 3, status: 5 }).await;
             // Clients wait for it.
             client.until(|f| matches!(f, Frame::Data { id: 1, fin: true, .. })).await;
+            client
+        };
+        let ended = async { tokio::join!(pod, talk) };
+        tokio::select! {
+            () = serve => panic!("the session goes on"),
+            () = within_reason(ended) => {}
+        }
+    }
+
+    /// Each would keep a queue for ever.
+    #[tokio::test]
+    async fn a_half_is_opened_once() {
+        let (mut client, serve) = session(LIMITS);
+        let (listener, port) = listen().await;
+        let pod = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut got = Vec::new();
+            stream.read_to_end(&mut got).await.unwrap();
+            assert_eq!(got, b"first");
+        };
+        let talk = async {
+            let name = [("requestid", "a")];
+            client.half(1, "data", port, &name, false).await;
+            client.data(1, b"first").await;
+            let again = (3..200).step_by(2);
+            for id in again.clone() {
+                client.half(id, "data", port, &name, true).await;
+            }
+            let mut refused = Vec::new();
+            while refused.len() < again.clone().count() {
+                if let Frame::RstStream { id, .. } = client.next().await.expect("the session ended") {
+                    refused.push(id);
+                }
+            }
+            assert!(refused.into_iter().eq(again));
+            client.half(201, "error", port, &name, true).await;
+            client.send(Frame::Data { id: 1, fin: true, data: Bytes::new() }).await;
+            client.until(|f| matches!(f, Frame::Data { id: 201, fin: true, .. })).await;
+            drop(client);
+        };
+        within_reason(async { tokio::join!(serve, pod, talk) }).await;
+    }
+
+    /// Streams that the client has half-closed are not counted as open, but the connections live.
+    #[tokio::test]
+    async fn connections_are_bounded_also_when_they_are_half_closed() {
+        let (mut client, serve) = session(Limits { connections: 2, ..LIMITS });
+        let (listener, port) = listen().await;
+        let (free, freed) = tokio::sync::oneshot::channel();
+        let pod = async {
+            let (first, _) = listener.accept().await.unwrap();
+            let (_second, _) = listener.accept().await.unwrap();
+            freed.await.unwrap();
+            drop(first);
+            listener.accept().await.unwrap();
+        };
+        let talk = async {
+            for id in [1, 5, 9] {
+                client.half(id, "error", port, &[], true).await;
+                client.half(id + 2, "data", port, &[], true).await;
+            }
+            let told = |f: &Frame| matches!(f, Frame::Data { id: 9, data, .. } if data.ends_with(b"in this session"));
+            client.until(told).await;
+            client.until(|f| matches!(f, Frame::Data { id: 9, fin: true, .. })).await;
+            // One that has ended makes room; the session notes its end with a later frame.
+            free.send(()).unwrap();
+            client.until(|f| matches!(f, Frame::Data { id: 1, fin: true, .. })).await;
+            for id in (13..).step_by(4) {
+                client.half(id, "error", port, &[], true).await;
+                client.half(id + 2, "data", port, &[], true).await;
+                client.send(Frame::Ping(id)).await;
+                let mut refused = false;
+                loop {
+                    match client.next().await.expect("the session ended") {
+                        Frame::Ping(n) if n == id => break,
+                        Frame::RstStream { id: n, .. } => refused |= n == id + 2,
+                        _ => {}
+                    }
+                }
+                if !refused {
+                    break;
+                }
+            }
             client
         };
         let ended = async { tokio::join!(pod, talk) };
