@@ -2,16 +2,18 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{CONNECTION, UPGRADE};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use tokio::net::TcpStream;
 
-use super::{Session, portforward, remote, spdy, websocket};
+use super::{Session, Stranger, portforward, remote, spdy, websocket};
 use crate::runtime::Runtime;
 
 /// An upgraded connection.
@@ -30,6 +32,9 @@ enum Speech {
     Tunnel,
 }
 
+/// How long a client may take for a request's headers: it has its URL already.
+const HEADERS: Duration = Duration::from_secs(10);
+
 type Reply = Response<Full<Bytes>>;
 
 fn plain(status: StatusCode, text: impl Into<String>) -> Reply {
@@ -38,23 +43,33 @@ fn plain(status: StatusCode, text: impl Into<String>) -> Reply {
     r
 }
 
-pub(super) async fn serve(runtime: Arc<Runtime>, stream: TcpStream) {
+pub(super) async fn serve(runtime: Arc<Runtime>, stream: TcpStream, stranger: Stranger) {
     let stop = runtime.tasks.stop_token();
+    let sent_away = stranger.sent_away.clone();
+    let stranger = Arc::new(Mutex::new(Some(stranger)));
     let service = hyper::service::service_fn(move |request| {
-        let runtime = runtime.clone();
-        async move { Ok::<_, Infallible>(handle(&runtime, request)) }
+        let (runtime, stranger) = (runtime.clone(), stranger.clone());
+        async move {
+            Ok::<_, Infallible>(handle(&runtime, request, || {
+                stranger.lock().take();
+            }))
+        }
     });
     let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADERS)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
     tokio::select! {
         // The client's own trouble; the session has its own log line.
         done = connection => if let Err(e) = done { tracing::debug!(error = %e, "streaming connection") },
         () = stop.cancelled() => {}
+        () = sent_away.cancelled() => {}
     }
 }
 
-fn handle(runtime: &Arc<Runtime>, mut request: Request<Incoming>) -> Reply {
+/// Answers a request; `known` is called when it names a session.
+fn handle(runtime: &Arc<Runtime>, mut request: Request<Incoming>, known: impl FnOnce()) -> Reply {
     let path = request.uri().path().to_owned();
     let (kind, token) = path.trim_start_matches('/').split_once('/').unwrap_or_default();
     let Some(session) = runtime.sessions.redeem(token).filter(|s| s.path() == kind) else {
@@ -63,6 +78,7 @@ fn handle(runtime: &Arc<Runtime>, mut request: Request<Incoming>) -> Reply {
             "no such streaming session: its URL works once and for a minute\n",
         );
     };
+    known();
     let (speech, mut reply) = match negotiate(&session, request.headers()) {
         Ok(found) => found,
         Err(refusal) => return refusal,

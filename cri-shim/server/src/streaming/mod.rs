@@ -2,7 +2,7 @@
 
 pub(crate) mod netns;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use orlop_proto::cri;
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Result};
 use crate::runtime::Runtime;
@@ -25,6 +26,8 @@ mod websocket;
 
 /// How long a URL may wait for its connection.
 const TOKEN_LIFE: Duration = Duration::from_secs(60);
+/// Connections that have not named a session yet. Whoever reaches the address may open them, a container in the host's network too.
+const MAX_STRANGERS: usize = 256;
 /// URLs handed out and not used yet. The kubelet connects at once, so that many means a client that only asks.
 const MAX_TOKENS: usize = 1000;
 
@@ -82,6 +85,44 @@ impl Sessions {
     }
 }
 
+/// Connections that have not named a session yet. A new one always has its place: the oldest goes, since who has a URL names it at once.
+#[derive(Default)]
+struct Strangers(Mutex<Queue>);
+
+#[derive(Default)]
+struct Queue {
+    next: u64,
+    waiting: BTreeMap<u64, CancellationToken>,
+}
+
+impl Strangers {
+    fn admit(self: &Arc<Self>) -> Stranger {
+        let mut queue = self.0.lock();
+        let (number, sent_away) = (queue.next, CancellationToken::new());
+        queue.next += 1;
+        queue.waiting.insert(number, sent_away.clone());
+        if queue.waiting.len() > MAX_STRANGERS
+            && let Some((_, oldest)) = queue.waiting.pop_first()
+        {
+            oldest.cancel();
+        }
+        Stranger { all: self.clone(), number, sent_away }
+    }
+}
+
+/// One of them; nobody sends it away any more once this is dropped.
+struct Stranger {
+    all: Arc<Strangers>,
+    number: u64,
+    sent_away: CancellationToken,
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        self.all.0.lock().waiting.remove(&self.number);
+    }
+}
+
 fn check_streams(tty: bool, stdin: bool, stdout: bool, stderr: bool) -> Result<()> {
     if tty && stderr {
         return Err(Error::Invalid(
@@ -127,6 +168,7 @@ impl Runtime {
 /// Accepts streaming connections until the server stops.
 pub(crate) async fn serve(runtime: Arc<Runtime>, listener: TcpListener) -> Result<()> {
     let stop = runtime.tasks.stop_token();
+    let strangers = Arc::new(Strangers::default());
     loop {
         tokio::select! {
             // Dropping accept loses no connection: it stays in the backlog.
@@ -134,7 +176,7 @@ pub(crate) async fn serve(runtime: Arc<Runtime>, listener: TcpListener) -> Resul
                 Ok((stream, _)) => {
                     // Interactive: a keystroke must not wait for the next.
                     let _ = stream.set_nodelay(true);
-                    runtime.tasks.spawn(http::serve(runtime.clone(), stream));
+                    runtime.tasks.spawn(http::serve(runtime.clone(), stream, strangers.admit()));
                 }
                 Err(e) => {
                     tracing::warn!(error = %e, "could not accept a streaming connection");
@@ -182,6 +224,23 @@ mod tests {
             sessions.offer(Session::Attach(Default::default())).unwrap();
         }
         assert!(matches!(sessions.offer(Session::Attach(Default::default())), Err(Error::TooMany(_))));
+    }
+
+    #[test]
+    fn silent_connections_make_room_for_new_ones() {
+        let all = Arc::new(Strangers::default());
+        let (oldest, named) = (all.admit(), all.admit());
+        let token = named.sent_away.clone();
+        drop(named);
+        let rest: Vec<Stranger> = (1..MAX_STRANGERS).map(|_| all.admit()).collect();
+        assert!(!oldest.sent_away.is_cancelled(), "all have a place");
+        let newest = all.admit();
+        assert!(oldest.sent_away.is_cancelled());
+        let more: Vec<Stranger> = (1..MAX_STRANGERS).map(|_| all.admit()).collect();
+        assert!(rest.iter().all(|s| s.sent_away.is_cancelled()));
+        assert!(!token.is_cancelled() && !newest.sent_away.is_cancelled(), "who has named a session stays");
+        drop((oldest, rest, newest, more));
+        assert!(all.0.lock().waiting.is_empty());
     }
 
     #[test]

@@ -209,3 +209,30 @@ async fn a_session_without_traffic_ends() {
     assert_eq!(node.status(&id).await.state, cri::ContainerState::ContainerRunning as i32);
     node.purge_and_check();
 }
+
+/// What any program can do that reaches the address, a container in the host's network for one.
+#[tokio::test]
+async fn silent_connections_keep_nobody_out_and_end() {
+    use tokio::io::AsyncReadExt;
+    let node = Node::start("silent", &[]).await;
+    let id = sleeper(&node).await;
+    let url = exec_url(&node, &id, &["sh", "-c", "read line; echo got $line"], false).await;
+    let address = url.strip_prefix("http://").unwrap().split('/').next().unwrap().to_owned();
+    let mut silent = Vec::new();
+    for _ in 0..300 {
+        silent.push(TcpStream::connect(&address).await.unwrap());
+    }
+    let mut client = Client::connect(&url).await.unwrap();
+    // Newer ones do not send away who has named a session, and older ones have made room.
+    for _ in 0..300 {
+        silent.push(TcpStream::connect(&address).await.unwrap());
+    }
+    client.send("it\n").await;
+    client.until("got it\n").await;
+    // Also those that nothing presses end.
+    for mut stream in silent {
+        let read = tokio::time::timeout(PATIENCE, stream.read(&mut [0])).await.expect("it stays");
+        assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
+    }
+    node.purge_and_check();
+}
