@@ -209,7 +209,11 @@ impl Runtime {
                         self.watch(sandbox.clone(), None);
                         tracing::info!(sandbox = %sandbox.id, "adopted a running pod");
                     }
-                    Err(e) if e.is_silence() && sandbox.monitor.process().is_some() => {
+                    // One that cannot be seen counts as alive: what follows it looks again.
+                    Err(e)
+                        if e.is_shortage()
+                            || e.is_silence() && !matches!(sandbox.monitor.process(), Ok(None)) =>
+                    {
                         tracing::warn!(sandbox = %sandbox.id, error = %e, "the pod's monitor lives but does not answer; waiting for it");
                         self.watch(sandbox.clone(), Some(known));
                     }

@@ -55,6 +55,8 @@ pub enum Error {
     Unexpected { to: &'static str, got: String },
     #[error("the pod's monitor did not answer {0} in time")]
     Timeout(&'static str),
+    #[error("cannot tell by {at} how the pod's monitor's process is", at = at.display())]
+    Look { at: PathBuf, source: std::io::Error },
     #[error("could not clean up after the pod's monitor in {dir}: {message}", dir = dir.display())]
     CleanUp { dir: PathBuf, message: String },
     #[error("{message}{}", stage_suffix(.stage, .errno))]
@@ -72,9 +74,22 @@ fn stage_suffix(stage: &str, errno: &i32) -> String {
 
 impl Error {
     /// Nobody answered: whether the monitor is dead or only slow is told by its [`process`](Monitor::process). What does not speak our
-    /// language lives all the same.
+    /// language lives all the same, and a server that could not ask has heard nothing.
     pub(crate) fn is_silence(&self) -> bool {
-        matches!(self, Error::Connect { .. } | Error::Broken(_) | Error::Timeout(_))
+        matches!(self, Error::Connect { .. } | Error::Broken(_) | Error::Timeout(_)) && !self.is_shortage()
+    }
+
+    /// This server, or the whole machine, has no descriptor or no memory left: it says nothing about the monitor, and passes.
+    pub(crate) fn is_shortage(&self) -> bool {
+        let source = match self {
+            Error::Spawn { source, .. } | Error::Connect { source, .. } | Error::Look { source, .. } => {
+                source
+            }
+            Error::Broken(source) => source,
+            _ => return false,
+        };
+        let code = source.raw_os_error();
+        [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::ENOBUFS].iter().any(|c| code == Some(*c))
     }
 
     /// The monitor's own verdict; `None` when it could not be asked.
@@ -228,7 +243,7 @@ impl Monitor {
     /// Ends the monitor. A connection that breaks instead of an answer is as good.
     pub async fn shutdown(&self) -> Result<()> {
         match self.done("Shutdown", Request::Shutdown(proto::Shutdown {})).await {
-            Err(Error::Broken(_) | Error::Connect { .. }) => Ok(()),
+            Err(e @ (Error::Broken(_) | Error::Connect { .. })) if !e.is_shortage() => Ok(()),
             other => other,
         }
     }
@@ -321,4 +336,24 @@ fn unexpected(to: &'static str, got: &server_frame::Body) -> Error {
     // Output may be megabytes; the kind is what matters.
     let got = format!("{got:?}");
     Error::Unexpected { to, got: got.chars().take(80).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_without_descriptors_has_heard_no_silence() {
+        let connect =
+            |code| Error::Connect { socket: PathBuf::new(), source: std::io::Error::from_raw_os_error(code) };
+        let broken = |code| Error::Broken(std::io::Error::from_raw_os_error(code));
+        for code in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::ENOBUFS] {
+            for e in [connect(code), broken(code)] {
+                assert!(e.is_shortage() && !e.is_silence(), "{e:?}");
+            }
+        }
+        for e in [connect(libc::ECONNREFUSED), broken(libc::ECONNRESET), Error::Timeout("Hello")] {
+            assert!(e.is_silence() && !e.is_shortage(), "{e:?}");
+        }
+    }
 }

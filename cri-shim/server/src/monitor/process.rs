@@ -24,18 +24,26 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// The monitor of `dir`, if it runs.
-    fn of(dir: &Path) -> Option<Process> {
-        let told = fs::read_to_string(dir.join("monitor.pid")).ok()?;
-        let pid = told.trim().parse().ok().filter(|pid| is_for(*pid, dir))?;
-        Process::open(pid, dir)
+    /// The monitor of `dir`, if it runs. An error when that cannot be seen: it must not be taken for dead then.
+    fn of(dir: &Path) -> Result<Option<Process>> {
+        let at = dir.join("monitor.pid");
+        let told = fs::read_to_string(&at);
+        let Some(told) = or_gone(told).map_err(|source| Error::Look { at, source })? else { return Ok(None) };
+        match told.trim().parse() {
+            Ok(pid) if is_for(pid, dir)? => Process::open(pid, dir),
+            _ => Ok(None),
+        }
     }
 
-    fn open(pid: i32, dir: &Path) -> Option<Process> {
-        let pid = Pid::from_raw(pid)?;
-        let fd = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK).ok()?;
+    fn open(number: i32, dir: &Path) -> Result<Option<Process>> {
+        let Some(pid) = Pid::from_raw(number) else { return Ok(None) };
+        let fd = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK).map_err(std::io::Error::from);
+        let at = || PathBuf::from(format!("/proc/{number}"));
+        let Some(fd) = or_gone(fd).map_err(|source| Error::Look { at: at(), source })? else {
+            return Ok(None);
+        };
         // Once more, now that its number cannot pass to another.
-        is_for(pid.as_raw_nonzero().get(), dir).then_some(Process { pid, fd })
+        Ok(is_for(number, dir)?.then_some(Process { pid, fd }))
     }
 
     async fn kill(&self) -> Result<()> {
@@ -53,23 +61,33 @@ impl Process {
     }
 }
 
+/// `None` for what is not there any more.
+fn or_gone<T>(result: std::io::Result<T>) -> std::io::Result<Option<T>> {
+    match result {
+        Ok(found) => Ok(Some(found)),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
 /// Whether the process was started for `dir`: a monitor, or what one forked and did not execute yet.
-fn is_for(pid: i32, dir: &Path) -> bool {
+fn is_for(pid: i32, dir: &Path) -> Result<bool> {
     let asked = format!("\0--dir\0{}\0", dir.display());
+    let at = PathBuf::from(format!("/proc/{pid}/cmdline"));
     // That of a process that has ended is empty, reaped or not.
-    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    line.windows(asked.len()).any(|w| w == asked.as_bytes())
+    let line = or_gone(fs::read(&at)).map_err(|source| Error::Look { at, source })?.unwrap_or_default();
+    Ok(line.windows(asked.len()).any(|w| w == asked.as_bytes()))
 }
 
 impl Monitor {
     /// The monitor's process, if it runs.
-    pub fn process(&self) -> Option<Process> {
+    pub fn process(&self) -> Result<Option<Process>> {
         Process::of(&self.dir)
     }
 
     /// Kills a monitor that does not answer or is just starting, and waits for its end. What it leaves is for [`Monitor::clean_up`].
     pub async fn end(&self) -> Result<()> {
-        if let Some(process) = self.process() {
+        if let Some(process) = self.process()? {
             tracing::warn!(pid = process.pid.as_raw_nonzero(), dir = %self.dir.display(), "killing a pod's monitor that does not answer");
             process.kill().await?;
         }
@@ -78,10 +96,15 @@ impl Monitor {
         }
         // One that is just starting has not told its number yet, and forks.
         loop {
-            let names = fs::read_dir("/proc").into_iter().flatten().flatten().map(|e| e.file_name());
-            let pids = names.filter_map(|n| n.to_string_lossy().parse::<i32>().ok());
-            let starting = pids.filter(|pid| is_for(*pid, &self.dir));
-            let found: Vec<Process> = starting.filter_map(|pid| Process::open(pid, &self.dir)).collect();
+            let entries =
+                fs::read_dir("/proc").map_err(|source| Error::Look { at: "/proc".into(), source })?;
+            let names = entries.flatten().map(|e| e.file_name());
+            let mut found = Vec::new();
+            for pid in names.filter_map(|n| n.to_string_lossy().parse::<i32>().ok()) {
+                if is_for(pid, &self.dir)? {
+                    found.extend(Process::open(pid, &self.dir)?);
+                }
+            }
             if found.is_empty() {
                 return Ok(());
             }
@@ -131,8 +154,10 @@ mod tests {
         let pid = child.id().unwrap() as i32;
         // The caller goes on before the kernel has noted the new program's arguments.
         let limit = Duration::from_secs(20);
-        orlop_base::testkit::wait_until("its arguments", limit, || async { is_for(pid, dir).then_some(()) })
-            .await;
+        orlop_base::testkit::wait_until("its arguments", limit, || async {
+            is_for(pid, dir).unwrap().then_some(())
+        })
+        .await;
         child
     }
 
@@ -140,14 +165,14 @@ mod tests {
     async fn a_stopped_process_lives_and_a_killed_one_does_not() {
         let dir = tempfile::tempdir().unwrap();
         let monitor = Monitor::at(dir.path().to_owned());
-        assert!(monitor.process().is_none());
+        assert!(monitor.process().unwrap().is_none());
         let mut child = shell("kill -STOP $$; read line", dir.path()).await;
         let pid = child.id().unwrap();
-        assert!(monitor.process().is_none(), "it has told nothing");
+        assert!(monitor.process().unwrap().is_none(), "it has told nothing");
         let told = dir.path().join("monitor.pid");
         for (text, ours) in [(std::process::id(), false), (pid, true)] {
             fs::write(&told, format!("{text}\n")).unwrap();
-            let found = monitor.process();
+            let found = monitor.process().unwrap();
             assert_eq!(found.is_some(), ours);
             if let Some(found) = found {
                 assert!(timeout(Duration::from_millis(1), found.ended()).await.is_err());
@@ -155,8 +180,23 @@ mod tests {
         }
         // Nobody has reaped it when its end is seen.
         monitor.end().await.unwrap();
-        assert!(monitor.process().is_none());
+        assert!(monitor.process().unwrap().is_none());
         child.wait().await.unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_seen_is_not_dead() {
+        let dir = tempfile::tempdir().unwrap();
+        let monitor = Monitor::at(dir.path().to_owned());
+        // Reading it fails, whoever reads.
+        fs::create_dir(dir.path().join("monitor.pid")).unwrap();
+        assert!(matches!(monitor.process(), Err(Error::Look { .. })));
+        for (code, gone) in
+            [(libc::ENOENT, true), (libc::ESRCH, true), (libc::EMFILE, false), (libc::ENOMEM, false)]
+        {
+            let seen = or_gone::<()>(Err(std::io::Error::from_raw_os_error(code)));
+            assert_eq!(seen.is_ok(), gone, "{code}");
+        }
     }
 
     #[tokio::test]

@@ -43,14 +43,22 @@ impl Runtime {
             match self.follow_once(sandbox, &mut unasked).await {
                 // The connection ended; whether the monitor did shows when connecting again.
                 Ok(()) => pause = FIRST_PAUSE,
+                Err(e) if e.is_shortage() => {
+                    tracing::warn!(sandbox = %sandbox.id, error = %orlop_base::telemetry::chain(&e), "cannot follow the pod's containers just now");
+                    pause = (pause * 2).min(LAST_PAUSE);
+                }
                 Err(e) if !e.is_silence() => {
                     // It lives; only this server cannot follow it.
                     tracing::error!(sandbox = %sandbox.id, error = %e, "cannot follow the pod's containers");
                     return;
                 }
                 Err(e) => match sandbox.monitor.process() {
-                    None => break,
-                    Some(process) => {
+                    Ok(None) => break,
+                    Err(unseen) => {
+                        tracing::warn!(sandbox = %sandbox.id, error = %orlop_base::telemetry::chain(&unseen), "the pod's monitor does not answer");
+                        pause = (pause * 2).min(LAST_PAUSE);
+                    }
+                    Ok(Some(process)) => {
                         if pause >= Duration::from_secs(1) {
                             tracing::warn!(sandbox = %sandbox.id, error = %e, "the pod's monitor lives but does not answer");
                         }
