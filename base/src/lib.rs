@@ -1,5 +1,6 @@
-//! What every daemon of Orlop needs: supervised tasks, durable files, telemetry, failpoints, less memory, an end to stray programs and a test kit.
+//! What every daemon of Orlop needs: supervised tasks, durable files, telemetry, failpoints, less memory, enough open files, an end to stray programs and a test kit.
 
+pub mod descriptors;
 pub mod durable;
 pub mod failpoint;
 pub mod memory;

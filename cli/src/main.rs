@@ -78,6 +78,10 @@ fn run(cli: Cli) -> Result<(), Failure> {
     let daemon = |future: Pin<Box<dyn Future<Output = Result<(), Failure>>>>| {
         // A broken connection is logged by those who use it, with what it means to them.
         orlop_base::telemetry::init("info,kube_client::client::builder=off,kube_runtime::watcher=off");
+        // A node has more connections, watches and pods than the usual soft limit has files.
+        if let Err(e) = orlop_base::descriptors::raise() {
+            tracing::warn!(error = %e, "cannot raise the limit of open files");
+        }
         runtime()?.block_on(async {
             tokio::select! {
                 ended = future => ended,

@@ -86,6 +86,9 @@ async fn main() {
     if let Err(e) = orlop_base::failpoint::init_from_env() {
         failed(e);
     }
+    if let Err(e) = orlop_base::descriptors::raise() {
+        failed(format!("cannot raise the limit of open files: {e}"));
+    }
     let Asked { config, purge, import } = parse(std::env::args().skip(1)).unwrap_or_else(|e| failed(e));
     if let Some(archive) = import {
         let imported = async {

@@ -158,7 +158,12 @@ impl Monitor {
             let message = if message.is_empty() { status.to_string() } else { message };
             return Err(Error::Start { program: program.to_owned(), dir, message });
         }
-        Ok(Monitor { dir })
+        let monitor = Monitor { dir };
+        // Before it has anything to start.
+        if let Err(e) = monitor.give_found_limits() {
+            tracing::warn!(error = %orlop_base::telemetry::chain(&e), "the pod's containers may open more files than they should");
+        }
+        Ok(monitor)
     }
 
     fn socket(&self) -> PathBuf {

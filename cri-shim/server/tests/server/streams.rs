@@ -236,3 +236,25 @@ async fn silent_connections_keep_nobody_out_and_end() {
     }
     node.purge_and_check();
 }
+
+/// As with any daemon that raises its limit: what it runs for others begins with the one that it was given.
+#[tokio::test]
+async fn containers_have_the_limit_of_open_files_that_the_server_was_given() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    // Below the hard one, and enough for the tests beside.
+    let given = if soft < hard { soft } else { soft - 1 };
+    setrlimit(Resource::RLIMIT_NOFILE, given, hard).unwrap();
+    let node = Node::start("files", &[]).await;
+    let id = sleeper(&node).await;
+    let limits = fs::read_to_string(format!("/proc/{}/limits", node.pid())).unwrap();
+    let files = limits.lines().find(|l| l.starts_with("Max open files")).unwrap();
+    let most = hard.min(1 << 20).max(given);
+    assert_eq!(files.split_whitespace().nth(3), Some(&*most.to_string()), "{files}");
+    let ours = format!("{given} {hard}");
+    assert_eq!(shell(&node, &id, "echo $(ulimit -Sn) $(ulimit -Hn)").await, ours, "of an exec");
+    let first = shell(&node, &id, "grep 'Max open files' /proc/1/limits").await;
+    let first: Vec<&str> = first.split_whitespace().skip(3).take(2).collect();
+    assert_eq!(first.join(" "), ours, "of the container's first process");
+    node.purge_and_check();
+}
