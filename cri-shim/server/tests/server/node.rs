@@ -338,7 +338,7 @@ impl Node {
         text.trim().to_owned()
     }
 
-    fn crictl_command(&self, args: &[&str]) -> Command {
+    pub fn crictl_command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(crictl_program());
         let endpoint = format!("unix://{}", self.dir.join("cri.sock").display());
         command.args(["-c", "/dev/null", "-t", "20s", "-r", &endpoint, "-i", &endpoint]).args(args);

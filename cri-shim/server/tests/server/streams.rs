@@ -19,6 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
 const ERROR: u8 = 3;
+const RESIZE: u8 = 4;
 
 /// A client of a streaming URL.
 pub struct Client {
@@ -43,6 +44,12 @@ impl Client {
 
     pub async fn send(&mut self, text: &str) {
         let message = [&[STDIN], text.as_bytes()].concat();
+        self.socket.send(Message::Binary(message.into())).await.unwrap();
+    }
+
+    async fn resize(&mut self, width: u16, height: u16) {
+        let size = format!("{{\"Width\":{width},\"Height\":{height}}}");
+        let message = [&[RESIZE], size.as_bytes()].concat();
         self.socket.send(Message::Binary(message.into())).await.unwrap();
     }
 
@@ -207,6 +214,73 @@ async fn a_session_without_traffic_ends() {
     };
     tokio::join!(silent, talking, deaf);
     assert_eq!(node.status(&id).await.state, cri::ContainerState::ContainerRunning as i32);
+    node.purge_and_check();
+}
+
+/// Says its terminal's size, rows first, whenever it has changed.
+const SIZES: &str = "last=; while :; do now=$(busybox stty size); [ \"$now\" = \"$last\" ] || echo \"size $now\"; last=$now; sleep 0.02; done";
+
+/// Channel 4 of exec and of attach.
+#[tokio::test]
+async fn a_terminal_is_resized_over_websocket() {
+    let node = Node::start("resize", &[]).await;
+    let config = sandbox_config(&node, "resize", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    let mut attached = container_config("main", &["sh", "-c", SIZES]);
+    (attached.tty, attached.stdin) = (true, true);
+    let id = node.run_container(&pod, attached, &config).await;
+    for url in [exec_url(&node, &id, &["sh", "-c", SIZES], true).await, attach_url(&node, &id).await] {
+        let mut client = Client::connect(&url).await.unwrap();
+        for (width, height) in [(101, 33), (60, 1000)] {
+            client.resize(width, height).await;
+            client.until(&format!("size {height} {width}\r\n")).await;
+        }
+    }
+    node.purge_and_check();
+}
+
+/// Both transports as a real client speaks them: the stream "resize", and channel 4 again.
+#[tokio::test]
+async fn crictls_terminal_and_the_containers_have_one_size() {
+    let node = Node::start("size", &[]).await;
+    let id = sleeper(&node).await;
+    for transport in ["spdy", "websocket"] {
+        let terminal = nix::pty::openpty(None, None).unwrap();
+        let size = |rows, columns| {
+            let size = rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+            rustix::termios::tcsetwinsize(&terminal.master, size).unwrap();
+        };
+        size(31, 77);
+        let end = || std::process::Stdio::from(terminal.slave.try_clone().unwrap());
+        let mut client = node
+            .crictl_command(&["exec", "-it", "--transport", transport, &id, "sh", "-c", SIZES])
+            .stdin(end())
+            .stdout(end())
+            .stderr(end())
+            .spawn()
+            .unwrap();
+        let output = fs::File::from(terminal.master.try_clone().unwrap());
+        let shown = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
+        let all = shown.clone();
+        let reader = std::thread::spawn(move || {
+            let mut buf = [0; 1024];
+            // Fails once nobody has the other end open.
+            while let Ok(n) = std::io::Read::read(&mut &output, &mut buf) {
+                all.lock().unwrap().push_str(&String::from_utf8_lossy(&buf[..n]));
+            }
+        });
+        let shows = |text: &str| shown.lock().unwrap().contains(text);
+        wait_for(&format!("{transport}: the first size"), || shows("size 31 77\r\n")).await;
+        size(44, 132);
+        // The kernel tells those of whom it is the controlling terminal.
+        let pid = nix::unistd::Pid::from_raw(client.id() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGWINCH).unwrap();
+        wait_for(&format!("{transport}: the second size"), || shows("size 44 132\r\n")).await;
+        client.kill().unwrap();
+        client.wait().unwrap();
+        drop(terminal);
+        reader.join().unwrap();
+    }
     node.purge_and_check();
 }
 
