@@ -130,7 +130,8 @@ fn a_killed_monitor_can_be_cleaned_up() {
     let pid = run(&pod, &mut c, "a", &["sleep", "1000"]);
     let monitor = rustix::process::Pid::from_raw(pod.monitor_pid()).unwrap();
     rustix::process::kill_process(monitor, rustix::process::Signal::KILL).unwrap();
-    wait_until(|| !Path::new(&format!("/proc/{}/exe", monitor.as_raw_nonzero())).exists());
+    // Gone as a whole: a process that is just ending has no program any more, but may still have its socket.
+    wait_until(|| rustix::process::test_kill_process(monitor).is_err());
     let out = pod.run(&["--cleanup", "--dir"]);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     wait_until(|| std::fs::read_link(format!("/proc/{pid}/exe")).is_err());
