@@ -6,6 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use futures::StreamExt;
+
 use crate::node::{IMAGE, Node, container_config, exec, sandbox_config, wait_for};
 use orlop_proto::{cri, images};
 use rand::Rng;
@@ -113,41 +115,39 @@ async fn same_view(node: &Node, when: &str) {
 /// What the short-lived containers of [`busy`] end with.
 const SHORT_CODE: i32 = 37;
 
-/// Makes, uses and removes pods until the server is gone.
+/// Makes, uses and removes a pod of its own.
+async fn use_a_pod(node: &Node, client: &mut Client, worker: usize) -> Result<(), tonic::Status> {
+    let config = sandbox_config(node, &format!("busy{worker}"), false);
+    let run = cri::RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
+    let pod = client.run_pod_sandbox(run).await?.into_inner().pod_sandbox_id;
+    let create = cri::CreateContainerRequest {
+        pod_sandbox_id: pod.clone(),
+        config: Some(container_config("main", &["sleep", "1000"])),
+        sandbox_config: Some(config),
+    };
+    let short = cri::CreateContainerRequest {
+        config: Some(container_config("short", &["sh", "-c", &format!("sleep 0.1; exit {SHORT_CODE}")])),
+        ..create.clone()
+    };
+    let mut ids = Vec::new();
+    for request in [short, create] {
+        let container_id = client.create_container(request).await?.into_inner().container_id;
+        ids.push(container_id.clone());
+        client.start_container(cri::StartContainerRequest { container_id }).await?;
+    }
+    exec(client, &ids[1], &["true"], 30).await?;
+    client.stop_pod_sandbox(cri::StopPodSandboxRequest { pod_sandbox_id: pod.clone() }).await?;
+    client.remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id: pod }).await?;
+    Ok(())
+}
+
+type Client = cri::runtime_service_client::RuntimeServiceClient<tonic::transport::Channel>;
+
+/// Keeps using pods, for ever. The server is killed only after this has been dropped, so nothing may fail.
 async fn busy(node: &Node, worker: usize) {
-    let Ok(channel) = node.channel().await else { return };
-    let mut client = cri::runtime_service_client::RuntimeServiceClient::new(channel);
+    let mut client = node.client().await;
     loop {
-        let config = sandbox_config(node, &format!("busy{worker}"), false);
-        let run = cri::RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
-        let Ok(pod) = client.run_pod_sandbox(run).await else { return };
-        let pod = pod.into_inner().pod_sandbox_id;
-        let create = cri::CreateContainerRequest {
-            pod_sandbox_id: pod.clone(),
-            config: Some(container_config("main", &["sleep", "1000"])),
-            sandbox_config: Some(config),
-        };
-        let short = cri::CreateContainerRequest {
-            config: Some(container_config("short", &["sh", "-c", &format!("sleep 0.1; exit {SHORT_CODE}")])),
-            ..create.clone()
-        };
-        let mut ids = Vec::new();
-        for request in [short, create] {
-            let Ok(c) = client.create_container(request).await else { return };
-            let container_id = c.into_inner().container_id;
-            ids.push(container_id.clone());
-            if client.start_container(cri::StartContainerRequest { container_id }).await.is_err() {
-                return;
-            }
-        }
-        if exec(&mut client, &ids[1], &["true"], 5).await.is_err() {
-            return;
-        }
-        let stop = cri::StopPodSandboxRequest { pod_sandbox_id: pod.clone() };
-        let remove = cri::RemovePodSandboxRequest { pod_sandbox_id: pod };
-        if client.stop_pod_sandbox(stop).await.is_err() || client.remove_pod_sandbox(remove).await.is_err() {
-            return;
-        }
+        use_a_pod(node, &mut client, worker).await.unwrap_or_else(|e| panic!("worker {worker}: {e}"));
     }
 }
 
@@ -210,6 +210,16 @@ async fn kills_at_random_moments_lose_nothing() {
         }
     }
     same_view(&node, "at the end").await;
+    // Whatever the kills cut short, each name can be used again, from beginning to end.
+    let once = (0..WORKERS).map(|worker| {
+        let node = &node;
+        async move { use_a_pod(node, &mut node.client().await, worker).await }
+    });
+    // Few at a time: a plugin has three seconds.
+    let mut once = futures::stream::iter(once).buffer_unordered(4);
+    while let Some(done) = once.next().await {
+        done.unwrap();
+    }
     let before = counted(&log);
     wait_for("more lines", || counted(&log) > before).await;
     node.purge_and_check();
