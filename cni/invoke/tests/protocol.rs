@@ -90,7 +90,7 @@ async fn parameters_chaining_and_cache() {
         PortMapping { host_port: 80, container_port: 8080, protocol: "tcp".into(), host_ip: String::new() };
     let pod = PodNetwork { port_mappings: vec![mapping], mac: Some("m".into()), ..pod("c1") };
     let r = f.cni().add(&pod).await.unwrap();
-    assert_eq!(r.pod_ips(), ["10.1.2.3".parse::<std::net::IpAddr>().unwrap()]);
+    assert_eq!(r.pod_ips("eth0"), ["10.1.2.3".parse::<std::net::IpAddr>().unwrap()]);
     let log = f.log();
     assert_eq!(f.calls(), ["ADD one", "ADD two"]);
     assert_eq!(

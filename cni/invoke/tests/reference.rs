@@ -152,7 +152,7 @@ async fn bridge_tuning_and_portmap() {
         host_ip: String::new(),
     }];
     let result = node.cni().add(&pod).await.unwrap();
-    let ip = result.pod_ips()[0];
+    let ip = result.pod_ips("eth0")[0];
     assert_eq!(ip, "10.201.0.2".parse::<IpAddr>().unwrap());
     for at in [SocketAddr::new(ip, 8080), "10.201.0.1:18080".parse().unwrap()] {
         let served = serve(&pod, "from the pod");
@@ -163,7 +163,7 @@ async fn bridge_tuning_and_portmap() {
     assert_eq!(run("nsenter", &[&inside, "cat", "/proc/sys/net/core/somaxconn"]).trim(), "500");
     // Another process knows the result and can check the attachment, which notices what somebody broke.
     let again = node.cni();
-    assert_eq!(again.result("first", "eth0").unwrap().pod_ips(), [ip]);
+    assert_eq!(again.result("first", "eth0").unwrap().pod_ips("eth0"), [ip]);
     again.check(&pod).await.unwrap();
     run("nsenter", &[&inside, "ip", "address", "del", &format!("{ip}/24"), "dev", "eth0"]);
     again.check(&pod).await.unwrap_err();
@@ -209,7 +209,7 @@ async fn a_delegating_plugin_and_a_network_that_changes() {
     node.configure("10-flannel.conflist", &flannel);
     let cni = node.cni();
     let first = node.pod("first");
-    let ip = cni.add(&first).await.unwrap().pod_ips()[0];
+    let ip = cni.add(&first).await.unwrap().pod_ips("eth0")[0];
     assert_eq!(ip, "10.202.3.2".parse::<IpAddr>().unwrap());
     let served = serve(&first, "delegated");
     assert_eq!(fetch(SocketAddr::new(ip, 8080)).unwrap(), "delegated");
@@ -225,7 +225,7 @@ async fn a_delegating_plugin_and_a_network_that_changes() {
         "plugins": [bridge("cri-other0", "10.203.0.0/24", &node)]}),
     );
     let second = node.pod("second");
-    assert_eq!(cni.add(&second).await.unwrap().pod_ips(), ["10.203.0.2".parse::<IpAddr>().unwrap()]);
+    assert_eq!(cni.add(&second).await.unwrap().pod_ips("eth0"), ["10.203.0.2".parse::<IpAddr>().unwrap()]);
     fs::remove_file(node.path("conf/10-flannel.conflist")).unwrap();
     cni.del(&first).await.unwrap();
     assert_eq!((node.leases("cbr0"), node.leases("other")), (0, 1));

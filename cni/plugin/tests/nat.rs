@@ -127,7 +127,7 @@ async fn host_ports_lead_to_pods_from_everywhere() {
     assert!(refused(&node.netns, "192.168.77.1:8080"));
     client.send_to(b"ping", "192.168.77.1:8080").unwrap();
     let next = pod_with("next", &[mapping("", 8080, "udp")]);
-    let ips = node.cni.add(&next.network).await.unwrap().pod_ips();
+    let ips = node.cni.add(&next.network).await.unwrap().pod_ips("eth0");
     let server = inside(&next.netns, || UdpSocket::bind((ips[0], 80)).unwrap());
     server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     client.send_to(b"again", "192.168.77.1:8080").unwrap();

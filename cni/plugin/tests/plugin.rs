@@ -32,7 +32,7 @@ async fn pods_and_node_reach_each_other_and_nothing_stays() {
     let (a, b) = (Pod::new("a"), Pod::new("b"));
     let ra = node.cni.add(&a.network).await.unwrap();
     let rb = node.cni.add(&b.network).await.unwrap();
-    assert_eq!((ra.pod_ips(), rb.pod_ips()), (vec![ip("10.50.0.2")], vec![ip("10.50.0.3")]));
+    assert_eq!((ra.pod_ips("eth0"), rb.pod_ips("eth0")), (vec![ip("10.50.0.2")], vec![ip("10.50.0.3")]));
     assert_eq!(ra.interfaces[1].mtu, Some(1400), "the MTU of the interface with the default route");
     assert!(inside(&a.netns, || run("ip link show eth0")).contains("mtu 1400"));
     assert!(run("ip link").contains("alias default/pod-a"));
@@ -76,7 +76,7 @@ async fn dual_stack() {
     let (a, b) = (Pod::new("a"), Pod::new("b"));
     let ra = node.cni.add(&a.network).await.unwrap();
     node.cni.add(&b.network).await.unwrap();
-    assert_eq!(ra.pod_ips(), [ip("10.51.0.2"), ip("fd51::2")]);
+    assert_eq!(ra.pod_ips("eth0"), [ip("10.51.0.2"), ip("fd51::2")]);
     assert_eq!(talk(&a.netns, &b.netns, ip("fd51::3")), ip("fd51::2"));
     assert_eq!(talk(&a.netns, &b.netns, ip("10.51.0.3")), ip("10.51.0.2"));
     assert_eq!(talk(&node.netns, &b.netns, ip("fd51::3")), ip("fd77::1"));
@@ -118,7 +118,7 @@ async fn exhaustion_gc_and_rest_of_released_addresses() {
     assert_eq!(node.host_links().len(), 3);
     node.cni.check(&pods[4].network).await.unwrap();
     let r = node.cni.add(&pods[5].network).await.unwrap();
-    assert_eq!(r.pod_ips(), [ip("10.53.0.3")], "the first free one after the last given");
+    assert_eq!(r.pod_ips("eth0"), [ip("10.53.0.3")], "the first free one after the last given");
 
     node.cni.gc(&[]).await.unwrap();
     assert!(node.host_links().is_empty() && node.recorded().is_empty());
@@ -135,7 +135,7 @@ async fn a_former_boot_does_not_count() {
     std::fs::rename(&record, dir.join("00000000-0000-0000-0000-000000000000.json")).unwrap();
     run(&format!("ip link del {}", node.host_links()[0]));
     let b = Pod::new("b");
-    assert_eq!(node.cni.add(&b.network).await.unwrap().pod_ips(), [ip("10.54.0.2")]);
+    assert_eq!(node.cni.add(&b.network).await.unwrap().pod_ips("eth0"), [ip("10.54.0.2")]);
     assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 2, "the new record and the lock");
 }
 
@@ -225,7 +225,7 @@ async fn capabilities_and_old_versions() {
     pod.network.ips = vec!["10.56.0.99/24".into()];
     pod.network.mac = Some("02:00:00:00:00:77".into());
     let r = node.cni.add(&pod.network).await.unwrap();
-    assert_eq!(r.pod_ips(), [ip("10.56.0.99")]);
+    assert_eq!(r.pod_ips("eth0"), [ip("10.56.0.99")]);
     let link = inside(&pod.netns, || run("ip link show eth0"));
     assert!(link.contains("02:00:00:00:00:77") && link.contains("mtu 1280"), "{link}");
     talk(&node.netns, &pod.netns, ip("10.56.0.99"));
@@ -277,7 +277,7 @@ async fn many_pods_at_once() {
     let adds: Vec<_> = pods.iter().map(|p| node.cni.add(&p.network)).collect();
     let mut ips = HashSet::new();
     for r in futures::future::join_all(adds).await {
-        ips.insert(r.unwrap().pod_ips()[0]);
+        ips.insert(r.unwrap().pod_ips("eth0")[0]);
     }
     assert_eq!(ips.len(), 16);
     println!("16 ADDs at once: {:?}", start.elapsed());
@@ -324,7 +324,7 @@ async fn chained_with_another_plugin() {
         .to_string(),
     );
     let pod = Pod::new("a");
-    assert_eq!(node.cni.add(&pod.network).await.unwrap().pod_ips(), [ip("10.59.0.2")]);
+    assert_eq!(node.cni.add(&pod.network).await.unwrap().pod_ips("eth0"), [ip("10.59.0.2")]);
     node.cni.check(&pod.network).await.unwrap();
     node.cni.del(&pod.network).await.unwrap();
     let said = std::fs::read_to_string(&log).unwrap();

@@ -57,7 +57,7 @@ proptest! {
         let Ok(value) = serde_json::from_slice::<Value>(&bytes) else { return Ok(()) };
         let Ok(result) = CniResult::from_value(&value, SpecVersion::V1_0_0) else { return Ok(()) };
         // What is handed on to the next plugin can be read by it, and says the same.
-        prop_assert!(result.pod_ips().len() <= result.ips.len());
+        prop_assert!(result.pod_ips("eth0").len() <= result.ips.len());
         let again = CniResult::from_value(&result.to_value(SpecVersion::V1_1_0), SpecVersion::V1_1_0).unwrap();
         prop_assert_eq!(&again, &result);
         for version in [SpecVersion::V0_4_0, SpecVersion::V1_0_0] {

@@ -157,12 +157,12 @@ impl CniResult {
         value
     }
 
-    /// The pod's addresses in the order of the result: those on an interface inside a namespace, or on none in particular.
-    pub fn pod_ips(&self) -> Vec<IpAddr> {
+    /// The pod's addresses on `ifname` in the order of the result: those of that interface inside a namespace, or of none in particular.
+    pub fn pod_ips(&self, ifname: &str) -> Vec<IpAddr> {
         self.ips
             .iter()
             .filter(|ip| match ip.interface.and_then(|i| self.interfaces.get(i)) {
-                Some(interface) => !interface.sandbox.is_empty(),
+                Some(interface) => interface.name == ifname && !interface.sandbox.is_empty(),
                 None => true,
             })
             .map(|ip| ip.address.addr())
@@ -188,7 +188,7 @@ mod tests {
             "ips": [{"version": "4", "address": "10.1.2.3/24", "gateway": "10.1.2.1", "interface": 1}],
             "routes": [{"dst": "0.0.0.0/0"}], "dns": {"nameservers": null}});
         let r = CniResult::from_value(&old, SpecVersion::V1_1_0).unwrap();
-        assert_eq!(r.pod_ips(), vec!["10.1.2.3".parse::<IpAddr>().unwrap()]);
+        assert_eq!(r.pod_ips("eth0"), vec!["10.1.2.3".parse::<IpAddr>().unwrap()]);
         let back = r.to_value(SpecVersion::V0_4_0);
         assert_eq!(back["ips"][0]["version"], "4");
         assert_eq!(back["ips"][0]["address"], "10.1.2.3/24");

@@ -49,6 +49,10 @@ pub enum Error {
     ImageVolume(#[source] Box<Error>),
     #[error("cannot set up the pod's network: {}", chain(.0))]
     Cni(#[from] orlop_cni_invoke::Error),
+    #[error(
+        "the pod's network gave no address to its interface {interface}; see the plugins' result and their configuration"
+    )]
+    NoAddress { interface: &'static str },
     #[error("exec in {id} did not end within {seconds} s")]
     ExecTimeout { id: String, seconds: i64 },
     #[error("{program} could not checkpoint container {id}: {message}", program = program.display())]
@@ -167,6 +171,7 @@ fn code(e: &Error) -> Code {
         | Error::Durable(_)
         | Error::Failpoint(_)
         | Error::Cni(_)
+        | Error::NoAddress { .. }
         | Error::Nri(_)
         | Error::Checkpoint { .. }
         | Error::Listen { .. }

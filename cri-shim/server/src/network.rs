@@ -42,11 +42,16 @@ impl Network {
         self.cni.end_strays().await;
     }
 
-    /// Attaches the pod and returns its addresses, the primary one first.
+    /// Attaches the pod and returns its addresses, the primary one first. An error when it got none: the kubelet would take the pod
+    /// for one that is not ready for ever.
     pub async fn attach(&self, record: &SandboxRecord, netns: PathBuf) -> Result<Vec<String>> {
         bandwidth(&record.config)?;
         let result = self.cni.add(&pod_network(record, netns)).await?;
-        Ok(result.pod_ips().iter().map(ToString::to_string).collect())
+        let ips: Vec<String> = result.pod_ips(INTERFACE).iter().map(ToString::to_string).collect();
+        if ips.is_empty() {
+            return Err(Error::NoAddress { interface: INTERFACE });
+        }
+        Ok(ips)
     }
 
     /// Idempotent; the namespace may be gone.

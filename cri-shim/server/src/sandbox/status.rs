@@ -20,7 +20,8 @@ pub(crate) fn state(record: &SandboxRecord) -> cri::PodSandboxState {
 impl Runtime {
     pub fn sandbox_status(&self, sandbox: &Sandbox) -> cri::PodSandboxStatus {
         let r = sandbox.record();
-        let mut ips = r.ips.iter().cloned();
+        // Once it is off the network they may be another pod's.
+        let mut ips = r.ips.iter().filter(|_| r.network_attached).cloned();
         cri::PodSandboxStatus {
             id: r.id.clone(),
             metadata: Some(r.metadata()),

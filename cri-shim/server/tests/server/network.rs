@@ -52,6 +52,18 @@ fn conflist(name: &str, plugin: &str, hand: &str) -> String {
     json!({"cniVersion": "1.1.0", "name": name, "plugins": [{"type": plugin, "hand": hand}]}).to_string()
 }
 
+/// Has both plugins answer ADD with this result; `NETNS` stands for the pod's.
+fn answer(node: &Node, result: &Value) {
+    for name in ["first", "second"] {
+        let file = node.dir.join("cni-bin").join(name);
+        let script = fs::read_to_string(&file).unwrap();
+        let (before, rest) = script.split_once("ADD)\n").unwrap();
+        let (_, after) = rest.split_once("STATUS)").unwrap();
+        let result = result.to_string().replace("NETNS", "'$CNI_NETNS'");
+        fs::write(file, format!("{before}ADD)\n    echo '{result}';;\nSTATUS){after}")).unwrap();
+    }
+}
+
 fn calls(node: &Node, command: &str) -> Vec<Call> {
     let text = fs::read_to_string(node.dir.join("calls")).unwrap_or_default();
     let all = text.lines().map(|line| {
@@ -224,5 +236,43 @@ async fn a_start_collects_what_nobody_has() {
     assert!(calls(&node, "GC").is_empty());
     assert_eq!(del(&node, &two).request["hand"], "10.98.0.7/24");
     assert_eq!(calls(&node, "DEL").len(), 1);
+    node.purge_and_check();
+}
+
+#[tokio::test]
+async fn a_pod_has_the_addresses_of_its_own_interface_or_does_not_run() {
+    let node = Node::start("addresses", &[]).await;
+    recording(&node);
+    configure(&node, &conflist("test", "first", ""));
+    let interfaces = json!([
+        {"name": "host0"}, {"name": "net1", "sandbox": "NETNS"}, {"name": "eth0", "sandbox": "NETNS"}]);
+    let of = |ips: &[(&str, usize)]| {
+        let ips: Vec<Value> =
+            ips.iter().map(|(ip, i)| json!({"address": format!("{ip}/24"), "interface": i})).collect();
+        json!({"cniVersion": "1.1.0", "interfaces": interfaces, "ips": ips})
+    };
+    let config = sandbox_config(&node, "addresses", false);
+    for ips in [&[][..], &[("10.99.0.1", 0), ("10.98.0.5", 1)]] {
+        answer(&node, &of(ips));
+        let before = calls(&node, "DEL").len();
+        let e = node.run_pod(&config).await.unwrap_err();
+        assert!(e.message().contains("eth0"), "{e}");
+        assert!(node.pods().await.is_empty());
+        assert!(calls(&node, "DEL").len() > before, "what was attached is detached");
+    }
+    let all = [("10.99.0.1", 0), ("10.98.0.5", 1), ("10.99.0.8", 2), ("10.99.0.7", 2)];
+    answer(&node, &of(&all));
+    let pod = node.run_pod(&config).await.unwrap();
+    let status = async || {
+        let request = cri::PodSandboxStatusRequest { pod_sandbox_id: pod.clone(), verbose: false };
+        let status = node.client().await.pod_sandbox_status(request).await.unwrap().into_inner().status;
+        let network = status.unwrap().network.unwrap();
+        let others: Vec<String> = network.additional_ips.into_iter().map(|i| i.ip).collect();
+        (network.ip, others)
+    };
+    assert_eq!(status().await, ("10.99.0.8".to_owned(), vec!["10.99.0.7".to_owned()]));
+    let stop = cri::StopPodSandboxRequest { pod_sandbox_id: pod.clone() };
+    node.client().await.stop_pod_sandbox(stop).await.unwrap();
+    assert_eq!(status().await, (String::new(), vec![]), "they may be another pod's now");
     node.purge_and_check();
 }
