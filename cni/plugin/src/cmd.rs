@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 use orlop_cni_types::{
-    Attachment, CniResult, Command, Dns, Interface, IpConfig, Route, SpecVersion, VersionResult,
+    Attachment, CniResult, Command, Dns, HOST_INTERFACE_PREFIX, Interface, IpConfig, Route, SpecVersion,
+    VersionResult,
 };
 use serde_json::Value;
 
 use crate::conf::Conf;
 use crate::error::Error;
-use crate::ipam::Store;
+use crate::ipam::{State, Store, link_of};
 use crate::links;
 use crate::nat::{self, Nat};
 use crate::netlink::Netlink;
@@ -84,6 +85,30 @@ impl Env {
     }
 }
 
+/// The record of addresses. One that is damaged is made anew from what pods' links tell: it must neither keep pods from being deleted
+/// nor give an address twice. `host` is of the node's network namespace.
+fn open_store(conf: &Conf, host: &mut Netlink) -> Result<Store, Error> {
+    let mut store = Store::open(&conf.data_dir, &conf.network)?;
+    if store.damaged {
+        let mut known = Vec::new();
+        for (ip, index) in links::routed_addresses(host)? {
+            // Other networks' pods are theirs.
+            if conf.ranges.iter().flatten().any(|r| r.contains(ip))
+                && let Some(link) = links::find_index(host, index)?
+                && link.name.starts_with(HOST_INTERFACE_PREFIX)
+            {
+                known.push((ip, link.name));
+            }
+        }
+        eprintln!(
+            "the record of addresses is damaged; made it anew with the {} that are in use",
+            known.len()
+        );
+        store.repair(State::of_links(known))?;
+    }
+    Ok(store)
+}
+
 fn add(env: &Env, conf: &Conf) -> Result<Value, Error> {
     if conf.previous.is_some() {
         return Err(Error::NotFirst);
@@ -97,7 +122,8 @@ fn add(env: &Env, conf: &Conf) -> Result<Value, Error> {
         Err(e) => (None, Err(e)),
     };
 
-    let mut store = Store::open(&conf.data_dir, &conf.network)?;
+    let mut store = open_store(conf, &mut host)?;
+    store.state.recognize(&attachment);
     let had_addresses = !store.state.ips_of(&attachment).is_empty();
     let ips = store.state.allocate(&attachment, &conf.ranges, &conf.wanted_ips)?;
     store.save()?;
@@ -184,15 +210,21 @@ fn default_routes(ips: &[std::net::IpAddr]) -> Vec<Route> {
 /// Best effort: the runtime sends DEL after a failed ADD in any case.
 fn undo(host: &mut Netlink, nat: Option<&mut Nat>, conf: &Conf, attachment: &Attachment) {
     let freed = links::delete_from_afar(host, &attachment.host_interface())
-        .and_then(|_| release(nat, conf, attachment));
+        .and_then(|_| release(host, nat, conf, attachment));
     if let Err(e) = freed {
         eprintln!("cannot undo yet: {}", orlop_base::telemetry::chain(&e));
     }
 }
 
 /// Frees the attachment's addresses and takes back what leads to them.
-fn release(nat: Option<&mut Nat>, conf: &Conf, attachment: &Attachment) -> Result<(), Error> {
-    let mut store = Store::open(&conf.data_dir, &conf.network)?;
+fn release(
+    host: &mut Netlink,
+    nat: Option<&mut Nat>,
+    conf: &Conf,
+    attachment: &Attachment,
+) -> Result<(), Error> {
+    let mut store = open_store(conf, host)?;
+    store.state.recognize(attachment);
     release_from(&mut store, nat, attachment)
 }
 
@@ -208,7 +240,7 @@ fn release_from(store: &mut Store, nat: Option<&mut Nat>, attachment: &Attachmen
         }
     }
     if store.state.release(attachment) {
-        store.save()?;
+        store.save_shorter()?;
     }
     Ok(())
 }
@@ -216,8 +248,16 @@ fn release_from(store: &mut Store, nat: Option<&mut Nat>, attachment: &Attachmen
 /// First the link, then the address: nobody may get an address that still leads to this pod.
 fn del(env: &Env, conf: &Conf) -> Result<(), Error> {
     let attachment = env.attachment()?;
-    links::delete(&mut links::open()?, &attachment.host_interface())?;
-    release(Nat::open_existing(conf)?.as_mut(), conf, &attachment)
+    let mut host = links::open()?;
+    // While there is a link to tell what a damaged record does not. The link goes in any case.
+    let opened = open_store(conf, &mut host).map(drop);
+    links::delete(&mut host, &attachment.host_interface())?;
+    match opened {
+        // The first that is made of a record is the lock's file: on a full disk without it, nothing was ever given.
+        Err(Error::Ipam(e)) if e.is_full() => Ok(()),
+        Err(e) => Err(e),
+        Ok(()) => release(&mut host, Nat::open_existing(conf)?.as_mut(), conf, &attachment),
+    }
 }
 
 fn check(env: &Env, conf: &Conf) -> Result<(), Error> {
@@ -233,7 +273,8 @@ fn check(env: &Env, conf: &Conf) -> Result<(), Error> {
         .filter(|ip| ip.interface.is_none() || ip.interface == ours)
         .map(|ip| ip.address.addr())
         .collect();
-    let store = Store::open(&conf.data_dir, &conf.network)?;
+    let mut store = open_store(conf, &mut links::open()?)?;
+    store.state.recognize(&attachment);
     let own = store.state.ips_of(&attachment);
     drop(store);
     if let Some(ip) = ips.iter().find(|ip| !own.contains(ip)) {
@@ -248,8 +289,7 @@ fn check(env: &Env, conf: &Conf) -> Result<(), Error> {
 /// Whether an ADD can be served: the ranges are read already, so what remains is the record. A full range is no reason to
 /// say no: the node would be reported as not ready for that.
 fn status(conf: &Conf) -> Result<(), Error> {
-    let store = Store::open(&conf.data_dir, &conf.network)?;
-    store.save()?;
+    open_store(conf, &mut links::open()?)?.save()?;
     Ok(())
 }
 
@@ -263,9 +303,10 @@ fn gc(conf: &Conf) -> Result<(), Error> {
     };
     let mut host = links::open()?;
     let mut nat = Nat::open_existing(conf)?;
-    let mut store = Store::open(&conf.data_dir, &conf.network)?;
+    let mut store = open_store(conf, &mut host)?;
+    valid.iter().for_each(|owner| store.state.recognize(owner));
     for owner in store.state.owners_not_in(valid) {
-        links::delete(&mut host, &owner.host_interface())?;
+        links::delete(&mut host, &link_of(&owner))?;
         release_from(&mut store, nat.as_mut(), &owner)?;
     }
     Ok(())

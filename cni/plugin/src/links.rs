@@ -38,6 +38,7 @@ const EHOSTUNREACH: i32 = 113;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
     pub index: u32,
+    pub name: String,
     pub up: bool,
     /// Set to carry packets (operational state as in RFC 2863), which is a moment later than `up`.
     pub carries: bool,
@@ -119,6 +120,7 @@ fn get_link(nl: &mut Netlink, m: LinkMessage, what: &str) -> Result<Option<Link>
         Ok(Some(Message::NewLink(m))) => {
             let mut link = Link {
                 index: m.header.index,
+                name: String::new(),
                 up: m.header.flags.contains(LinkFlags::Up),
                 carries: false,
                 mtu: 0,
@@ -126,6 +128,7 @@ fn get_link(nl: &mut Netlink, m: LinkMessage, what: &str) -> Result<Option<Link>
             };
             for a in m.attributes {
                 match a {
+                    LinkAttribute::IfName(name) => link.name = name,
                     LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                     LinkAttribute::OperState(state) => link.carries = state == State::Up,
                     LinkAttribute::Address(mac) => link.mac = mac,
@@ -267,6 +270,38 @@ pub fn add_route(
     })
 }
 
+fn route_ip(a: &RouteAddress) -> Option<IpAddr> {
+    match a {
+        RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
+        RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),
+        _ => None,
+    }
+}
+
+/// Single addresses that have a route of the main table by a link, and the link's number.
+pub fn routed_addresses(nl: &mut Netlink) -> Result<Vec<(IpAddr, u32)>> {
+    let found = nl.dump(Message::GetRoute(RouteMessage::default())).map_err(failed("list routes"))?;
+    let mut addresses = Vec::new();
+    for m in found {
+        let Message::NewRoute(m) = m else { continue };
+        let (mut to, mut by) = (None, None);
+        for a in &m.attributes {
+            match a {
+                RouteAttribute::Destination(d) => to = route_ip(d),
+                RouteAttribute::Oif(index) => by = Some(*index),
+                _ => {}
+            }
+        }
+        if let (Some(to), Some(by)) = (to, by)
+            && m.header.table == RouteHeader::RT_TABLE_MAIN
+            && m.header.destination_prefix_length == full_prefix(to)
+        {
+            addresses.push((to, by));
+        }
+    }
+    Ok(addresses)
+}
+
 /// Where packets to `to` would go; `None` when nowhere. Sends nothing.
 pub fn route_to(nl: &mut Netlink, to: IpAddr) -> Result<Option<Hop>> {
     let mut m = RouteMessage::default();
@@ -279,17 +314,12 @@ pub fn route_to(nl: &mut Netlink, to: IpAddr) -> Result<Option<Hop>> {
         Err(e) if matches!(e.raw_os_error(), Some(ENETUNREACH | EHOSTUNREACH)) => return Ok(None),
         Err(e) => return Err(failed(format!("look up the route to {to}"))(e)),
     };
-    let ip = |a: &RouteAddress| match a {
-        RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
-        RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),
-        _ => None,
-    };
     let mut hop = Hop { index: 0, gateway: None, source: None };
     for a in &found.attributes {
         match a {
             RouteAttribute::Oif(index) => hop.index = *index,
-            RouteAttribute::Gateway(g) => hop.gateway = ip(g),
-            RouteAttribute::PrefSource(s) => hop.source = ip(s),
+            RouteAttribute::Gateway(g) => hop.gateway = route_ip(g),
+            RouteAttribute::PrefSource(s) => hop.source = route_ip(s),
             _ => {}
         }
     }

@@ -139,6 +139,74 @@ async fn a_former_boot_does_not_count() {
     assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 2, "the new record and the lock");
 }
 
+/// What the record says is gone; the pods are not.
+#[tokio::test]
+async fn a_damaged_record_is_made_anew_from_the_links() {
+    let node = Node::new(&conflist(&["10.61.0.0/24", "fd61::/64"]));
+    run("ip addr add fd77::1/64 dev up0 nodad");
+    let pods: Vec<Pod> = ["a", "b", "c", "d"].map(Pod::new).into();
+    let [a, b, c, d] = &pods[..] else { unreachable!() };
+    for pod in [a, b] {
+        node.cni.add(&pod.network).await.unwrap();
+    }
+    let damage = || {
+        let files = std::fs::read_dir(node.data().join("test")).unwrap().map(|e| e.unwrap().path());
+        let record = files.into_iter().find(|p| p.extension().is_some_and(|e| e == "json")).unwrap();
+        let text = std::fs::read(&record).unwrap();
+        std::fs::write(&record, &text[..text.len() / 2]).unwrap();
+    };
+    damage();
+    node.cni.status().await.unwrap();
+    let r = node.cni.add(&c.network).await.unwrap();
+    assert_eq!(r.pod_ips("eth0"), [ip("10.61.0.4"), ip("fd61::4")], "not those of the pods that are there");
+    assert_eq!(talk(&c.netns, &a.netns, ip("10.61.0.2")), ip("10.61.0.4"));
+    node.cni.check(&a.network).await.unwrap();
+    damage();
+    node.cni.del(&a.network).await.unwrap();
+    assert_eq!(node.host_links().len(), 2);
+    assert!(node.recorded().iter().all(|(_, at)| *at != ip("10.61.0.2")), "{:?}", node.recorded());
+    damage();
+    node.cni.gc(&[attachment(c)]).await.unwrap();
+    assert_eq!(node.host_links(), [attachment(c).host_interface()]);
+    let r = node.cni.add(&d.network).await.unwrap();
+    assert_eq!(r.pod_ips("eth0"), [ip("10.61.0.2"), ip("fd61::2")]);
+    for pod in [c, d] {
+        node.cni.del(&pod.network).await.unwrap();
+    }
+    assert!(node.host_links().is_empty() && node.recorded().is_empty());
+}
+
+#[tokio::test]
+async fn a_full_disk_keeps_no_address() {
+    use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+    let node = Node::new(&conflist(&["10.62.0.0/24"]));
+    let (a, b, c) = (Pod::new("a"), Pod::new("b"), Pod::new("c"));
+    std::fs::create_dir(node.data()).unwrap();
+    mount("tmpfs", node.data(), "tmpfs", MountFlags::empty(), c"size=256k").unwrap();
+    for pod in [&a, &b] {
+        node.cni.add(&pod.network).await.unwrap();
+    }
+    let fill = || {
+        let mut file = std::fs::File::create(node.data().join("filler")).unwrap();
+        while file.write_all(&[0; 4096]).is_ok() {}
+    };
+    fill();
+    node.cni.add(&c.network).await.unwrap_err();
+    assert_eq!(node.host_links().len(), 2);
+    node.cni.del(&a.network).await.unwrap();
+    assert_eq!(node.recorded(), [("b".to_owned(), ip("10.62.0.3"))]);
+    node.cni.gc(&[]).await.unwrap();
+    assert!(node.host_links().is_empty() && node.recorded().is_empty());
+    // Before the first pod: what failed to be added can be deleted.
+    std::fs::remove_dir_all(node.data().join("test")).unwrap();
+    mount("tmpfs", node.data(), "tmpfs", MountFlags::empty(), c"nr_inodes=1").unwrap();
+    node.cni.add(&c.network).await.unwrap_err();
+    node.cni.del(&c.network).await.unwrap();
+    for _ in 0..2 {
+        unmount(node.data(), UnmountFlags::DETACH).unwrap();
+    }
+}
+
 /// ADD without a runtime, which would send DEL after a failure; returns the plugin's output.
 fn call_alone(node: &Node, pod: &Pod, range: &str) -> String {
     let conf = serde_json::json!({"cniVersion": "1.1.0", "name": "test", "type": "orlop-cni",

@@ -3,5 +3,5 @@
 mod plan;
 mod store;
 
-pub use plan::{IpamError, Range, RangeSet};
+pub use plan::{IpamError, Range, RangeSet, State, link_of};
 pub use store::Store;

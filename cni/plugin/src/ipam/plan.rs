@@ -33,6 +33,19 @@ pub enum IpamError {
     State(#[source] orlop_base::durable::Error),
 }
 
+impl IpamError {
+    /// Whether the disk or a quota on it was full.
+    pub fn is_full(&self) -> bool {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        match self {
+            IpamError::State(orlop_base::durable::Error::Io { source, .. }) => {
+                matches!(source.kind(), StorageFull | QuotaExceeded)
+            }
+            _ => false,
+        }
+    }
+}
+
 fn to_number(ip: IpAddr) -> u128 {
     match ip {
         IpAddr::V4(a) => u128::from(u32::from(a)),
@@ -108,6 +121,11 @@ impl std::fmt::Display for Range {
     }
 }
 
+/// The host's interface of an owner; see [`State::of_links`].
+pub fn link_of(owner: &Attachment) -> String {
+    if owner.ifname.is_empty() { owner.container_id.clone() } else { owner.host_interface() }
+}
+
 /// One address and who has it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Allocation {
@@ -177,6 +195,24 @@ impl State {
         self.allocations.retain(|a| &a.owner != owner);
         self.allocations.extend(given.iter().map(|&ip| Allocation { ip, owner: owner.clone() }));
         Ok(given)
+    }
+
+    /// The state when all that is known are links and the addresses that they lead to. Each belongs to whoever proves to be the link's
+    /// ([`State::recognize`]); until then its owner has the link's name and no interface.
+    pub fn of_links(links: impl IntoIterator<Item = (IpAddr, String)>) -> State {
+        let owner = |link| Attachment { container_id: link, ifname: String::new() };
+        let allocations = links.into_iter().map(|(ip, link)| Allocation { ip, owner: owner(link) }).collect();
+        State { allocations, last: BTreeMap::new() }
+    }
+
+    /// Gives `owner` what is known to be its link's.
+    pub fn recognize(&mut self, owner: &Attachment) {
+        let link = owner.host_interface();
+        for a in &mut self.allocations {
+            if a.owner.ifname.is_empty() && a.owner.container_id == link {
+                a.owner = owner.clone();
+            }
+        }
     }
 
     /// Frees what `owner` has; whether that was anything.
@@ -264,6 +300,23 @@ mod tests {
         let before = s.clone();
         assert!(s.allocate(&owner(2), &sets, &[]).is_err());
         assert_eq!(s, before, "an error changes nothing");
+    }
+
+    #[test]
+    fn what_links_tell_is_in_use_until_its_owner_comes() {
+        let sets = [set(&["10.0.0.0/24"])];
+        let (known, stranger) = (owner(1), owner(2));
+        let of = |o: &Attachment| link_of(o);
+        assert_eq!(of(&known), known.host_interface());
+        let links = [(ip("10.0.0.2"), known.host_interface()), (ip("10.0.0.3"), stranger.host_interface())];
+        let mut s = State::of_links(links);
+        assert_eq!(s.allocate(&owner(9), &sets, &[]).unwrap(), [ip("10.0.0.4")]);
+        assert!(s.ips_of(&known).is_empty());
+        s.recognize(&known);
+        assert_eq!(s.ips_of(&known), [ip("10.0.0.2")]);
+        let [other] = &s.owners_not_in(&[known, owner(9)])[..] else { panic!("{s:?}") };
+        assert_eq!(of(other), stranger.host_interface());
+        assert!(s.release(&other.clone()));
     }
 
     #[test]

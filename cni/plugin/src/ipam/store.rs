@@ -5,6 +5,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use orlop_base::durable;
@@ -20,6 +21,8 @@ pub struct Store {
     path: PathBuf,
     _lock: File,
     pub state: State,
+    /// What is on disk cannot be read, and `state` is empty: see [`Store::repair`].
+    pub damaged: bool,
 }
 
 fn failed(what: &'static str, path: &Path, source: io::Error) -> IpamError {
@@ -50,20 +53,53 @@ impl Store {
         rustix::io::retry_on_intr(|| rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive))
             .map_err(|e| failed("lock", &lock_path, e.into()))?;
         let path = dir.join(format!("{boot_id}.json"));
-        let state = match durable::read_json(&path, VERSION).map_err(IpamError::State)? {
-            Some(state) => state,
-            None => {
+        let (state, damaged) = match durable::read_json(&path, VERSION) {
+            Ok(Some(state)) => (state, false),
+            Ok(None) => {
                 remove_others(&dir, &path).map_err(|e| failed("clear", &dir, e))?;
-                State::default()
+                (State::default(), false)
             }
+            Err(durable::Error::Json { .. }) => (State::default(), true),
+            Err(e) => return Err(IpamError::State(e)),
         };
-        Ok(Store { path, _lock: lock, state })
+        Ok(Store { path, _lock: lock, state, damaged })
+    }
+
+    /// Puts what else is known in the place of a damaged record, which is kept beside it.
+    pub fn repair(&mut self, state: State) -> Result<(), IpamError> {
+        let aside = self.path.with_extension("json.damaged");
+        match fs::remove_file(&aside) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &aside, e)),
+            _ => {}
+        }
+        // Not renamed: without a record all addresses would count as free.
+        fs::hard_link(&self.path, &aside).map_err(|e| failed("keep a copy of", &self.path, e))?;
+        self.state = state;
+        self.save()?;
+        self.damaged = false;
+        Ok(())
     }
 
     /// Makes the state the valid one.
     pub fn save(&self) -> Result<(), IpamError> {
         durable::write_json(&self.path, VERSION, &self.state, durable::Sync::PageCache)
             .map_err(IpamError::State)
+    }
+
+    /// [`Store::save`] after a release, which is to succeed on a full disk too: what is shorter fits into the old one's place. Whoever
+    /// is killed in between leaves a damaged record.
+    pub fn save_shorter(&self) -> Result<(), IpamError> {
+        match self.save() {
+            Err(e) if e.is_full() => self.overwrite(),
+            other => other,
+        }
+    }
+
+    fn overwrite(&self) -> Result<(), IpamError> {
+        let text = serde_json::json!({"version": VERSION, "data": self.state}).to_string();
+        let file = File::options().write(true).open(&self.path).map_err(|e| failed("open", &self.path, e))?;
+        let written = file.write_all_at(text.as_bytes(), 0).and_then(|()| file.set_len(text.len() as u64));
+        written.map_err(|e| failed("write", &self.path, e))
     }
 }
 
@@ -127,11 +163,46 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_record_is_an_error_that_names_it() {
+    fn a_damaged_record_is_replaced_and_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let sets = [vec![Range::new("10.0.0.0/24".parse().unwrap(), None, None).unwrap()]];
+        fs::create_dir(dir.path().join("n")).unwrap();
+        for damage in ["{", ""] {
+            fs::write(dir.path().join("n/boot.json"), damage).unwrap();
+            let mut s = Store::open_for_boot(dir.path(), "n", "boot").unwrap();
+            assert!(s.damaged);
+            let mut known = State::default();
+            known.allocate(&owner(1), &sets, &[]).unwrap();
+            s.repair(known.clone()).unwrap();
+            drop(s);
+            let s = Store::open_for_boot(dir.path(), "n", "boot").unwrap();
+            assert_eq!((s.damaged, &s.state), (false, &known));
+            assert_eq!(fs::read_to_string(dir.path().join("n/boot.json.damaged")).unwrap(), damage);
+        }
+    }
+
+    #[test]
+    fn a_later_releases_record_is_an_error_that_names_it() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("n")).unwrap();
-        fs::write(dir.path().join("n/boot.json"), "{").unwrap();
+        fs::write(dir.path().join("n/boot.json"), r#"{"version": 99, "data": {}}"#).unwrap();
         let e = Store::open_for_boot(dir.path(), "n", "boot").unwrap_err();
         assert!(orlop_base::telemetry::chain(&e).contains("boot.json"), "{e}");
+    }
+
+    #[test]
+    fn a_shorter_record_fits_into_the_old_ones_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let sets = [vec![Range::new("10.0.0.0/24".parse().unwrap(), None, None).unwrap()]];
+        let mut s = Store::open_for_boot(dir.path(), "n", "boot").unwrap();
+        for n in 0..3 {
+            s.state.allocate(&owner(n), &sets, &[]).unwrap();
+        }
+        s.save().unwrap();
+        assert!(s.state.release(&owner(1)));
+        s.overwrite().unwrap();
+        let want = s.state.clone();
+        drop(s);
+        assert_eq!(Store::open_for_boot(dir.path(), "n", "boot").unwrap().state, want);
     }
 }
