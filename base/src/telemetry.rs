@@ -19,6 +19,8 @@ pub fn init(default: &str) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(false)
+        // It would tell of them by a panic when standard error cannot be written, as when it leads to a full disk.
+        .log_internal_errors(false)
         .try_init();
     if let Some(e) = refused {
         tracing::warn!("ORLOP_LOG is not a filter: {e}");
