@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use orlop_base::supervise::TaskGroup;
 use orlop_images::ImageStore;
@@ -45,6 +46,37 @@ impl Runtime {
         });
         told.await.map_err(|_| Error::Internal("the operation ended without a result".into()))?
     }
+
+    /// Keeps writing what a full disk did not take, as long as the server runs.
+    pub fn keep_writing(self: &Arc<Self>) {
+        let (this, stop) = (self.clone(), self.tasks.stop_token());
+        self.tasks.spawn(async move {
+            let forever = async {
+                loop {
+                    this.store.write_facts().await;
+                }
+            };
+            tokio::select! {
+                // What is missing then, the monitors tell the next server.
+                () = stop.cancelled() => {}
+                () = forever => {}
+            }
+        });
+    }
+}
+
+/// What takes longer than this is told of by [`noticed`].
+const LONG: Duration = Duration::from_millis(500);
+
+/// Does `work`, and says so if it took long: for steps that take milliseconds unless something else is wrong.
+pub(crate) async fn noticed<T>(what: &str, id: &str, work: impl Future<Output = T>) -> T {
+    let begun = Instant::now();
+    let done = work.await;
+    let took = begun.elapsed();
+    if took > LONG {
+        tracing::info!(id, took_ms = took.as_millis(), "{what} took long");
+    }
+    done
 }
 
 /// Nanoseconds since 1970, as the CRI counts.

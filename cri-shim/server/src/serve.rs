@@ -70,6 +70,7 @@ async fn open(
     crate::container::checkpoint::end_left_over(&runtime.config.transfer_dir()).await;
     // Archives that a killed server was receiving.
     crate::mounts::remove_tree(&runtime.config.transfer_dir())?;
+    runtime.keep_writing();
     runtime.recover().await?;
     Ok(runtime)
 }

@@ -40,7 +40,7 @@ impl Runtime {
             sandbox.monitor.delete_container(&container.id).await?;
         }
         if !container.record().phase.has_ended() {
-            container.update(|r| r.exited(137, false, now_ns()))?;
+            self.store.note_container(container, |r| r.exited(137, false, now_ns()));
             self.emit(container, cri::ContainerEventType::ContainerStoppedEvent);
         }
         let _told = self.plugins.hold().await;

@@ -218,7 +218,7 @@ impl Runtime {
         };
         if let Err(again) = self.tear_down(&sandbox).await {
             tracing::warn!(sandbox = %sandbox.id, error = %again, "could not take back all of a failed sandbox; stopping it tries again");
-            sandbox.update(|r| r.phase = SandboxPhase::NotReady)?;
+            self.store.note_sandbox(&sandbox, |r| r.phase = SandboxPhase::NotReady);
             self.store.add_sandbox(sandbox);
             return Err(e);
         }
@@ -326,7 +326,7 @@ impl Runtime {
         let record = sandbox.record();
         if record.network_attached {
             self.network.detach(&record, netns_path(&self.config.sandbox_run_dir(&sandbox.id))).await?;
-            sandbox.update(|r| r.network_attached = false)?;
+            self.store.note_sandbox(sandbox, |r| r.network_attached = false);
         }
         Ok(())
     }

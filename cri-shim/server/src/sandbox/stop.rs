@@ -46,7 +46,7 @@ impl Runtime {
             Err(e) => return Err(e.into()),
         };
         // From here on no container can be made in it.
-        sandbox.update(|r| r.phase = SandboxPhase::NotReady)?;
+        self.store.note_sandbox(sandbox, |r| r.phase = SandboxPhase::NotReady);
         if silent {
             self.end_silent(sandbox).await?;
         }
@@ -56,7 +56,8 @@ impl Runtime {
                 Err(e) if e.is_silence() => {
                     self.end_silent(sandbox).await?;
                     tracing::warn!(container = %c.id, error = %e, "the monitor cannot be asked; the container counts as lost");
-                    c.update(|r| r.lost(now_ns(), "the pod's monitor could not be asked"))?;
+                    self.store
+                        .note_container(c, |r| r.lost(now_ns(), "the pod's monitor could not be asked"));
                 }
                 Err(e) => {
                     tracing::debug!(container = %c.id, error = %e, "could not kill before the sandbox's end")
@@ -77,13 +78,13 @@ impl Runtime {
         self.plugins_see_pod(sandbox, Event::StopPodSandbox).await;
         self.tear_down(sandbox).await?;
         for c in containers.iter().filter(|c| !c.record().phase.has_ended()) {
-            c.update(|r| {
+            self.store.note_container(c, |r| {
                 r.exited(137, false, now_ns());
                 "the sandbox was stopped".clone_into(&mut r.message);
-            })?;
+            });
             self.emit(c, cri::ContainerEventType::ContainerStoppedEvent);
         }
-        sandbox.update(|r| r.stopped = true)?;
+        self.store.note_sandbox(sandbox, |r| r.stopped = true);
         self.emit_sandbox(sandbox, cri::ContainerEventType::ContainerStoppedEvent);
         tracing::info!(sandbox = %sandbox.id, "pod sandbox stopped");
         Ok(())

@@ -11,7 +11,7 @@ use orlop_proto::monitor::{self as proto, ContainerPhase as MonitorPhase};
 use crate::error::Result;
 use crate::monitor::{self, Connection, Reply};
 use crate::runtime::{Runtime, now_ns};
-use crate::store::{Container, ContainerPhase, Sandbox, SandboxPhase};
+use crate::store::{ContainerPhase, Sandbox, SandboxPhase};
 
 const LOST: &str = "the pod's monitor ended; nobody saw how the container did";
 
@@ -142,7 +142,9 @@ impl Runtime {
             let seen = state.containers.iter().any(|s| s.container_id == c.id);
             let live = matches!(c.record().phase, ContainerPhase::Created | ContainerPhase::Running);
             if !seen && live {
-                self.note(&c, |r| r.lost(now_ns(), "the pod's monitor does not know this container"));
+                self.store.note_container(&c, |r| {
+                    r.lost(now_ns(), "the pod's monitor does not know this container")
+                });
             }
         }
         for seen in &state.containers {
@@ -162,7 +164,7 @@ impl Runtime {
         match (seen.phase(), phase) {
             (MonitorPhase::Exited, ContainerPhase::Created | ContainerPhase::Running) => {
                 let finished = if seen.finished_at_ns > 0 { seen.finished_at_ns } else { now_ns() };
-                self.note(&container, |r| {
+                self.store.note_container(&container, |r| {
                     if seen.started_at_ns > 0 {
                         r.started_at_ns = seen.started_at_ns;
                     }
@@ -173,7 +175,7 @@ impl Runtime {
             }
             // Started by an RPC that was cut short by our own death.
             (MonitorPhase::Running, ContainerPhase::Created) => {
-                self.note(&container, |r| {
+                self.store.note_container(&container, |r| {
                     r.phase = ContainerPhase::Running;
                     r.pid = seen.pid;
                     r.started_at_ns = seen.started_at_ns;
@@ -184,27 +186,20 @@ impl Runtime {
         }
     }
 
-    /// Journals; a full disk leaves memory as it was, and the next look at the monitor's state tries again.
-    fn note(&self, container: &Container, change: impl FnOnce(&mut crate::store::ContainerRecord)) {
-        if let Err(e) = container.update(change) {
-            tracing::error!(container = %container.id, error = %e, "could not write the container's record");
-        }
-    }
-
     /// Cleans up after a monitor that died: its containers are lost, the sandbox is not ready any more.
     pub async fn bury(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<()> {
-        sandbox.update(|r| r.phase = SandboxPhase::NotReady)?;
+        self.store.note_sandbox(sandbox, |r| r.phase = SandboxPhase::NotReady);
         // What still runs is not reported as ended.
         self.end_leftovers(sandbox).await?;
         for c in self.store.containers_of(&sandbox.id) {
             if matches!(c.record().phase, ContainerPhase::Created | ContainerPhase::Running) {
-                c.update(|r| r.lost(now_ns(), LOST))?;
+                self.store.note_container(&c, |r| r.lost(now_ns(), LOST));
                 self.emit(&c, ContainerEventType::ContainerStoppedEvent);
             }
         }
         self.plugins_see_pod(sandbox, Event::StopPodSandbox).await;
         self.tear_down(sandbox).await?;
-        sandbox.update(|r| r.stopped = true)?;
+        self.store.note_sandbox(sandbox, |r| r.stopped = true);
         self.emit_sandbox(sandbox, ContainerEventType::ContainerStoppedEvent);
         Ok(())
     }

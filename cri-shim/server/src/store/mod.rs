@@ -1,20 +1,23 @@
 //! Sandboxes and containers: what is on disk, what is in memory, and how they are found.
 
 mod encoded;
+mod journal;
 pub(crate) mod names;
 pub(crate) mod records;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use orlop_base::durable::{self, Sync};
 use parking_lot::{Mutex, RwLock};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 pub(crate) use encoded::Encoded;
+use journal::Journal;
 pub(crate) use names::Names;
 pub(crate) use records::{ContainerPhase, ContainerRecord, SandboxPhase, SandboxRecord};
 
@@ -28,6 +31,9 @@ pub(crate) const RECORD_VERSION: u32 = 1;
 /// Beside a record: what it was when the creation was answered, for when the record is damaged. What has happened since, the pod's
 /// monitor tells.
 const ANSWERED: &str = "answered.json";
+
+/// Between two tries to write what the disk did not take.
+const WRITE_AGAIN: Duration = Duration::from_secs(2);
 
 /// Writes the record's copy.
 fn keep_copy<T: Serialize>(file: &Path, record: &T) -> Result<()> {
@@ -67,11 +73,11 @@ pub(crate) fn read_record<T: DeserializeOwned + Serialize>(
     Ok(Some(copy))
 }
 
-/// A sandbox. The record is the truth; it is on disk before an RPC that changed it is answered.
+/// A sandbox. The record is the truth. What an RPC promises is on disk before it is answered; what has happened already, such as an
+/// end, is true whether or not the disk takes it ([`Store::note_sandbox`]).
 pub(crate) struct Sandbox {
     pub id: String,
-    file: PathBuf,
-    record: Mutex<Arc<SandboxRecord>>,
+    journal: Journal<SandboxRecord>,
     pub monitor: Monitor,
     /// Held by what changes the sandbox as a whole, so that a stop and a remove do not run into each other.
     pub op: tokio::sync::Mutex<()>,
@@ -85,8 +91,7 @@ impl Sandbox {
         Arc::new(Sandbox {
             id: record.id.clone(),
             told: Told::new(record.stopped),
-            file,
-            record: Mutex::new(Arc::new(record)),
+            journal: Journal::new(record, file),
             monitor,
             op: tokio::sync::Mutex::new(()),
             cpu_sample: Mutex::new(None),
@@ -94,7 +99,7 @@ impl Sandbox {
     }
 
     pub fn record(&self) -> Arc<SandboxRecord> {
-        self.record.lock().clone()
+        self.journal.record()
     }
 
     /// The record of a ready sandbox; an error that names what was `wanted` of another.
@@ -109,17 +114,12 @@ impl Sandbox {
 
     /// Changes the record on disk, then in memory.
     pub fn update(&self, change: impl FnOnce(&mut SandboxRecord)) -> Result<Arc<SandboxRecord>> {
-        let mut held = self.record.lock();
-        let mut next = (**held).clone();
-        change(&mut next);
-        durable::append_json(&self.file, RECORD_VERSION, &next)?;
-        *held = Arc::new(next);
-        Ok(held.clone())
+        Ok(self.journal.update(change, |_| {})?)
     }
 
     /// Keeps a copy of the record: called when something is in it that only a caller knows.
     pub fn keep_copy(&self) -> Result<()> {
-        keep_copy(&self.file, &**self.record.lock())
+        keep_copy(&self.journal.file, &*self.record())
     }
 }
 
@@ -127,8 +127,7 @@ impl Sandbox {
 pub(crate) struct Container {
     pub id: String,
     pub sandbox_id: String,
-    file: PathBuf,
-    record: Mutex<Arc<ContainerRecord>>,
+    journal: Journal<ContainerRecord>,
     /// Held by start, stop, update and remove.
     pub op: tokio::sync::Mutex<()>,
     /// The phase as it changes, for those who wait for an exit.
@@ -142,17 +141,16 @@ impl Container {
         Arc::new(Container {
             id: record.id.clone(),
             sandbox_id: record.sandbox_id.clone(),
-            file,
             phase: watch::channel(record.phase).0,
             told: Told::new(record.phase.has_ended()),
-            record: Mutex::new(Arc::new(record)),
+            journal: Journal::new(record, file),
             op: tokio::sync::Mutex::new(()),
             cpu_sample: Mutex::new(None),
         })
     }
 
     pub fn record(&self) -> Arc<ContainerRecord> {
-        self.record.lock().clone()
+        self.journal.record()
     }
 
     /// The record of a container in one of these phases; an error that names what was `wanted` of another.
@@ -167,19 +165,16 @@ impl Container {
 
     /// Changes the record on disk, then in memory, then tells those who wait.
     pub fn update(&self, change: impl FnOnce(&mut ContainerRecord)) -> Result<Arc<ContainerRecord>> {
-        let mut held = self.record.lock();
-        let mut next = (**held).clone();
-        change(&mut next);
-        durable::append_json(&self.file, RECORD_VERSION, &next)?;
-        let phase = next.phase;
-        *held = Arc::new(next);
+        Ok(self.journal.update(change, |r| self.tell(r.phase))?)
+    }
+
+    fn tell(&self, phase: ContainerPhase) {
         self.phase.send_if_modified(|p| std::mem::replace(p, phase) != phase);
-        Ok(held.clone())
     }
 
     /// See [`Sandbox::keep_copy`].
     pub fn keep_copy(&self) -> Result<()> {
-        keep_copy(&self.file, &**self.record.lock())
+        keep_copy(&self.journal.file, &*self.record())
     }
 
     /// Returns when the container runs no process any more.
@@ -195,6 +190,8 @@ pub(crate) struct Store {
     sandboxes: RwLock<HashMap<String, Arc<Sandbox>>>,
     containers: RwLock<HashMap<String, Arc<Container>>>,
     pub names: Names,
+    /// A fact could not be written.
+    unwritten: Notify,
 }
 
 fn find<T>(map: &HashMap<String, Arc<T>>, what: &'static str, id: &str) -> Result<Arc<T>> {
@@ -213,6 +210,43 @@ fn find<T>(map: &HashMap<String, Arc<T>>, what: &'static str, id: &str) -> Resul
 }
 
 impl Store {
+    /// Changes a sandbox's record by what has happened already: in memory at once, on disk when that takes it.
+    pub fn note_sandbox(&self, sandbox: &Sandbox, change: impl FnOnce(&mut SandboxRecord)) {
+        if !sandbox.journal.note(change, |_| {}) {
+            self.unwritten.notify_one();
+        }
+    }
+
+    /// See [`Store::note_sandbox`].
+    pub fn note_container(&self, container: &Container, change: impl FnOnce(&mut ContainerRecord)) {
+        if !container.journal.note(change, |r| container.tell(r.phase)) {
+            self.unwritten.notify_one();
+        }
+    }
+
+    /// Returns when all facts are on disk that could not be written when they happened, having waited for such first.
+    pub async fn write_facts(&self) {
+        self.unwritten.notified().await;
+        loop {
+            tokio::time::sleep(WRITE_AGAIN).await;
+            if self.write_missing() {
+                return;
+            }
+        }
+    }
+
+    /// Whether nothing is missing any more. What is being changed or removed just now has its turn later.
+    fn write_missing(&self) -> bool {
+        let mut all = true;
+        for s in self.sandboxes().iter().filter(|s| s.journal.is_unwritten()) {
+            all &= s.op.try_lock().is_ok_and(|_held| s.journal.write_missing());
+        }
+        for c in self.containers().iter().filter(|c| c.journal.is_unwritten()) {
+            all &= c.op.try_lock().is_ok_and(|_held| c.journal.write_missing());
+        }
+        all
+    }
+
     /// By full id or unique prefix.
     pub fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>> {
         find(&self.sandboxes.read(), "sandbox", id)

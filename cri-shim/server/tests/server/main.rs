@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod devices;
+mod full;
 mod images;
 mod namespaces;
 mod network;

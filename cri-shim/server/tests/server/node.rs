@@ -84,19 +84,17 @@ impl Node {
         Node::start_in(dir, env).await
     }
 
-    /// A server whose disk is a small one of its own.
-    pub async fn start_on_disk(name: &str, megabytes: u64) -> Node {
+    /// A server whose disk is a small one of its own: a tmpfs with these mount options. The run folder is elsewhere, as on a node.
+    pub async fn start_on_disk(name: &str, options: &str) -> Node {
         let dir = Node::folder(name);
-        fs::create_dir_all(&dir).unwrap();
-        let size = format!("size={megabytes}m");
-        nix::mount::mount(
-            Some("tmpfs"),
-            &dir,
-            Some("tmpfs"),
-            nix::mount::MsFlags::empty(),
-            Some(size.as_str()),
-        )
-        .unwrap();
+        let mount = |source, at: &Path, options| {
+            fs::create_dir_all(at).unwrap();
+            nix::mount::mount(Some(source), at, Some("tmpfs"), nix::mount::MsFlags::empty(), options)
+                .unwrap();
+        };
+        mount("tmpfs", &dir, Some(options));
+        // By its source the server knows it for its own.
+        mount("orlop-run", &dir.join("run"), None);
         Node::start_in(dir, &[]).await
     }
 
@@ -482,7 +480,8 @@ impl Drop for Node {
         for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
             let _ = fs::remove_dir(hierarchy.path().join(self.cgroup.trim_start_matches('/')));
         }
-        // Only a disk of its own is mounted there.
+        // Only a disk of its own is mounted there, and its run folder if the server did not take that away.
+        let _ = nix::mount::umount(&self.dir.join("run"));
         let _ = nix::mount::umount(&self.dir);
         let _ = fs::remove_dir_all(&self.dir);
     }

@@ -306,14 +306,14 @@ async fn the_end_of_the_input_is_no_end_of_the_output() {
     node.purge_and_check();
 }
 
-fn signal_monitor(node: &Node, pod: &str, signal: nix::sys::signal::Signal) {
+pub fn signal_monitor(node: &Node, pod: &str, signal: nix::sys::signal::Signal) {
     let file = node.dir.join("run/s").join(pod).join("monitor.pid");
     let pid: i32 = fs::read_to_string(file).unwrap().trim().parse().unwrap();
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).unwrap();
 }
 
 /// Not so one that its parent has not reaped yet.
-fn lives(pid: u64) -> bool {
+pub fn lives(pid: u64) -> bool {
     fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty())
 }
 

@@ -330,7 +330,7 @@ async fn broken_records_are_cleaned_up() {
 
 #[tokio::test]
 async fn a_full_disk_is_said_and_leaves_nothing() {
-    let node = Node::start_on_disk("full", 48).await;
+    let node = Node::start_on_disk("full", "size=48m").await;
     plugin(&node, GOOD_ADD);
     let config = sandbox_config(&node, "full", false);
     let pod = node.run_pod(&config).await.unwrap();
