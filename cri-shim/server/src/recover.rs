@@ -236,6 +236,8 @@ impl Runtime {
                     // What the stop cannot ask for, it takes away.
                     let _ = self.adopt_state(sandbox, &state, &known).await;
                 }
+                // Somebody has to see the ends that the stop waits for.
+                self.watch(sandbox.clone(), None);
                 let _held = sandbox.op.lock().await;
                 self.stop_sandbox(sandbox).await?;
             }

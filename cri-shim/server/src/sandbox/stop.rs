@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use orlop_base::failpoint;
 use orlop_nri::api::Event;
 use orlop_proto::cri;
 use tokio::time::timeout;
@@ -47,6 +48,7 @@ impl Runtime {
         };
         // From here on no container can be made in it.
         self.store.note_sandbox(sandbox, |r| r.phase = SandboxPhase::NotReady);
+        failpoint::pass("stop-sandbox-before-kill")?;
         if silent {
             self.end_silent(sandbox).await?;
         }
