@@ -100,6 +100,7 @@ impl Runtime {
             exit_code: 0,
             reason: String::new(),
             message: String::new(),
+            start_unanswered: false,
             config: Encoded(config),
         };
         self.store.names.reserve(&container_name(&meta, &pod.metadata()), &id)?;

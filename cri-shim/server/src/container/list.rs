@@ -65,6 +65,7 @@ mod tests {
             exit_code: 0,
             reason: String::new(),
             message: String::new(),
+            start_unanswered: false,
         }
     }
 
@@ -86,6 +87,18 @@ mod tests {
         ] {
             assert_eq!(fits(&r, &filter), want, "{filter:?}");
         }
+    }
+
+    #[test]
+    fn a_start_without_an_answer() {
+        let mut r = record("a", "b", ContainerPhase::Created);
+        assert_eq!((state(&r), r.may_run()), (cri::ContainerState::ContainerCreated, false));
+        r.start_unanswered = true;
+        assert_eq!((state(&r), r.may_run()), (cri::ContainerState::ContainerUnknown, true));
+        r.phase = ContainerPhase::Running;
+        assert_eq!((state(&r), r.may_run()), (cri::ContainerState::ContainerRunning, true));
+        r.exited(0, false, 5);
+        assert_eq!((state(&r), r.may_run()), (cri::ContainerState::ContainerExited, false));
     }
 
     #[test]

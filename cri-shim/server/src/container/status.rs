@@ -12,6 +12,8 @@ use crate::store::{Container, ContainerPhase, ContainerRecord};
 /// The CRI's state. One that is being made has no state yet and is not shown.
 pub(crate) fn state(record: &ContainerRecord) -> cri::ContainerState {
     match record.phase {
+        // Of such a container the kubelet kills what may run before it starts another.
+        ContainerPhase::Created if record.may_run() => cri::ContainerState::ContainerUnknown,
         ContainerPhase::Creating | ContainerPhase::Created => cri::ContainerState::ContainerCreated,
         ContainerPhase::Running => cri::ContainerState::ContainerRunning,
         ContainerPhase::Exited => cri::ContainerState::ContainerExited,

@@ -25,7 +25,7 @@ impl Runtime {
             Err(e) if e.is_not_found() => return Ok(cri::StopContainerResponse {}),
             other => other?,
         };
-        if container.record().phase != ContainerPhase::Running {
+        if !container.record().may_run() {
             return Ok(cri::StopContainerResponse {});
         }
         if request.timeout > 0 {

@@ -173,12 +173,13 @@ impl Runtime {
                 tracing::info!(container = %container.id, exit_code = seen.exit_code, oom = seen.oom_killed, "container ended");
                 self.emit(&container, ContainerEventType::ContainerStoppedEvent);
             }
-            // Started by an RPC that was cut short by our own death.
+            // Started by an RPC that was cut short by our own death, or whose answer did not come.
             (MonitorPhase::Running, ContainerPhase::Created) => {
                 self.store.note_container(&container, |r| {
                     r.phase = ContainerPhase::Running;
                     r.pid = seen.pid;
                     r.started_at_ns = seen.started_at_ns;
+                    r.message.clear();
                 });
                 self.emit(&container, ContainerEventType::ContainerStartedEvent);
             }

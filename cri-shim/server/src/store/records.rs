@@ -131,6 +131,10 @@ pub(crate) struct ContainerRecord {
     pub exit_code: i32,
     pub reason: String,
     pub message: String,
+    /// While created: the monitor was asked to start it and has not answered, so that it may run. Records of earlier releases have
+    /// none.
+    #[serde(default)]
+    pub start_unanswered: bool,
 }
 
 impl SandboxRecord {
@@ -153,6 +157,12 @@ impl SandboxRecord {
 impl ContainerRecord {
     pub fn metadata(&self) -> cri::ContainerMetadata {
         self.config.metadata.clone().unwrap_or_default()
+    }
+
+    /// Whether it runs, as far as anybody knows, or may run.
+    pub fn may_run(&self) -> bool {
+        self.phase == ContainerPhase::Running
+            || self.phase == ContainerPhase::Created && self.start_unanswered
     }
 
     /// Notes an end that the monitor reported.

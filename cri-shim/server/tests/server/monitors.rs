@@ -31,3 +31,29 @@ async fn a_stop_that_was_cut_short_sees_how_containers_end() {
     assert_eq!((status.state, status.exit_code, status.message.as_str()), (EXITED, 137, ""));
     node.purge_and_check();
 }
+
+#[tokio::test]
+async fn a_start_without_an_answer_is_no_end() {
+    let node = Node::start("unanswered", &[]).await;
+    let config = sandbox_config(&node, "unanswered", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    let mut ids = Vec::new();
+    for name in ["again", "stopped"] {
+        ids.push(node.create(&pod, container_config(name, &["sleep", "1000"]), &config).await.unwrap());
+    }
+    signal_monitor(&node, &pod, SIGSTOP);
+    for done in futures::future::join_all(ids.iter().map(|id| node.start_container(id))).await {
+        assert_eq!(done.unwrap_err().code(), tonic::Code::Unavailable);
+    }
+    for id in &ids {
+        assert_eq!(node.status(id).await.state, UNKNOWN);
+    }
+    signal_monitor(&node, &pod, SIGCONT);
+    node.start_container(&ids[0]).await.unwrap();
+    let status = node.status(&ids[0]).await;
+    assert_eq!((status.state, status.message.as_str()), (RUNNING, ""));
+    let request = cri::StopContainerRequest { container_id: ids[1].clone(), timeout: 0 };
+    node.client().await.stop_container(request).await.unwrap();
+    assert_eq!(node.status(&ids[1]).await.state, EXITED);
+    node.purge_and_check();
+}
