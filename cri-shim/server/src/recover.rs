@@ -163,12 +163,12 @@ impl Runtime {
     async fn take_back_container(&self, container: &Container) {
         let sandbox = self.store.sandbox(&container.sandbox_id).ok();
         let alive = sandbox.filter(|s| s.record().phase == SandboxPhase::Ready);
-        let asked = match self.unmake_container(container, alive.as_ref()).await {
-            // The monitor is dead: only the files are left.
-            Err(Error::Monitor(_)) => self.unmake_container(container, None).await,
+        let done = match self.take_back(container, alive.as_ref()).await {
+            // The next look at its monitor takes away what that has of it.
+            Err(Error::Monitor(_)) => self.take_back(container, None).await,
             other => other,
         };
-        match asked {
+        match done {
             Ok(()) => tracing::info!(container = %container.id, "took back a half-made container"),
             Err(e) => {
                 tracing::error!(container = %container.id, error = %e, "could not take back a half-made container")

@@ -142,7 +142,7 @@ impl Runtime {
         .await;
         if let Err(e) = built {
             self.plugins_see_container_undone(&container).await;
-            if let Err(again) = self.unmake_container(&container, Some(sandbox)).await {
+            if let Err(again) = self.take_back(&container, Some(sandbox)).await {
                 tracing::warn!(container = %container.id, error = %again, "could not take back all of a failed container; the next start will");
             }
             return Err(e);

@@ -57,3 +57,29 @@ async fn a_start_without_an_answer_is_no_end() {
     assert_eq!(node.status(&ids[1]).await.state, EXITED);
     node.purge_and_check();
 }
+
+#[tokio::test]
+async fn a_monitor_that_dies_during_a_creation_leaves_no_files() {
+    let node =
+        Node::start("dies", &[("ORLOP_FAILPOINTS", "create-container-before-create=sleep(1000)")]).await;
+    let config = sandbox_config(&node, "dies", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    let bundles = node.dir.join("run/s").join(&pod).join("bundles");
+    let spec = || {
+        fs::read_dir(&bundles).into_iter().flatten().flatten().any(|b| b.path().join("config.json").exists())
+    };
+    let (created, ()) =
+        tokio::join!(node.create(&pod, container_config("main", &["sleep", "1000"]), &config), async {
+            wait_for("the bundle", spec).await;
+            signal_monitor(&node, &pod, SIGKILL);
+        });
+    created.unwrap_err();
+    assert!(node.list(None).await.is_empty());
+    for dir in ["images/rootfs", "state/containers"] {
+        let left: Vec<_> = fs::read_dir(node.dir.join(dir)).unwrap().flatten().map(|e| e.path()).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+    let request = cri::RemovePodSandboxRequest { pod_sandbox_id: pod };
+    node.client().await.remove_pod_sandbox(request).await.unwrap();
+    node.stop_and_check();
+}
