@@ -518,7 +518,8 @@ fn inside(root: &Path, sub: &str) -> Result<PathBuf> {
     }
     let joined = root.join(below);
     let real = fs::canonicalize(&joined).map_err(|_| bad("is not in the image"))?;
-    if !real.starts_with(root) {
+    // The run folder's own path may lead through links.
+    if !real.starts_with(fs::canonicalize(root).map_err(Error::io("look up", root))?) {
         return Err(bad("leads out of the image"));
     }
     Ok(real)
@@ -557,8 +558,11 @@ mod tests {
         fs::create_dir(root.join("a")).unwrap();
         std::os::unix::fs::symlink("/etc", root.join("out")).unwrap();
         assert_eq!(inside(&root, "a").unwrap(), root.join("a"));
+        let linked = dir.path().join("linked");
+        std::os::unix::fs::symlink(&root, &linked).unwrap();
+        assert_eq!(inside(&linked, "a").unwrap(), root.join("a"));
         for bad in ["../x", "/a", "out", "missing"] {
-            assert!(inside(&root, bad).is_err(), "{bad}");
+            assert!(inside(&root, bad).is_err() && inside(&linked, bad).is_err(), "{bad}");
         }
     }
 }
