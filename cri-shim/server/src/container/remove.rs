@@ -7,7 +7,7 @@ use orlop_proto::cri;
 
 use crate::error::Result;
 use crate::mounts;
-use crate::runtime::{Runtime, now_ns};
+use crate::runtime::{Runtime, noticed, now_ns};
 use crate::store::{Container, Sandbox};
 
 impl Runtime {
@@ -30,25 +30,27 @@ impl Runtime {
 
     /// Idempotent, and repeatable after any failure.
     pub async fn remove_one(&self, container: &Arc<Container>) -> Result<()> {
-        let _held = container.op.lock().await;
-        if self.store.container(&container.id).is_err() {
+        let id = container.id.as_str();
+        let _held = noticed("waiting for the container's other operation", id, container.op.lock()).await;
+        if self.store.container(id).is_err() {
             return Ok(());
         }
         let sandbox = self.store.sandbox(&container.sandbox_id).ok();
         let alive = sandbox.filter(|s| !s.record().stopped);
         if let Some(sandbox) = &alive {
-            sandbox.monitor.delete_container(&container.id).await?;
+            noticed("the monitor's deletion", id, sandbox.monitor.delete_container(id)).await?;
         }
         if !container.record().phase.has_ended() {
             self.store.note_container(container, |r| r.exited(137, false, now_ns()));
             self.emit(container, cri::ContainerEventType::ContainerStoppedEvent);
         }
-        let _told = self.plugins.hold().await;
-        self.plugins_see_end(container).await;
-        self.plugins_see(container, Event::RemoveContainer).await;
-        self.remove_files(container).await?;
-        self.store.drop_container(&container.id);
-        self.store.names.release(&container.id);
+        let _told = noticed("waiting for a new plugin", id, self.plugins.hold()).await;
+        noticed("telling plugins of the end", id, self.plugins_see_end(container)).await;
+        noticed("telling plugins of the removal", id, self.plugins_see(container, Event::RemoveContainer))
+            .await;
+        noticed("removing the files", id, self.remove_files(container)).await?;
+        self.store.drop_container(id);
+        self.store.names.release(id);
         self.emit(container, cri::ContainerEventType::ContainerDeletedEvent);
         Ok(())
     }

@@ -8,8 +8,8 @@ use tokio::time::timeout;
 
 use crate::error::{Error, Result};
 use crate::monitor::Kind;
-use crate::runtime::Runtime;
-use crate::store::{Container, ContainerPhase};
+use crate::runtime::{Runtime, noticed};
+use crate::store::Container;
 
 /// How long a killed container may take to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(60);
@@ -32,7 +32,7 @@ impl Runtime {
             self.signal(&container, container.record().stop_signal, false).await?;
             let grace = Duration::from_secs(request.timeout.unsigned_abs());
             if timeout(grace, container.ended()).await.is_ok() {
-                self.plugins_see_end(&container).await;
+                self.tell_end(&container).await;
                 return Ok(cri::StopContainerResponse {});
             }
         }
@@ -43,14 +43,19 @@ impl Runtime {
                 container.id
             ))
         })?;
-        self.plugins_see_end(&container).await;
+        self.tell_end(&container).await;
         Ok(cri::StopContainerResponse {})
+    }
+
+    async fn tell_end(&self, container: &Container) {
+        noticed("telling plugins of the end", &container.id, self.plugins_see_end(container)).await;
     }
 
     /// A container that has ended meanwhile is as good as signalled.
     async fn signal(&self, container: &Container, signal: i32, all: bool) -> Result<()> {
         let sandbox = self.store.sandbox(&container.sandbox_id)?;
-        match sandbox.monitor.signal(&container.id, signal, all).await {
+        let sent = sandbox.monitor.signal(&container.id, signal, all);
+        match noticed("the monitor's answer to a signal", &container.id, sent).await {
             Ok(()) => Ok(()),
             Err(e) if matches!(e.kind(), Some(Kind::NotFound | Kind::WrongState)) => Ok(()),
             // The watcher is about to notice that the monitor is dead, which ends the container too.

@@ -338,9 +338,17 @@ impl Runtime {
         let Some(given) = update.linux.as_ref().and_then(|l| l.resources.as_ref()) else { return Ok(()) };
         let limit = self.config.nri.as_ref().map(|c| c.request_timeout).unwrap_or_default();
         let busy = |_| Error::Internal(format!("container {} is busy", container.id));
-        let _held = timeout(limit, container.op.lock()).await.map_err(busy)?;
-        let record = container
-            .in_phase(&[ContainerPhase::Created, ContainerPhase::Running], "change its resources")?;
+        let alive = || {
+            container.in_phase(&[ContainerPhase::Created, ContainerPhase::Running], "change its resources")
+        };
+        // Whoever holds one that ends may be waiting for this very plugin.
+        let _held = tokio::select! {
+            biased;
+            // Dropping the wait for the lock gives up our place in the queue, which nobody needs any more.
+            () = container.ended() => return alive().map(drop),
+            held = timeout(limit, container.op.lock()) => held.map_err(busy)?,
+        };
+        let record = alive()?;
         let who: Who = &|_, _| plugin.to_owned();
         let merged = overlay(&record.resources, given, &self.facts, who)?;
         self.put_resources(&container, merged, Some(given), HashMap::new()).await

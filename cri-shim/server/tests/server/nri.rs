@@ -347,6 +347,28 @@ async fn plugins_change_updates_and_ask_for_their_own() {
     node.purge_and_check();
 }
 
+/// Plugins are told of an end while the container is held: one that wants to change it just then must not wait for itself.
+#[tokio::test]
+async fn an_update_of_a_container_that_ends_waits_for_nothing() {
+    let node = server("ends", PATIENT).await;
+    let config = sandbox_config(&node, "ends", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    let id = node.run_container(&pod, container_config("main", &["sleep", "1000"]), &config).await;
+    let mut asks = Plugin::start(&node, "10", "asks", &json!({})).await;
+    let hangs = Plugin::start(&node, "20", "hangs", &json!({"hang": ["StopContainer"]})).await;
+    let mut client = node.client().await;
+    let request = cri::RemoveContainerRequest { container_id: id.clone() };
+    let removal = tokio::spawn(async move { client.remove_container(request).await });
+    hangs.waits_for("StopContainer", 1).await;
+    let update = json!([{"container_id": id, "linux": {"resources": limit(56)}}]);
+    assert_eq!(asks.updates(&update).await.as_array().map(Vec::len), Some(1));
+    assert!(!removal.is_finished(), "the answer came with the end of the wait only");
+    drop(hangs);
+    removal.await.unwrap().unwrap();
+    asks.waits_for("RemoveContainer", 1).await;
+    node.purge_and_check();
+}
+
 #[tokio::test]
 async fn pods_come_up_without_plugins_that_fail() {
     let node = server("fail", "1000").await;
