@@ -112,9 +112,9 @@ impl Runtime {
         let mut writable = orlop_images::Usage::default();
         for key in self.images.rootfs_keys() {
             // One that is being removed is not counted.
-            if let Ok(u) = self.images.rootfs_usage(&key).await {
-                writable.bytes += u.bytes;
-                writable.inodes += u.inodes;
+            if let Some(layer) = self.layer(&key).await {
+                writable.bytes += layer.usage.bytes;
+                writable.inodes += layer.usage.inodes;
             }
         }
         let at = self.images.root().to_string_lossy().into_owned();

@@ -14,6 +14,7 @@ use crate::events::Events;
 use crate::facts::Facts;
 use crate::network::Network;
 use crate::nri::Plugins;
+use crate::stats::layers::Layers;
 use crate::store::Store;
 use crate::streaming::Sessions;
 
@@ -29,6 +30,7 @@ pub(crate) struct Runtime {
     /// Whether this run has loaded the default AppArmor profile; an earlier release's may differ.
     pub apparmor: tokio::sync::Mutex<bool>,
     pub plugins: Plugins,
+    pub layers: Layers,
     pub tasks: TaskGroup,
 }
 

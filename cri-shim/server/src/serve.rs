@@ -64,6 +64,7 @@ async fn open(
         facts: Facts::read(),
         apparmor: Default::default(),
         plugins: Plugins::new(config.nri.clone()),
+        layers: Default::default(),
         tasks: TaskGroup::new(stop),
         config,
     });

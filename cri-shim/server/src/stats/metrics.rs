@@ -326,8 +326,8 @@ impl Runtime {
             rows.put_with("container_ulimits_soft", &["max_open_files"], limit);
         }
         // A container that is being removed has no layer any more.
-        if let Ok(layer) = self.images.rootfs_usage(&c.id).await {
-            rows.put_with("container_fs_usage_bytes", &["overlay"], layer.bytes);
+        if let Some(layer) = self.layer(&c.id).await {
+            rows.put_with("container_fs_usage_bytes", &["overlay"], layer.usage.bytes);
         }
     }
 }

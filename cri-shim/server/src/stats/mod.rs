@@ -1,6 +1,7 @@
 //! Stats and metrics RPCs.
 
 pub(crate) mod cgroup;
+pub(crate) mod layers;
 pub(crate) mod metrics;
 mod network;
 
@@ -62,14 +63,14 @@ impl Runtime {
             ..Default::default()
         };
         // A container that is being removed has no layer any more.
-        if let Ok(u) = self.images.rootfs_usage(&container.id).await {
+        if let Some(layer) = self.layer(&container.id).await {
             out.writable_layer = Some(cri::FilesystemUsage {
-                timestamp: now,
+                timestamp: layer.at_ns,
                 fs_id: Some(cri::FilesystemIdentifier {
                     mountpoint: self.images.root().to_string_lossy().into_owned(),
                 }),
-                used_bytes: value(u.bytes),
-                inodes_used: value(u.inodes),
+                used_bytes: value(layer.usage.bytes),
+                inodes_used: value(layer.usage.inodes),
             });
         }
         if r.phase == ContainerPhase::Running

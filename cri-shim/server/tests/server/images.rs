@@ -308,3 +308,40 @@ async fn collecting_garbage_takes_nothing_that_runs() {
     drop(registry);
     node.purge_and_check();
 }
+
+#[tokio::test]
+async fn what_containers_write_is_counted() {
+    let node = Node::start("written", &[]).await;
+    let config = sandbox_config(&node, "written", true);
+    let pod = node.run_pod(&config).await.unwrap();
+    let ids = [
+        node.run_container(&pod, container_config("one", &["sleep", "1000"]), &config).await,
+        node.run_container(&pod, container_config("two", &["sleep", "1000"]), &config).await,
+    ];
+    let used = async || {
+        let mut client = ImageServiceClient::new(node.channel().await.unwrap());
+        let info = client.image_fs_info(cri::ImageFsInfoRequest {}).await.unwrap().into_inner();
+        let containers = &info.container_filesystems[0];
+        (containers.used_bytes.unwrap().value, containers.inodes_used.unwrap().value, containers.timestamp)
+    };
+    let (bytes, inodes, _) = used().await;
+    const WRITTEN: u64 = 3 << 20;
+    for id in &ids {
+        shell(&node, id, &format!("head -c {WRITTEN} /dev/zero > /large")).await;
+    }
+    // A look counts for a while; of one at the right time both files are in it.
+    let start = std::time::Instant::now();
+    while used().await.0 < bytes + 2 * WRITTEN {
+        assert!(start.elapsed() < std::time::Duration::from_secs(60), "{:?}", used().await);
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    }
+    assert_eq!(used().await.1, inodes + 2);
+    let mut client = node.client().await;
+    for id in ids {
+        client.remove_container(cri::RemoveContainerRequest { container_id: id }).await.unwrap();
+    }
+    let (bytes, inodes, timestamp) = used().await;
+    assert_eq!((bytes, inodes), (0, 0));
+    assert!(timestamp > 0);
+    node.purge_and_check();
+}
