@@ -309,6 +309,64 @@ async fn collecting_garbage_takes_nothing_that_runs() {
     node.purge_and_check();
 }
 
+/// Ends with the test.
+struct Closed(std::process::Child);
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        // Fails only when it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The kubelet hands over what is in pull secrets.
+#[tokio::test]
+async fn a_registry_that_wants_credentials_gets_them() {
+    let node = Node::start("closed", &[]).await;
+    // The same content, served to those only who know the password.
+    let open = registry(&node, &["one"]);
+    drop(open);
+    let address = format!("127.0.0.1:{}", orlop_base::testkit::free_port());
+    // bcrypt of "secret".
+    let users = "kubelet:$2b$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n";
+    fs::write(node.dir.join("htpasswd"), users).unwrap();
+    let child = Command::new("docker-registry")
+        .args(["serve", node.dir.join("registry.yml").to_str().unwrap()])
+        .env("REGISTRY_HTTP_ADDR", &address)
+        .env("REGISTRY_AUTH", "htpasswd")
+        .env("REGISTRY_AUTH_HTPASSWD_REALM", "closed")
+        .env("REGISTRY_AUTH_HTPASSWD_PATH", node.dir.join("htpasswd"))
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let _closed = Closed(child);
+    wait_for("the registry", || std::net::TcpStream::connect(&address).is_ok()).await;
+    let reference = format!("{address}/one:1");
+    let mut client = ImageServiceClient::new(node.channel().await.unwrap());
+    let mut pull = async |auth: Option<cri::AuthConfig>| {
+        let request = cri::PullImageRequest { image: spec(&reference), auth, ..Default::default() };
+        client.pull_image(request).await.map(|done| done.into_inner().image_ref)
+    };
+    let with = |username: &str, password: &str| cri::AuthConfig {
+        username: username.to_owned(),
+        password: password.to_owned(),
+        ..Default::default()
+    };
+    for auth in [None, Some(with("kubelet", "wrong")), Some(with("other", "secret"))] {
+        let e = pull(auth).await.unwrap_err();
+        assert_eq!(e.code(), Code::PermissionDenied, "{e}");
+        assert!(!is_here(&node, &reference).await);
+    }
+    // The same, in one word: base64 of kubelet:secret.
+    let coded = cri::AuthConfig { auth: "a3ViZWxldDpzZWNyZXQ=".to_owned(), ..Default::default() };
+    let id = pull(Some(coded)).await.unwrap();
+    assert_eq!(pull(Some(with("kubelet", "secret"))).await.unwrap(), id);
+    assert!(is_here(&node, &reference).await);
+    node.purge_and_check();
+}
+
 #[tokio::test]
 async fn what_containers_write_is_counted() {
     let node = Node::start("written", &[]).await;

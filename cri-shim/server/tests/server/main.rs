@@ -4,6 +4,7 @@ mod checkpoint;
 mod devices;
 mod full;
 mod images;
+mod lists;
 mod monitors;
 mod namespaces;
 mod network;
