@@ -225,6 +225,8 @@ pub mod uplink_flags {
     pub const XDP: u32 = 2;
     /// With POD: the pair's other end is in another network namespace, and packets need nothing between the two.
     pub const PEER: u32 = 4;
+    /// What comes in here has come in by another interface that is served, as by a port of a bridge.
+    pub const ABOVE: u32 = 8;
 }
 
 pub mod backend_flags {

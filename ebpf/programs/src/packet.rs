@@ -366,7 +366,10 @@ fn incoming(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const Ct
     }
     let p = &s.packet;
     if p.proto == UDP || opening {
-        forget(&mut s.key, p);
+        // What an interface below this one has translated a moment ago looks as if the client knew the backend itself.
+        if link.flags & uplink_flags::ABOVE == 0 {
+            forget(&mut s.key, p);
+        }
     } else if ends(p) && config.flags & config_flags::DIRECT != 0 {
         client_ends(&mut s.key, p);
     }

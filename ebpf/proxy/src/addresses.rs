@@ -1,7 +1,7 @@
 //! The node's interfaces and addresses, followed by netlink: where node ports answer, and where packets from outside
 //! come in.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv6Addr};
 
 use futures::channel::mpsc::UnboundedReceiver;
@@ -26,6 +26,8 @@ pub struct Interface {
     pub veth: bool,
     /// The other end of its pair is in another network namespace, and it belongs to no bridge or the like.
     pub leads_away: bool,
+    /// The bridge or the like that it belongs to.
+    pub controller: Option<u32>,
     /// Virtual interfaces that no packet from outside comes through.
     pub internal: bool,
     pub ethernet: bool,
@@ -149,6 +151,12 @@ pub fn decide(
         let peer = if i.leads_away { uplink_flags::PEER } else { 0 };
         (i.index, i.name.clone(), Uplink { flags: pod.flags | peer, ..pod })
     }));
+    let served: HashSet<u32> = node.uplinks.iter().map(|(index, ..)| *index).collect();
+    let above: HashSet<u32> =
+        interfaces.iter().filter(|i| served.contains(&i.index)).filter_map(|i| i.controller).collect();
+    for (index, _, uplink) in &mut node.uplinks {
+        uplink.flags |= if above.contains(index) { uplink_flags::ABOVE } else { 0 };
+    }
     node
 }
 
@@ -191,16 +199,16 @@ impl Watch {
                 loopback: l.header.flags.contains(LinkFlags::Loopback),
                 veth: false,
                 leads_away: false,
+                controller: None,
                 internal: false,
                 ethernet: l.header.link_layer_type == LinkLayerType::Ether,
                 addresses: Vec::new(),
             };
-            let mut enslaved = false;
             for a in l.attributes {
                 match a {
                     LinkAttribute::IfName(n) => i.name = n,
                     LinkAttribute::LinkNetNsId(_) => i.leads_away = true,
-                    LinkAttribute::Controller(_) => enslaved = true,
+                    LinkAttribute::Controller(index) => i.controller = Some(index),
                     LinkAttribute::LinkInfo(infos) => {
                         for info in infos {
                             match info {
@@ -215,7 +223,7 @@ impl Watch {
                     _ => {}
                 }
             }
-            i.leads_away &= i.veth && !enslaved;
+            i.leads_away &= i.veth && i.controller.is_none();
             all.push(i);
         }
         let mut addresses = self.handle.address().get().execute();
@@ -279,6 +287,7 @@ mod tests {
             loopback: name == "lo",
             veth: name.starts_with("veth"),
             leads_away: name == "veth1",
+            controller: None,
             internal: name.starts_with("dummy"),
             ethernet: true,
             addresses: addresses.iter().map(|a| (a.parse().unwrap(), !a.starts_with("127"))).collect(),
@@ -346,6 +355,25 @@ mod tests {
         assert!(n.uplinks[2..].iter().all(|(.., u)| u.addr4 == n.uplinks[0].2.addr4));
         let serving: Vec<_> = n.locals.iter().filter(|(_, f)| **f != 0).map(|(a, _)| *a).collect();
         assert_eq!(serving, [addr_from("192.0.2.6".parse().unwrap())]);
+    }
+
+    #[test]
+    fn bridges_whose_ports_are_served_are_told_apart() {
+        let mut all = [
+            interface("eth0", &["192.0.2.5/24"]),
+            interface("cni00", &["10.244.0.1/24"]),
+            interface("br0000", &["10.9.0.1/24"]),
+            interface("veth333", &[]),
+            interface("vnet5555", &[]),
+        ];
+        (all[3].controller, all[4].controller) = (Some(all[1].index), Some(all[2].index));
+        let above = |pods| {
+            let served = decide(&all, None, &[], pods).uplinks.into_iter();
+            let above = served.filter(|(.., u)| u.flags & uplink_flags::ABOVE != 0);
+            above.map(|(_, name, _)| name).collect::<Vec<_>>()
+        };
+        assert_eq!(above(true), ["cni00"], "no machine's port is served");
+        assert!(above(false).is_empty(), "nor are pods' now");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::process::Command;
 
-use orlop_ebpf_common::{Uplink, addr_from, local_flags};
+use orlop_ebpf_common::{Uplink, addr_from, local_flags, uplink_flags};
 use orlop_ebpf_loader::{Maps, Op, purge};
 use orlop_proxy::model::{Slice, SlicePort};
 
@@ -139,10 +139,14 @@ fn beside(force_clsact: bool) {
     let mut dp = w
         .node
         .run(move || {
-            for (name, own) in [("cni0", ["10.71.140.1", "fd71:140::1"]), ("flannel.1", NODE_ON_TUNNEL)] {
+            for (name, own, flags) in [
+                ("cni0", ["10.71.140.1", "fd71:140::1"], uplink_flags::ABOVE),
+                ("flannel.1", NODE_ON_TUNNEL, 0),
+                ("port0", NODE, uplink_flags::POD),
+            ] {
                 let [addr4, addr6] = own.map(|a| addr_from(a.parse().unwrap()));
                 let index = nix::net::if_::if_nametoindex(name).unwrap();
-                dp.attach_uplink(index, name, Uplink { addr4, addr6, l3_offset: 14, flags: 0 }).unwrap();
+                dp.attach_uplink(index, name, Uplink { addr4, addr6, l3_offset: 14, flags }).unwrap();
                 for a in [addr4, addr6] {
                     dp.maps.apply(&Op::PutLocal(a, local_flags::NODE_PORT)).unwrap();
                 }
@@ -166,10 +170,14 @@ fn beside(force_clsact: bool) {
         }
     }
     masqueraded();
-    // A pod on the bridge reaches Services by its packets alone, itself among the backends.
-    let to = SocketAddr::new(s.ip(Kind::ClusterIp, true), 80);
-    let got = w.bridged.run(move || probe(false, to, 2)).join().unwrap();
-    assert!(got.contains("pod ") && got.contains("remote "), "{got}");
+    // A pod on the bridge reaches Services by its packets alone, itself among the backends. They pass the port and the bridge.
+    for v in [0, 1] {
+        let to = SocketAddr::new(s.ip(Kind::ClusterIp, v == 0), 80);
+        for udp in [false, true] {
+            let got = w.bridged.run(move || probe(udp, to, 2)).join().unwrap();
+            assert_eq!(got, format!("pod {}, remote {}", NODE[v], BRIDGED[v]), "{to} udp={udp}");
+        }
+    }
 
     if force_clsact {
         assert_ne!(foreign(&w), before, "our filters are among them");
