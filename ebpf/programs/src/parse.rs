@@ -15,6 +15,7 @@ const ECHOV6: u8 = 128;
 const IPV6_FRAGMENT: u8 = 44;
 const IPV6_HOP_BY_HOP: u8 = 0;
 const IPV6_DESTINATION: u8 = 60;
+const VLAN_ID: u32 = 0x0fff;
 /// More of IPv6's headers in front of the transport's than this are nobody's.
 const MAX_EXTENSIONS: usize = 2;
 
@@ -72,6 +73,12 @@ fn ip_header(ctx: &TcContext, l3: u32, v4: bool, head: &mut [u8; 40], p: &mut Pa
 /// Reads a packet into the scratch.
 #[inline(always)]
 pub fn parse(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Kind {
+    // SAFETY: the context is valid while the program runs.
+    let (tagged, tag) = unsafe { ((*ctx.skb.skb).vlan_present, (*ctx.skb.skb).vlan_tci) };
+    // The VLAN's own interface sees it without the tag. Number 0 is no VLAN's.
+    if tagged != 0 && tag & VLAN_ID != 0 {
+        return Kind::Other;
+    }
     let l3 = if link.l3_offset == 0 { 0 } else { 14 };
     let v4 = match ctx.skb.protocol() {
         ETH_P_IP => true,

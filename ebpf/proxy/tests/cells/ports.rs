@@ -10,7 +10,9 @@ use aya::maps::{HashMap, Map, MapData};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket, sockopt,
 };
-use orlop_ebpf_common::{CtKey, CtValue, LAYOUT, UDP, addr_from, config_flags, counters, ct_dir, ct_flags};
+use orlop_ebpf_common::{
+    CtKey, CtValue, LAYOUT, UDP, addr_from, config_flags, counters, ct_dir, ct_flags,
+};
 use orlop_ebpf_loader::{Datapath, Maps};
 use orlop_proxy::desired::{Selection, desired};
 use orlop_proxy::model::Model;
@@ -408,4 +410,45 @@ fn reset_connections_are_forgotten_where_answers_come_from() {
         .join()
         .unwrap();
     assert!(nodes[1].maps.counter(counters::DIRECT) >= 6);
+}
+
+/// A frame with a VLAN's tag is for the VLAN's own interface. One whose tag says no more than how urgent it is, is not.
+#[test]
+fn frames_of_vlans_are_left_to_their_interfaces() {
+    let w = World::new();
+    let home = Home::new(false);
+    let dp = programs(&w, &home, State::LocalOnly);
+    let node = crate::fuzz::mac(&w.node, "up0");
+    let frames = [(5u16, 20_006u16), (0x6000, 20_007)].map(|(tag, port)| {
+        let mut f = node.to_vec();
+        f.extend([2, 0, 0, 0, 9, 9, 0x81, 0x00]);
+        f.extend(tag.to_be_bytes());
+        f.extend([0x08, 0x00]);
+        let mut ip = vec![0x45, 0, 0, 28, 0, 7, 0, 0, 64, UDP, 0, 0];
+        for a in [OUTSIDE[0], NODE[0]] {
+            ip.extend(a.parse::<std::net::Ipv4Addr>().unwrap().octets());
+        }
+        let sum = crate::fuzz::checksum(&ip).to_be_bytes();
+        ip[10..12].copy_from_slice(&sum);
+        f.extend(ip);
+        f.extend(port.to_be_bytes());
+        f.extend(node_port(true).port().to_be_bytes());
+        f.extend([0, 8, 0, 0]);
+        f
+    });
+    w.outside
+        .run(move || {
+            let mut wire = crate::wire::Wire::open("eth0");
+            frames.iter().for_each(|f| wire.send(f));
+        })
+        .join()
+        .unwrap();
+    let from = || {
+        let forward =
+            connections(&home).iter().flatten().filter(|(k, _)| k.dir == ct_dir::FORWARD).collect::<Vec<_>>();
+        forward.into_iter().map(|(k, _)| k.sport).collect::<Vec<_>>()
+    };
+    wait_for(|| from().contains(&20_007));
+    assert_eq!(from(), [20_007]);
+    drop(dp);
 }
