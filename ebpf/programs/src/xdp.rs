@@ -207,11 +207,14 @@ fn connection(s: &mut Scratch, now: u64) -> Option<*mut CtValue> {
             return Some(v);
         }
     }
-    // As for every packet: a Service that is gone translates no more, and datagrams leave a backend that is.
-    let front = select::frontend(&s.key.dst, s.key.dport, s.key.proto, SCOPE_EXTERNAL, || false, config)?;
+    if !leads_somewhere(&s.key.dst, s.key.dport, s.key.proto) {
+        return None;
+    }
     s.key.dir = ct_dir::FORWARD;
     let v = CONNECTIONS.get_ptr_mut(&s.key)?;
+    // As for every packet: datagrams leave a Service that is gone, and a backend that is.
     if s.key.proto == UDP {
+        let front = select::frontend(&s.key.dst, s.key.dport, UDP, SCOPE_EXTERNAL, || false, config)?;
         // SAFETY: a valid element.
         let known = unsafe { &*v };
         let moved =

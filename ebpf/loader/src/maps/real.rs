@@ -10,7 +10,7 @@ use aya::{Ebpf, Pod};
 use orlop_ebpf_common::noted::client;
 use orlop_ebpf_common::{
     Addr, AffinityKey, AffinityValue, Backend, Config, CtKey, CtValue, FrontendKey, FrontendValue,
-    MaglevTable, RangeKey, SCOPE_EXTERNAL, ServiceName, SlotKey, SockFlow, SockKey, SockReverse, Stats,
+    MaglevTable, RangeKey, SCOPE_EXTERNAL, ServiceName, SlotKey, SockFlow, SockKey, SockReverse, Stats, TCP,
     Uplink, counters, ct_dir, ct_flags, frontend_flags,
 };
 
@@ -138,22 +138,13 @@ impl RealMaps {
         }
         let word = filter.listed.add(k);
         filter.write(word)?;
-        let put = frontends.insert(k, v, NEW).map_err(failed);
-        if put.is_err() {
-            let word = filter.listed.remove(k);
-            filter.write(word)?;
-        }
-        put
+        frontends.insert(k, v, NEW).map_err(failed)
     }
 
     fn del_frontend(&mut self, k: &FrontendKey) -> Result<(), MapFailure> {
-        match self.frontends.table.remove(k) {
-            Ok(()) => {}
-            r => return missing("FRONTENDS", r),
-        }
-        let Some(filter) = &mut self.filter else { return Ok(()) };
-        let word = filter.listed.remove(k);
-        filter.write(word)
+        missing("FRONTENDS", self.frontends.table.remove(k))?;
+        let many = self.filter.as_mut().is_some_and(|f| f.listed.goes());
+        if many { self.show() } else { Ok(()) }
     }
 
     /// The maps of a load balancer that somebody else runs, or that runs by itself.
@@ -484,12 +475,18 @@ impl Maps for RealMaps {
         self.frontends.put_all(&frontends)
     }
 
-    /// Brings the filter in step with the frontends that are there.
+    /// Brings the filter in step with the frontends and connections that are there.
     fn show(&mut self) -> Result<(), MapFailure> {
         let Some(filter) = &mut self.filter else { return Ok(()) };
         let mut there = Vec::new();
         self.frontends.handle.each(1, |k, _: &[FrontendValue]| there.push(k))?;
-        filter.listed = Listed::new(&there);
+        // A TCP connection goes on when its frontend goes.
+        self.connections.handle.each(1, |k: CtKey, _: &[CtValue]| {
+            if k.dir == ct_dir::FORWARD && k.proto == TCP {
+                there.push(FrontendKey { addr: k.dst, port: k.dport, proto: TCP, scope: SCOPE_EXTERNAL });
+            }
+        })?;
+        filter.listed = Listed::new(there);
         let mut changed = Pairs(Vec::new(), Vec::new());
         let wanted = filter.listed.words();
         filter.all.each(1, |i: u32, have: &[u64]| {

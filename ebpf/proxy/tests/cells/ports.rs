@@ -412,6 +412,80 @@ fn reset_connections_are_forgotten_where_answers_come_from() {
     assert!(nodes[1].maps.counter(counters::DIRECT) >= 6);
 }
 
+/// A Service that goes takes no connection with it, as long as both ends want it: not what rule-based proxies do, nor what our
+/// sockets do.
+fn outlive_the_service(by_driver: bool) {
+    let w = World::new();
+    let mut home = Home::new(false);
+    if by_driver {
+        home.config.xdp = vec!["up0".into(), "up1".into()];
+        for net in [&w.outside, &w.other] {
+            net.run(|| crate::wire::like_a_card("eth0")).join().unwrap();
+        }
+    }
+    for v in [0, 1] {
+        hold(&w.pod, POD[v]);
+        hold(&w.other, REMOTE_POD[v]);
+    }
+    for state in [State::LocalOnly, State::RemoteOnly] {
+        let mut dp = programs(&w, &home, state);
+        let names = |v: usize| {
+            let s = spec(state);
+            [
+                SocketAddr::new(NODE[v].parse().unwrap(), s.node_port(false)),
+                SocketAddr::new(s.ip(Kind::LoadBalancer, v == 0), 80),
+                SocketAddr::new(s.ip(Kind::ClusterIp, v == 0), 80),
+            ]
+        };
+        let all: Vec<SocketAddr> = [0, 1].into_iter().flat_map(names).collect();
+        let mut open: Vec<TcpStream> = all
+            .iter()
+            .map(|to| {
+                let to = *to;
+                let mut s =
+                    w.outside.run(move || TcpStream::connect_timeout(&to, PATIENCE).unwrap()).join().unwrap();
+                s.set_read_timeout(Some(PATIENCE)).unwrap();
+                seen(&mut s);
+                s
+            })
+            .collect();
+        let mut all_echo = |when: &str| {
+            for s in &mut open {
+                for round in 0..5 {
+                    echoes(s, format!("{when} {round}").as_bytes());
+                }
+            }
+        };
+        all_echo("before");
+        Tables::adopt(dp.maps.dump().unwrap()).drop_orphans(&mut dp.maps).unwrap();
+        assert!(dp.maps.dump().unwrap().frontends.is_empty());
+        let before = dp.maps.counter(counters::XDP);
+        all_echo("without the Service");
+        let sent_on = dp.maps.counter(counters::XDP) > before;
+        assert_eq!(sent_on, by_driver && state == State::RemoteOnly);
+        for to in [all[0], all[3]] {
+            let new = w.outside.run(move || TcpStream::connect_timeout(&to, PATIENCE).map(drop));
+            let error = new.join().unwrap().unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused, "{to}");
+        }
+        drop(dp);
+        // A new process lists anew what packets may be for.
+        let dp = program_with(&w, &home.config, |_| ());
+        all_echo("after a restart");
+        drop(dp);
+    }
+}
+
+#[test]
+fn connections_outlive_their_service() {
+    outlive_the_service(false);
+}
+
+#[test]
+fn connections_that_drivers_send_on_outlive_their_service() {
+    outlive_the_service(true);
+}
+
 /// A frame with a VLAN's tag is for the VLAN's own interface. One whose tag says no more than how urgent it is, is not.
 #[test]
 fn frames_of_vlans_are_left_to_their_interfaces() {
