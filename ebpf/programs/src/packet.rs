@@ -85,7 +85,9 @@ fn touch(e: *mut CtValue, p: &Packet, now: u64) {
     if ends(p) {
         set_flags(e, ct_flags::CLOSING | reset(p));
     }
-    clear_flags(e, ct_flags::NEW);
+    // A backend that has reset a connection and now takes one from the same port has begun another one.
+    let anew = ct_flags::CLOSING | ct_flags::FAR_CLOSING | ct_flags::RESET;
+    clear_flags(e, ct_flags::NEW | if p.tcp & TCP_SYN != 0 { anew } else { 0 });
 }
 
 #[inline(always)]

@@ -11,7 +11,7 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket, sockopt,
 };
 use orlop_ebpf_common::{
-    CtKey, CtValue, LAYOUT, UDP, addr_from, config_flags, counters, ct_dir, ct_flags,
+    CtKey, CtValue, LAYOUT, TCP, UDP, addr_from, config_flags, counters, ct_dir, ct_flags,
 };
 use orlop_ebpf_loader::{Datapath, Maps};
 use orlop_proxy::desired::{Selection, desired};
@@ -484,6 +484,45 @@ fn connections_outlive_their_service() {
 #[test]
 fn connections_that_drivers_send_on_outlive_their_service() {
     outlive_the_service(true);
+}
+
+/// A backend resets a connection, and its client comes again from the same port: what is noted of the first one is not the
+/// second one's.
+#[test]
+fn a_reset_by_the_backend_is_not_the_next_connections() {
+    let w = World::new();
+    for (state, net, own) in [(State::LocalOnly, &w.pod, POD), (State::RemoteOnly, &w.other, REMOTE_POD)] {
+        let home = Home::new(false);
+        let _dp = programs(&w, &home, state);
+        for v in [0, 1] {
+            let at = SocketAddr::new(own[v].parse().unwrap(), BACKEND_PORT);
+            let to = SocketAddr::new(NODE[v].parse().unwrap(), spec(state).node_port(false));
+            let listener = net.run(move || TcpListener::bind(at).unwrap()).join().unwrap();
+            let open = || {
+                let client = w.outside.run(move || from_port(20_005, to, PATIENCE).unwrap());
+                let (server, _) = listener.accept().unwrap();
+                (client.join().unwrap(), server)
+            };
+            let is_reset = || {
+                let table = connections(&home);
+                let answers = table
+                    .iter()
+                    .flatten()
+                    .find(|(k, _)| k.dir == ct_dir::REPLY && k.proto == TCP && k.src == addr_from(at.ip()));
+                answers.expect("the connection is known").1.flags & ct_flags::RESET != 0
+            };
+            let (client, server) = open();
+            reset(server);
+            wait_for(is_reset);
+            drop(client);
+            let (mut client, mut server) = open();
+            client.write_all(b"x").unwrap();
+            server.read_exact(&mut [0]).unwrap();
+            server.write_all(b"x").unwrap();
+            client.read_exact(&mut [0]).unwrap();
+            assert!(!is_reset(), "{to}");
+        }
+    }
 }
 
 /// A frame with a VLAN's tag is for the VLAN's own interface. One whose tag says no more than how urgent it is, is not.
