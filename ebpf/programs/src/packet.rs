@@ -10,7 +10,10 @@
 //! A Service without endpoints is refused by the node's own stack: the packet is sent to port 0 of the node, where nobody
 //! can listen, and the stack's reset or ICMP error is named back like any answer.
 
-use aya_ebpf::helpers::bpf_get_prandom_u32;
+use aya_ebpf::bindings::{
+    bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
+};
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_sk_release, bpf_skc_lookup_tcp};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use orlop_ebpf_common::lifetime::{due, ended, over, quiet, spare};
@@ -32,6 +35,12 @@ const SNAT_TRIES: u32 = 16;
 const SPARE_TRIES: u32 = 8;
 /// Flag of an insertion (BPF_NOEXIST).
 const NO_EXIST: u64 = 1;
+
+/// Addresses and ports of a connection, of each family; this network namespace; a state of sockets.
+const TUPLE4: u32 = 12;
+const TUPLE6: u32 = 36;
+const HERE: u64 = u64::MAX;
+const TCP_LISTEN: u32 = 10;
 
 /// Clients of [`AffinityKey`] that are addresses.
 const KIND_ADDRESS: u32 = 0;
@@ -360,6 +369,11 @@ fn incoming(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const Ct
                     return Ok(v.cast_const());
                 }
             }
+            // What is in the middle of a connection may be one of the node's own, from a port that is a node port by now.
+            let p = &s.packet;
+            if p.proto == TCP && !opening && (p.tcp & TCP_SYN != 0 || is_of_node(ctx, p)) {
+                return Err(NEXT);
+            }
             return connect(ctx, front, config, link, s, now);
         }
     }
@@ -573,6 +587,36 @@ fn own_address(link: &Uplink, v4: bool) -> Addr {
 #[inline(always)]
 fn is_local(addr: &Addr) -> bool {
     LOCAL_ADDRS.get_ptr(addr).is_some()
+}
+
+/// Whether a socket of the node's own has this connection.
+#[inline(always)]
+fn is_of_node(ctx: &TcContext, p: &Packet) -> bool {
+    if !is_local(&p.dst) {
+        return false;
+    }
+    // SAFETY: all zeros is a valid value of this plain C union.
+    let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+    let (sport, dport) = (p.sport.to_be(), p.dport.to_be());
+    let size = if p.v4 {
+        tuple.__bindgen_anon_1.ipv4 =
+            bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 { saddr: p.src[3], daddr: p.dst[3], sport, dport };
+        TUPLE4
+    } else {
+        tuple.__bindgen_anon_1.ipv6 =
+            bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 { saddr: p.src, daddr: p.dst, sport, dport };
+        TUPLE6
+    };
+    // SAFETY: the tuple is valid and as long as is said; a socket is read before it is given back.
+    unsafe {
+        let socket = bpf_skc_lookup_tcp(ctx.skb.skb.cast(), &raw mut tuple, size, HERE, 0);
+        if socket.is_null() {
+            return false;
+        }
+        let state = core::ptr::read_volatile(&raw const (*socket).state);
+        bpf_sk_release(socket.cast());
+        state != TCP_LISTEN
+    }
 }
 
 /// Whether packets to the backend in `forward` need another source than the client's; puts it into the reply's key

@@ -525,6 +525,39 @@ fn a_reset_by_the_backend_is_not_the_next_connections() {
     }
 }
 
+/// A process of the node's may connect from a port that is a node port too: before it is one, and after.
+#[test]
+fn the_nodes_own_connections_are_left_alone() {
+    let w = World::new();
+    let home = Home::new(false);
+    for v in [0, 1] {
+        hold(&w.outside, OUTSIDE[v]);
+        hold(&w.pod, POD[v]);
+    }
+    let mut dp = program_with(&w, &home.config, |_| ());
+    let port = spec(State::LocalOnly).node_port(false);
+    let open = || {
+        [OUTSIDE, POD].as_flattened().iter().map(|a| SocketAddr::new(a.parse().unwrap(), BACKEND_PORT)).map(
+            |to| {
+                let mut s = w.node.run(move || from_port(port, to, PATIENCE).unwrap()).join().unwrap();
+                seen(&mut s);
+                s
+            },
+        )
+    };
+    let mut before: Vec<TcpStream> = open().collect();
+    now(&mut dp, State::LocalOnly);
+    for s in &mut before {
+        echoes(s, b"older than the node port");
+        reset(s.try_clone().unwrap());
+    }
+    for mut s in open() {
+        echoes(&mut s, b"younger");
+    }
+    assert_eq!(dp.maps.counter(counters::RESUMED), 0);
+    assert_eq!(dp.maps.counter(counters::PACKET_CONNECTIONS), 0);
+}
+
 /// A frame with a VLAN's tag is for the VLAN's own interface. One whose tag says no more than how urgent it is, is not.
 #[test]
 fn frames_of_vlans_are_left_to_their_interfaces() {
