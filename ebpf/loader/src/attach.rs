@@ -111,8 +111,9 @@ impl Datapath {
         pin::make_room(&config.pins, &config.sizes)?;
         let mut bpf = parse(config)?;
         let mut maps = RealMaps::take(&mut bpf)?;
-        let snat = snat_ports();
-        let flags = maps.config().map(|c| c.flags).unwrap_or(0);
+        let before = maps.config().unwrap_or_default();
+        let snat = snat_ports((before.snat_first, before.snat_last));
+        let flags = before.flags;
         maps.set_config(KernelConfig {
             layout: LAYOUT,
             flags,
@@ -280,11 +281,15 @@ fn map_error(name: &'static str, e: MapFailure) -> Error {
     Error::Path { what: "write BPF map", path: PathBuf::from(name), source: io::Error::other(e) }
 }
 
-/// The range for translated sources: where the node's own sockets get no port by themselves.
-fn snat_ports() -> (u16, u16) {
+/// The range for translated sources: where the node's own sockets get no port by themselves. What it was before stays if it
+/// can: answers to ports outside of it are not looked for.
+fn snat_ports(before: (u16, u16)) -> (u16, u16) {
     let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
     let mut numbers = text.split_whitespace().filter_map(|n| n.parse().ok());
     let (Some(first), Some(last)) = (numbers.next(), numbers.next()) else { return SNAT_PORTS };
+    if stays(before, first, last) {
+        return before;
+    }
     let chosen = outside(first, last);
     if chosen.is_none() {
         tracing::warn!(
@@ -297,8 +302,17 @@ fn snat_ports() -> (u16, u16) {
     chosen.unwrap_or(SNAT_PORTS)
 }
 
+fn wide(r: &(u16, u16)) -> bool {
+    r.1.saturating_sub(r.0) >= MIN_SNAT_PORTS
+}
+
+/// Whether a range is one that could be chosen.
+fn stays(range: (u16, u16), first: u16, last: u16) -> bool {
+    let clear_of = |other: (u16, u16)| range.1 < other.0 || range.0 > other.1;
+    wide(&range) && clear_of((first, last)) && clear_of(NODE_PORTS)
+}
+
 fn outside(first: u16, last: u16) -> Option<(u16, u16)> {
-    let wide = |r: &(u16, u16)| r.1.saturating_sub(r.0) >= MIN_SNAT_PORTS;
     let above = (last.saturating_add(1).max(SNAT_PORTS.0), u16::MAX);
     let between = (NODE_PORTS.1 + 1, first.saturating_sub(1));
     let below = (10_000, NODE_PORTS.0.min(first) - 1);
@@ -431,5 +445,15 @@ mod tests {
         assert_eq!(outside(40_000, 65_535), Some((32_768, 39_999)));
         assert_eq!(outside(32_768, 65_535), Some((10_000, 29_999)));
         assert_eq!(outside(1024, 65_535), None);
+    }
+
+    #[test]
+    fn translated_sources_stay_as_long_as_they_can() {
+        assert!(stays((61_000, 65_535), 32_768, 60_999));
+        assert!(stays((61_000, 65_535), 32_768, 50_000), "fewer ports of the node's");
+        assert!(stays((32_768, 39_999), 40_000, 65_535));
+        assert!(!stays((61_000, 65_535), 32_768, 61_000));
+        assert!(!stays((61_000, 65_535), 62_000, 63_000), "in the midst of it");
+        assert!(!stays((30_000, 39_999), 40_000, 65_535) && !stays((0, 0), 40_000, 65_535));
     }
 }
