@@ -1,15 +1,16 @@
-//! Packets of a connection's two directions that two CPUs see at the same moment: each notes something in the entry of the
-//! answers, and neither may undo what the other has noted.
+//! What two CPUs do at the same moment. Packets of a connection's two directions: each notes something in the entry of the
+//! answers, and neither may undo what the other has noted. First packets of two connections: one source port is for one.
 
 #[allow(dead_code)]
 mod place;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, loaded_programs};
 use nix::sched::{CloneFlags, CpuSet, sched_getaffinity, sched_setaffinity, unshare};
 use nix::unistd::Pid;
@@ -92,16 +93,25 @@ fn stay_on(cpu: usize) {
 
 #[test]
 fn no_cpu_undoes_what_another_notes() {
-    let place = Place::new("fl");
+    with_node_port("fl", TCP, |_, connections| race(connections));
+}
+
+#[test]
+fn no_two_cpus_take_one_source_port() {
+    with_node_port("fp", UDP, one_port);
+}
+
+/// Runs `f` in a network namespace of its own where the programs serve a node port.
+fn with_node_port(prefix: &str, proto: u8, f: fn(&Path, MapData)) {
+    let place = Place::new(prefix);
     let config = place.config();
     thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).expect("run as root");
         let mut dp = Datapath::open(&config).unwrap();
         let uplink = Uplink { addr4: addr(NODE), l3_offset: 14, ..Uplink::default() };
         dp.attach_uplink(LO, "lo", uplink).unwrap();
-        let backend =
-            Backend { addr: addr(POD), port: BACKEND_PORT, proto: TCP, flags: backend_flags::LOCAL };
-        let front = FrontendKey { addr: any_addr(true), port: NODE_PORT, proto: TCP, scope: SCOPE_EXTERNAL };
+        let backend = Backend { addr: addr(POD), port: BACKEND_PORT, proto, flags: backend_flags::LOCAL };
+        let front = FrontendKey { addr: any_addr(true), port: NODE_PORT, proto, scope: SCOPE_EXTERNAL };
         for op in [
             Op::PutLocal(addr(NODE), local_flags::NODE_PORT),
             Op::PutBackend(1, backend),
@@ -113,10 +123,99 @@ fn no_cpu_undoes_what_another_notes() {
         ] {
             dp.maps.apply(&op).unwrap();
         }
-        race(MapData::from_pin(config.pins.join(format!("v{LAYOUT}/CONNECTIONS"))).unwrap());
+        let maps = config.pins.join(format!("v{LAYOUT}"));
+        f(&maps, MapData::from_pin(maps.join("CONNECTIONS")).unwrap());
     })
     .join()
     .unwrap();
+}
+
+fn two_cpus() -> Vec<usize> {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    (0..CpuSet::count()).filter(|c| allowed.is_set(*c).unwrap_or(false)).take(2).collect()
+}
+
+/// A datagram without data in a frame.
+fn datagram(from: ([u8; 4], u16), to: ([u8; 4], u16)) -> Vec<u8> {
+    let mut f = frame(from, to, 0);
+    f.truncate(42);
+    (f[17], f[23], f[39]) = (28, UDP, 8);
+    f
+}
+
+/// Two flows of a pod to itself, which need a source port each, where there is one alone and that one is of a flow which is over.
+fn one_port(maps: &Path, connections: MapData) {
+    const PORT: u16 = 61_000;
+    let map = connections.info().unwrap().id();
+    let mut connections: HashMap<_, CtKey, CtValue> =
+        HashMap::try_from(Map::LruHashMap(connections)).unwrap();
+    let config = Map::Array(MapData::from_pin(maps.join("CONFIG")).unwrap());
+    let mut config: Array<_, Config> = Array::try_from(config).unwrap();
+    let set = Config { snat_first: PORT, snat_last: PORT, ..config.get(&0, 0).unwrap() };
+    config.set(0, set, 0).unwrap();
+    let (node, pod) = (addr(NODE), addr(POD));
+    let answers = CtKey {
+        src: pod,
+        dst: node,
+        sport: BACKEND_PORT,
+        dport: PORT,
+        proto: UDP,
+        dir: ct_dir::REPLY,
+        pad: 0,
+    };
+    let flows = [CLIENT_PORT, CLIENT_PORT + 1].map(|sport| CtKey {
+        src: pod,
+        dst: node,
+        sport,
+        dport: NODE_PORT,
+        proto: UDP,
+        dir: ct_dir::FORWARD,
+        pad: 0,
+    });
+    // Times begin when the machine does: what was never seen is over some minutes later.
+    let up = || nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap().tv_sec();
+    while up() < 200 {
+        thread::sleep(Duration::from_secs(1));
+    }
+    let cpus = two_cpus();
+    let arrived = Arc::new(AtomicUsize::new(0));
+    let over = Arc::new(AtomicUsize::new(ROUNDS));
+    let [first, second] = flows.map(|k| datagram((POD, k.sport), (NODE, NODE_PORT)));
+    let other = {
+        let (arrived, over, cpu) = (arrived.clone(), over.clone(), cpus[cpus.len() - 1]);
+        thread::spawn(move || {
+            let ingress = program("lb_ingress", map);
+            stay_on(cpu);
+            let mut round = 0;
+            while round < over.load(Ordering::Acquire) {
+                meet(&arrived, round * 2);
+                wait(round * 7 % 512);
+                run(&ingress, &second);
+                meet(&arrived, round * 2 + 1);
+                round += 1;
+            }
+        })
+    };
+    let ingress = program("lb_ingress", map);
+    stay_on(cpus[0]);
+    let (begin, mut shared, mut done) = (Instant::now(), 0, 0);
+    while done < over.load(Ordering::Acquire) {
+        connections.insert(answers, CtValue::default(), 0).unwrap();
+        flows.iter().for_each(|k| drop(connections.remove(k)));
+        if begin.elapsed() > TIME {
+            over.store(done + 1, Ordering::Release);
+        }
+        meet(&arrived, done * 2);
+        run(&ingress, &first);
+        meet(&arrived, done * 2 + 1);
+        let taken = flows.iter().filter(|k| connections.get(k, 0).is_ok()).count();
+        assert!(taken > 0, "round {done}: nobody has it");
+        shared += taken - 1;
+        done += 1;
+    }
+    other.join().unwrap();
+    println!("{done} rounds, {shared} with two owners of one port");
+    assert_eq!(shared, 0, "of {done} rounds");
 }
 
 fn race(connections: MapData) {
@@ -139,9 +238,7 @@ fn race(connections: MapData) {
     const ENDED: u32 = ct_flags::CLOSING | ct_flags::FAR_CLOSING;
     assert_eq!(begun.flags & (NEW | ENDED), NEW);
 
-    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
-    let cpus: Vec<usize> =
-        (0..CpuSet::count()).filter(|c| allowed.is_set(*c).unwrap_or(false)).take(2).collect();
+    let cpus = two_cpus();
     let arrived = Arc::new(AtomicUsize::new(0));
     let over = Arc::new(AtomicUsize::new(ROUNDS));
     let ends = [

@@ -183,6 +183,22 @@ pub fn clear_flags(v: *mut CtValue, flags: u32) {
     }
 }
 
+/// Makes a connection that was last seen at this time one that is seen now: of several CPUs that want its source port, for one.
+#[inline(always)]
+pub fn claim(v: *mut CtValue, seen: u64, now: u64) -> bool {
+    let before: u64;
+    // SAFETY: a valid element.
+    unsafe {
+        asm!(
+            "r0 = cmpxchg_64(r1 + 0, r0, r2)",
+            inlateout("r0") seen => before,
+            in("r1") &raw mut (*v).last_seen_ns,
+            in("r2") now,
+        );
+    }
+    before == seen && seen != now
+}
+
 /// A TCP or UDP packet, or the ICMP error about one.
 #[derive(Clone, Copy)]
 #[repr(C)]

@@ -681,10 +681,16 @@ fn source_port(s: &mut Scratch, config: &Config, now: u64) -> Option<u16> {
     for i in 0..SNAT_TRIES {
         let port = (first + start.wrapping_add(i * 7) % range) as u16;
         s.rkey.dport = port;
-        // SAFETY: elements are replaced as a whole.
-        let flags = match unsafe { CONNECTIONS.get(&s.rkey) } {
-            Some(old) if over(old, proto, now) => 0,
-            Some(_) => continue,
+        let flags = match CONNECTIONS.get_ptr_mut(&s.rkey) {
+            Some(old) => {
+                // SAFETY: a valid element.
+                let seen = unsafe { (*old).last_seen_ns };
+                // SAFETY: as above.
+                if !over(unsafe { &*old }, proto, now) || !claim(old, seen, now) {
+                    continue;
+                }
+                0
+            }
             None => NO_EXIST,
         };
         if CONNECTIONS.insert(&s.rkey, &s.reply, flags).is_ok() {
@@ -705,5 +711,12 @@ fn source_port(s: &mut Scratch, config: &Config, now: u64) -> Option<u16> {
         return None;
     }
     s.rkey.dport = best;
+    let old = CONNECTIONS.get_ptr_mut(&s.rkey)?;
+    // SAFETY: a valid element.
+    let seen = unsafe { (*old).last_seen_ns };
+    // SAFETY: as above. Another CPU may have taken it meanwhile.
+    if spare(unsafe { &*old }, proto, now) == 0 || !claim(old, seen, now) {
+        return None;
+    }
     if CONNECTIONS.insert(&s.rkey, &s.reply, 0).is_ok() { Some(best) } else { None }
 }
