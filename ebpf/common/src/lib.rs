@@ -9,7 +9,7 @@ pub mod maglev;
 pub mod noted;
 
 /// Version of all layouts in this crate. Pinned maps live in a folder named after it.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// An address of either family: four words in network byte order; IPv4 is mapped (`::ffff:a.b.c.d`), so one set of maps
 /// serves both families and dual-stack sockets.
@@ -105,11 +105,14 @@ shared! {
     AffinityKey[24] { service: u32, kind: u32, client: Addr, }
     AffinityValue[16] { last_seen_ns: u64, backend: u32, reserved: u32, }
 
-    /// A peer as one socket sees it: key of SOCK_REVERSE and SOCK_SENT (peer = backend) and SOCK_FLOWS (peer = frontend). The cookie
-    /// keeps apart sockets that reach one backend through different Services.
+    /// A peer as one socket sees it: key of SOCK_SENT (peer = backend) and SOCK_FLOWS (peer = frontend). The cookie keeps apart
+    /// sockets that reach one backend through different Services.
     SockKey[32] { cookie: u64, addr: Addr, port: u16, proto: u8, pad: u8, reserved: u32, }
     /// What the socket's owner asked for.
     SockReverse[24] { addr: Addr, port: u16, pad: u16, service: u32, }
+    /// The backend that a connected socket was led to, and by which name: value of SOCK_REVERSE, keyed by the socket's cookie, as it
+    /// has one peer at a time.
+    SockPeer[44] { addr: Addr, port: u16, proto: u8, pad: u8, name: SockReverse, }
     /// The backend that an unconnected UDP socket uses for a frontend.
     SockFlow[8] { backend: u32, set: u32, }
 

@@ -158,6 +158,10 @@ impl Datapath {
                 source,
             })?;
         }
+        if let Some(old) = pin::older_peers(&self.config.pins) {
+            let failed = |source| Error::Map { name: "SOCK_REVERSE", source: Box::new(source) };
+            self.maps.adopt_peers(old).map_err(failed)?;
+        }
         pin::remove_older(&self.config.pins)?;
         self.programs = programs.take();
         Ok(())

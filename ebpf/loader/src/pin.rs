@@ -18,7 +18,7 @@ use aya::maps::MapData;
 use orlop_ebpf_common::{
     Addr, AffinityKey, AffinityValue, Backend, Config, CtKey, CtValue, FragmentKey, FragmentPorts,
     FrontendKey, FrontendValue, LAYOUT, MaglevTable, RangeKey, ServiceName, SlotKey, SockFlow, SockKey,
-    SockReverse, Stats, Uplink,
+    SockPeer, SockReverse, Stats, Uplink,
 };
 use rustix::mount::{MountFlags, UnmountFlags};
 
@@ -104,6 +104,14 @@ pub(crate) fn adopt_older(pins: &Path) -> Result<(), Error> {
     Ok(())
 }
 
+/// The table of connected sockets that layouts before the third have, if there is one.
+pub(crate) fn older_peers(pins: &Path) -> Option<MapData> {
+    let older = layouts(pins).into_iter().filter(|l| *l < LAYOUT).max()?;
+    let path = pins.join(format!("v{older}/SOCK_REVERSE"));
+    let shape = ("SOCK_REVERSE", size_of::<SockKey>(), size_of::<SockReverse>());
+    if has_shape(&path, &shape) { MapData::from_pin(path).ok() } else { None }
+}
+
 /// Refuses maps of this layout whose keys or values have another size than ours, whoever made them: nothing else looks.
 pub(crate) fn check_shapes(pins: &Path) -> Result<(), Error> {
     for shape in SHAPES.iter().chain(&OTHER_SHAPES) {
@@ -143,7 +151,8 @@ fn has_shape(path: &Path, (_, key, value): &(&str, usize, usize)) -> bool {
 }
 
 /// Maps worth keeping over a change of layouts, with the sizes of key and value.
-const SHAPES: [(&str, usize, usize); 11] = [
+const SHAPES: [(&str, usize, usize); 12] = [
+    ("CONFIG", size_of::<u32>(), size_of::<Config>()),
     ("FRONTENDS", size_of::<FrontendKey>(), size_of::<FrontendValue>()),
     ("SLOTS", size_of::<SlotKey>(), size_of::<u32>()),
     ("MEMBERS", size_of::<SlotKey>(), size_of::<u32>()),
@@ -152,15 +161,14 @@ const SHAPES: [(&str, usize, usize); 11] = [
     ("STATS", size_of::<u32>(), size_of::<Stats>()),
     ("CONNECTIONS", size_of::<CtKey>(), size_of::<CtValue>()),
     ("AFFINITY", size_of::<AffinityKey>(), size_of::<AffinityValue>()),
-    ("SOCK_REVERSE", size_of::<SockKey>(), size_of::<SockReverse>()),
+    ("SOCK_REVERSE", size_of::<u64>(), size_of::<SockPeer>()),
     ("SOCK_SENT", size_of::<SockKey>(), size_of::<SockReverse>()),
     ("SOCK_FLOWS", size_of::<SockKey>(), size_of::<SockFlow>()),
 ];
 
 /// Maps that an upgrade makes anew, and the counters.
-const OTHER_SHAPES: [(&str, usize, usize); 11] = [
+const OTHER_SHAPES: [(&str, usize, usize); 10] = [
     ("CLIENTS", size_of::<u32>(), size_of::<u32>()),
-    ("CONFIG", size_of::<u32>(), size_of::<Config>()),
     ("COUNTERS", size_of::<u32>(), size_of::<u64>()),
     ("FILTER", size_of::<u32>(), size_of::<u64>()),
     ("FRAGMENTS", size_of::<FragmentKey>(), size_of::<FragmentPorts>()),

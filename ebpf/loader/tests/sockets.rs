@@ -274,6 +274,68 @@ fn closed_sockets_are_forgotten() {
     purge(&config).unwrap();
 }
 
+/// Nor does it hold those whose connecting has failed, of which the kernel forgets whom they asked, nor more than one name of a
+/// socket that asks one after the other.
+#[test]
+fn sockets_that_were_refused_are_forgotten() {
+    let place = Place::new("lf");
+    let config = place.config();
+    let mut dp = Datapath::open(&config).unwrap();
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let vip: SocketAddr = "127.201.17.1:80".parse().unwrap();
+    service(&mut dp, vip, TCP, 40, &[nobody]);
+    let names: Vec<SocketAddr> = (1..=3).map(|n| SocketAddr::from(([127, 201, 18, n], 53))).collect();
+    for (set, name) in (41..).zip(&names) {
+        let server = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        service(&mut dp, *name, UDP, set, &[server]);
+    }
+    let asks = UdpSocket::bind("127.0.0.1:0").unwrap();
+    for name in names.iter().cycle().take(7) {
+        asks.connect(name).unwrap();
+        assert_eq!(asks.peer_addr().unwrap(), *name);
+    }
+    for _ in 0..20 {
+        assert_eq!(TcpStream::connect(vip).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+    }
+    let ours = |dp: &Datapath, all: &[SocketAddr]| {
+        let is_ours = |r: &SockReverse| all.iter().any(|a| (r.addr, r.port) == (addr_from(a.ip()), a.port()));
+        dp.maps.connected().unwrap().iter().filter(|(_, r)| is_ours(r)).count()
+    };
+    assert_eq!((ours(&dp, &[vip]), ours(&dp, &names)), (0, 1));
+    drop(asks);
+    assert_eq!(ours(&dp, &names), 0);
+    purge(&config).unwrap();
+}
+
+/// As the layout before this one had them: connected sockets by cookie and peer.
+#[test]
+fn connected_sockets_of_an_older_layout_keep_their_names() {
+    let place = Place::new("lk");
+    let config = place.config();
+    let mut dp = Datapath::open(&config).unwrap();
+    let vip: SocketAddr = "127.201.19.1:80".parse().unwrap();
+    service(&mut dp, vip, TCP, 45, &[tcp_server("a")]);
+    let kept = TcpStream::connect(vip).unwrap();
+    let known = dp.maps.connected().unwrap();
+    drop(dp);
+    let folder = |layout: u32| config.pins.join(format!("v{layout}"));
+    std::fs::rename(folder(LAYOUT), folder(LAYOUT - 1)).unwrap();
+    let old = folder(LAYOUT - 1).join("SOCK_REVERSE");
+    std::fs::remove_file(&old).unwrap();
+    let shape = aya::maps::MapData::from_pin(folder(LAYOUT - 1).join("SOCK_SENT")).unwrap();
+    std::fs::remove_file(folder(LAYOUT - 1).join("SOCK_SENT")).unwrap();
+    shape.pin(&old).unwrap();
+    let mut table: aya::maps::HashMap<_, SockKey, SockReverse> =
+        aya::maps::HashMap::try_from(aya::maps::Map::LruHashMap(shape)).unwrap();
+    for (k, name) in known {
+        table.insert(k, name, 0).unwrap();
+    }
+    let dp = Datapath::open(&config).unwrap();
+    assert_eq!(kept.peer_addr().unwrap(), vip);
+    drop(dp);
+    purge(&config).unwrap();
+}
+
 /// Sockets that send without connecting, as resolvers do, do not push connections out.
 #[test]
 fn datagrams_do_not_take_the_place_of_connections() {

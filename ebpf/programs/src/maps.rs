@@ -24,8 +24,8 @@ pub static MAGLEV: HashMap<u32, MaglevTable> = HashMap::pinned(4096, BPF_F_NO_PR
 #[map]
 pub static AFFINITY: LruHashMap<AffinityKey, AffinityValue> = LruHashMap::pinned(32768, 0);
 #[map]
-pub static SOCK_REVERSE: LruHashMap<SockKey, SockReverse> = LruHashMap::pinned(65536, 0);
-/// As SOCK_REVERSE, of sockets that send without connecting. Nothing tells when one is done with a peer, so these must not take the
+pub static SOCK_REVERSE: LruHashMap<u64, SockPeer> = LruHashMap::pinned(65536, 0);
+/// The same of sockets that send without connecting. Nothing tells when one is done with a peer, so these must not take the
 /// place of connections that live.
 #[map]
 pub static SOCK_SENT: LruHashMap<SockKey, SockReverse> = LruHashMap::pinned(16384, 0);

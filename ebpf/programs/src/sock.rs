@@ -1,7 +1,7 @@
 //! Socket hooks: the address is translated once, when a process connects or sends; packets are never touched.
 
 use aya_ebpf::EbpfContext;
-use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
+use aya_ebpf::bindings::bpf_sock_addr;
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr};
 use aya_ebpf::programs::{SockAddrContext, SockContext};
@@ -9,7 +9,7 @@ use core::ptr::{addr_of, addr_of_mut, read_volatile, write_volatile};
 use orlop_ebpf_common::*;
 
 use crate::maps::*;
-use crate::rewrite::AF_INET6;
+use crate::packet::same;
 use crate::select;
 
 const ALLOW: i32 = 1;
@@ -130,15 +130,17 @@ fn outgoing(ctx: &SockAddrContext, v6: bool, connected: bool) -> i32 {
         return ALLOW;
     }
 
-    let seen = SockKey { cookie, addr: b.addr, port: b.port, proto, pad: 0, reserved: 0 };
-    let named = SockReverse { addr, port, pad: 0, service: v.service };
+    let name = SockReverse { addr, port, pad: 0, service: v.service };
     // Without an entry the peer's name is the backend's, which TCP does not mind.
     if connected {
-        let _ = SOCK_REVERSE.insert(&seen, named, 0);
-    // A datagram after the first finds its entry, most times.
-    // SAFETY: elements are replaced as a whole.
-    } else if fresh || unsafe { SOCK_SENT.get(&seen) } != Some(&named) {
-        let _ = SOCK_SENT.insert(&seen, named, 0);
+        let _ = SOCK_REVERSE.insert(&cookie, SockPeer { addr: b.addr, port: b.port, proto, pad: 0, name }, 0);
+    } else {
+        let seen = SockKey { cookie, addr: b.addr, port: b.port, proto, pad: 0, reserved: 0 };
+        // A datagram after the first finds its entry, most times.
+        // SAFETY: elements are replaced as a whole.
+        if fresh || unsafe { SOCK_SENT.get(&seen) } != Some(&name) {
+            let _ = SOCK_SENT.insert(&seen, name, 0);
+        }
     }
     note_peer(&b.addr, b.port);
     set_address(sa, v6, &b.addr, b.port);
@@ -155,15 +157,23 @@ fn outgoing(ctx: &SockAddrContext, v6: bool, connected: bool) -> i32 {
 fn own_name(ctx: &SockAddrContext, addr: Addr, port: u16, proto: u8, connected: bool) {
     // SAFETY: the context is valid while the program runs.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    let key = SockKey { cookie, addr, port, proto, pad: 0, reserved: 0 };
-    // Most sockets that ask here have never asked a Service: looking for nothing takes no lock.
-    // SAFETY: elements are replaced as a whole.
-    if connected && unsafe { SOCK_REVERSE.get(&key) }.is_some() {
-        let _ = SOCK_REVERSE.remove(&key);
+    // Most sockets that ask here have never asked a Service.
+    if connected {
+        forget(cookie);
     }
-    // SAFETY: as above.
+    let key = SockKey { cookie, addr, port, proto, pad: 0, reserved: 0 };
+    // SAFETY: elements are replaced as a whole.
     if proto == UDP && unsafe { SOCK_SENT.get(&key) }.is_some() {
         let _ = SOCK_SENT.remove(&key);
+    }
+}
+
+/// Forgets whom a socket is connected to. Looking for nothing takes no lock.
+#[inline(always)]
+fn forget(cookie: u64) {
+    // SAFETY: elements are replaced as a whole.
+    if unsafe { SOCK_REVERSE.get(&cookie) }.is_some() {
+        let _ = SOCK_REVERSE.remove(&cookie);
     }
 }
 
@@ -177,10 +187,12 @@ fn incoming(ctx: &SockAddrContext, v6: bool, datagram: bool) -> i32 {
     }
     // SAFETY: the context is valid while the program runs.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    let key = SockKey { cookie, addr: address(sa, v6), port: port(sa), proto, pad: 0, reserved: 0 };
-    // SAFETY: copied out; elements are replaced as a whole.
-    let mut named = unsafe { SOCK_REVERSE.get(&key) }.copied();
+    let (addr, port) = (address(sa, v6), port(sa));
+    // SAFETY: elements are replaced as a whole, and one that is replaced stays until this program has ended.
+    let peer = unsafe { SOCK_REVERSE.get(&cookie) };
+    let mut named = peer.filter(|p| p.port == port && same(&p.addr, &addr)).map(|p| p.name);
     if datagram && named.is_none() {
+        let key = SockKey { cookie, addr, port, proto, pad: 0, reserved: 0 };
         // SAFETY: as above.
         named = unsafe { SOCK_SENT.get(&key) }.copied();
     }
@@ -190,26 +202,16 @@ fn incoming(ctx: &SockAddrContext, v6: bool, datagram: bool) -> i32 {
     ALLOW
 }
 
-/// Forgets a connected socket that its owner closes: the table holds those that live.
+/// Forgets a connected socket that its owner closes: the table holds those that live. One whose connecting has failed too, of
+/// which the kernel does not say any more whom it asked.
 #[cgroup_sock(sock_release)]
 pub fn lb_release(ctx: SockContext) -> i32 {
-    let sk: *mut bpf_sock = ctx.sock;
-    let proto = get!(sk, protocol) as u8;
-    let port = u16::from_be(get!(sk, dst_port));
-    if (proto != TCP && proto != UDP) || port == 0 {
-        return ALLOW;
+    let proto = get!(ctx.sock, protocol) as u8;
+    if proto == TCP || proto == UDP {
+        // Most were never translated.
+        // SAFETY: the context is valid while the program runs.
+        forget(unsafe { bpf_get_socket_cookie(ctx.as_ptr()) });
     }
-    // Read in any case: otherwise the compiler chooses the address of what it reads, which the verifier refuses.
-    let ip4 = get!(sk, dst_ip4);
-    let addr = if get!(sk, family) == AF_INET6 as u32 {
-        [get!(sk, dst_ip6[0]), get!(sk, dst_ip6[1]), get!(sk, dst_ip6[2]), get!(sk, dst_ip6[3])]
-    } else {
-        addr4(ip4)
-    };
-    // SAFETY: the context is valid while the program runs.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    // Most were never translated.
-    let _ = SOCK_REVERSE.remove(&SockKey { cookie, addr, port, proto, pad: 0, reserved: 0 });
     ALLOW
 }
 

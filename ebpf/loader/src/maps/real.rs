@@ -10,8 +10,8 @@ use aya::{Ebpf, Pod};
 use orlop_ebpf_common::noted::client;
 use orlop_ebpf_common::{
     Addr, AffinityKey, AffinityValue, Backend, Config, CtKey, CtValue, FrontendKey, FrontendValue,
-    MaglevTable, RangeKey, SCOPE_EXTERNAL, ServiceName, SlotKey, SockFlow, SockKey, SockReverse, Stats, TCP,
-    Uplink, counters, ct_dir, ct_flags, frontend_flags,
+    MaglevTable, RangeKey, SCOPE_EXTERNAL, ServiceName, SlotKey, SockFlow, SockKey, SockPeer, SockReverse,
+    Stats, TCP, Uplink, counters, ct_dir, ct_flags, frontend_flags,
 };
 
 use super::listed::{Listed, Word};
@@ -42,7 +42,7 @@ pub struct RealMaps {
     stats: PerCpuHashMap<MapData, u32, Stats>,
     stats_all: Handle,
     connections: Bulk<CtKey, CtValue>,
-    reverse: Bulk<SockKey, SockReverse>,
+    reverse: Bulk<u64, SockPeer>,
     sent: Bulk<SockKey, SockReverse>,
     affinity: Bulk<AffinityKey, AffinityValue>,
     counters: PerCpuArray<MapData, u64>,
@@ -260,7 +260,25 @@ impl RealMaps {
 
     /// Connected sockets that were given a backend.
     pub fn connected(&self) -> Result<Vec<(SockKey, SockReverse)>, MapFailure> {
-        self.reverse.all()
+        let key = |cookie, p: &SockPeer| SockKey {
+            cookie,
+            addr: p.addr,
+            port: p.port,
+            proto: p.proto,
+            ..SockKey::default()
+        };
+        Ok(self.reverse.all()?.into_iter().map(|(cookie, p)| (key(cookie, &p), p.name)).collect())
+    }
+
+    /// Takes over connected sockets from the table of an older layout, which is keyed by their peers as well.
+    pub(crate) fn adopt_peers(&mut self, old: MapData) -> Result<(), MapError> {
+        let old: Table<SockKey, SockReverse> = Table::try_from(Map::LruHashMap(old))?;
+        for (k, name) in old.iter().flatten() {
+            let peer = SockPeer { addr: k.addr, port: k.port, proto: k.proto, pad: 0, name };
+            // Our programs know better by now, or there is no room.
+            let _ = self.reverse.table.insert(k.cookie, peer, NEW);
+        }
+        Ok(())
     }
 
     /// Sockets that were given a backend when they sent without connecting, also closed ones.
@@ -277,7 +295,11 @@ impl RealMaps {
 
     /// Forgets a socket.
     pub fn del_socket(&mut self, key: &SockKey) -> Result<(), MapFailure> {
-        self.reverse.del(key)?;
+        let peer = self.reverse.table.get(&key.cookie, 0);
+        // It may be connected to somebody else by now.
+        if peer.is_ok_and(|p| (p.addr, p.port) == (key.addr, key.port)) {
+            self.reverse.del(&key.cookie)?;
+        }
         self.sent.del(key)
     }
 
