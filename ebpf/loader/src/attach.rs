@@ -161,6 +161,7 @@ impl Datapath {
         if let Some(old) = pin::older_peers(&self.config.pins) {
             let failed = |source| Error::Map { name: "SOCK_REVERSE", source: Box::new(source) };
             self.maps.adopt_peers(old).map_err(failed)?;
+            self.maps.adopt_datagrams().map_err(|e| map_error("DATAGRAMS", e))?;
         }
         pin::remove_older(&self.config.pins)?;
         self.programs = programs.take();
@@ -340,6 +341,7 @@ fn parse(config: &Config) -> Result<Ebpf, Error> {
         .map_max_entries("UPLINKS", sizes.interfaces)
         .map_max_entries("RANGES", sizes.frontends)
         .map_max_entries("CONNECTIONS", sizes.connections)
+        .map_max_entries("DATAGRAMS", sizes.connections)
         .map_max_entries("SOCK_REVERSE", sizes.sockets)
         .map_max_entries("SOCK_SENT", (sizes.sockets / 4).max(1))
         .map_max_entries("SOCK_FLOWS", (sizes.sockets / 2).max(1))

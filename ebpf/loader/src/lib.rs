@@ -54,7 +54,7 @@ pub struct Sizes {
     pub frontends: u32,
     pub slots: u32,
     pub backends: u32,
-    /// Connections through uplinks, two entries each.
+    /// Connections through uplinks, two entries each; as many again are for flows of datagrams.
     pub connections: u32,
     /// Sockets whose peer name is remembered.
     pub sockets: u32,

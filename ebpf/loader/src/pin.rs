@@ -151,7 +151,7 @@ fn has_shape(path: &Path, (_, key, value): &(&str, usize, usize)) -> bool {
 }
 
 /// Maps worth keeping over a change of layouts, with the sizes of key and value.
-const SHAPES: [(&str, usize, usize); 12] = [
+const SHAPES: [(&str, usize, usize); 13] = [
     ("CONFIG", size_of::<u32>(), size_of::<Config>()),
     ("FRONTENDS", size_of::<FrontendKey>(), size_of::<FrontendValue>()),
     ("SLOTS", size_of::<SlotKey>(), size_of::<u32>()),
@@ -160,6 +160,7 @@ const SHAPES: [(&str, usize, usize); 12] = [
     ("NAMES", size_of::<u32>(), size_of::<ServiceName>()),
     ("STATS", size_of::<u32>(), size_of::<Stats>()),
     ("CONNECTIONS", size_of::<CtKey>(), size_of::<CtValue>()),
+    ("DATAGRAMS", size_of::<CtKey>(), size_of::<CtValue>()),
     ("AFFINITY", size_of::<AffinityKey>(), size_of::<AffinityValue>()),
     ("SOCK_REVERSE", size_of::<u64>(), size_of::<SockPeer>()),
     ("SOCK_SENT", size_of::<SockKey>(), size_of::<SockReverse>()),

@@ -124,7 +124,8 @@ fn with_node_port(prefix: &str, proto: u8, f: fn(&Path, MapData)) {
             dp.maps.apply(&op).unwrap();
         }
         let maps = config.pins.join(format!("v{LAYOUT}"));
-        f(&maps, MapData::from_pin(maps.join("CONNECTIONS")).unwrap());
+        let table = if proto == UDP { "DATAGRAMS" } else { "CONNECTIONS" };
+        f(&maps, MapData::from_pin(maps.join(table)).unwrap());
     })
     .join()
     .unwrap();

@@ -307,7 +307,7 @@ fn sockets_that_were_refused_are_forgotten() {
     purge(&config).unwrap();
 }
 
-/// As the layout before this one had them: connected sockets by cookie and peer.
+/// As the layout before this one had them: connected sockets by cookie and peer, flows of datagrams among the connections.
 #[test]
 fn connected_sockets_of_an_older_layout_keep_their_names() {
     let place = Place::new("lk");
@@ -330,8 +330,15 @@ fn connected_sockets_of_an_older_layout_keep_their_names() {
     for (k, name) in known {
         table.insert(k, name, 0).unwrap();
     }
+    std::fs::remove_file(folder(LAYOUT - 1).join("DATAGRAMS")).unwrap();
+    let mixed = aya::maps::MapData::from_pin(folder(LAYOUT - 1).join("CONNECTIONS")).unwrap();
+    let mut mixed: aya::maps::HashMap<_, CtKey, CtValue> =
+        aya::maps::HashMap::try_from(aya::maps::Map::LruHashMap(mixed)).unwrap();
+    let flow = (CtKey { proto: UDP, sport: 53, ..CtKey::default() }, CtValue::default());
+    mixed.insert(flow.0, flow.1, 0).unwrap();
     let dp = Datapath::open(&config).unwrap();
     assert_eq!(kept.peer_addr().unwrap(), vip);
+    assert_eq!(dp.maps.connections().unwrap(), [flow]);
     drop(dp);
     purge(&config).unwrap();
 }

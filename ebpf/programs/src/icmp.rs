@@ -18,22 +18,22 @@ pub fn find(ctx: &TcContext, s: &mut Scratch, ingress: bool) -> Option<*const Ct
     (s.key.src, s.key.dst) = (q.dst, q.src);
     (s.key.sport, s.key.dport) = (q.dport, q.sport);
     (s.key.proto, s.key.dir, s.key.pad) = (q.proto, ct_dir::FORWARD, 0);
-    if ingress && let Some(v) = CONNECTIONS.get_ptr(&s.key) {
-        return Some(v);
+    if ingress && let Some(v) = entry(&s.key) {
+        return Some(v.cast_const());
     }
     s.key.dir = ct_dir::REPLY;
-    if let Some(v) = CONNECTIONS.get_ptr(&s.key) {
+    if let Some(v) = entry(&s.key) {
         // SAFETY: a valid element.
         let redirects = unsafe { (*v).flags } & ct_flags::REDIRECT != 0;
         if redirects == ingress {
-            return Some(v);
+            return Some(v.cast_const());
         }
     }
     if ingress {
         return None;
     }
     s.key.dir = ct_dir::ERROR;
-    CONNECTIONS.get_ptr(&s.key)
+    entry(&s.key).map(<*mut CtValue>::cast_const)
 }
 
 /// What a packet the other way would get as source is what the quoted one was sent to, and the other way round.

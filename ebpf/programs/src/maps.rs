@@ -31,8 +31,12 @@ pub static SOCK_REVERSE: LruHashMap<u64, SockPeer> = LruHashMap::pinned(65536, 0
 pub static SOCK_SENT: LruHashMap<SockKey, SockReverse> = LruHashMap::pinned(16384, 0);
 #[map]
 pub static SOCK_FLOWS: LruHashMap<SockKey, SockFlow> = LruHashMap::pinned(32768, 0);
+/// Of TCP, in both directions.
 #[map]
 pub static CONNECTIONS: LruHashMap<CtKey, CtValue> = LruHashMap::pinned(65536, 0);
+/// The same of datagrams. Nothing tells when a flow ends, so those of a busy server must not take the place of connections that live.
+#[map]
+pub static DATAGRAMS: LruHashMap<CtKey, CtValue> = LruHashMap::pinned(65536, 0);
 #[map]
 pub static LOCAL_ADDRS: HashMap<Addr, u32> = HashMap::pinned(1024, BPF_F_NO_PREALLOC);
 #[map]
@@ -55,6 +59,35 @@ pub static SERVERS: Array<u32> = Array::pinned(noted::SERVERS, 0);
 pub static PEERS: Array<u32> = Array::pinned(noted::PEERS, 0);
 #[map]
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(counters::COUNT, 0);
+
+/// The entry of a connection or of a flow of datagrams.
+#[inline(always)]
+pub fn entry(key: &CtKey) -> Option<*mut CtValue> {
+    if key.proto != UDP {
+        return CONNECTIONS.get_ptr_mut(key);
+    }
+    let mut v = DATAGRAMS.get_ptr_mut(key).unwrap_or(core::ptr::null_mut());
+    // Changes nothing. It keeps the compiler from making one call of the two, which the kernel could not make a direct one.
+    // SAFETY: as it says.
+    unsafe { asm!("{0} = {0}", inout(reg) v) };
+    if v.is_null() { None } else { Some(v) }
+}
+
+/// Makes or replaces it; says whether that was done.
+#[inline(always)]
+pub fn put_entry(key: &CtKey, value: &CtValue, flags: u64) -> bool {
+    if key.proto == UDP {
+        DATAGRAMS.insert(key, value, flags).is_ok()
+    } else {
+        CONNECTIONS.insert(key, value, flags).is_ok()
+    }
+}
+
+/// Removes it; gone already is as good.
+#[inline(always)]
+pub fn remove_entry(key: &CtKey) {
+    let _ = if key.proto == UDP { DATAGRAMS.remove(key) } else { CONNECTIONS.remove(key) };
+}
 
 /// Nanoseconds of the machine's monotonic clock, as of its last tick: much cheaper than to the nanosecond. What an earlier
 /// version noted may be a tick later.

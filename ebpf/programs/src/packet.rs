@@ -143,7 +143,7 @@ fn tell(v: &CtValue, s: &mut Scratch, now: u64) -> bool {
         clear = ct_flags::FAR_NEW | if direct { ct_flags::NEW } else { 0 };
     }
     let set = reset(p) | if ends(p) { ct_flags::FAR_CLOSING } else { 0 };
-    if let Some(r) = CONNECTIONS.get_ptr_mut(&s.rkey) {
+    if let Some(r) = entry(&s.rkey) {
         // SAFETY: as above.
         let of = unsafe { &*r };
         let named = same(&of.src, &p.dst) && of.sport == p.dport;
@@ -165,7 +165,7 @@ fn tell(v: &CtValue, s: &mut Scratch, now: u64) -> bool {
     }
     (s.reply.backend, s.reply.service) = (v.backend, v.service);
     (s.reply.last_seen_ns, s.reply.created_ns) = (now, v.created_ns);
-    CONNECTIONS.insert(&s.rkey, &s.reply, NO_EXIST).is_ok() || !has_port
+    put_entry(&s.rkey, &s.reply, NO_EXIST) || !has_port
 }
 
 #[classifier]
@@ -288,7 +288,7 @@ fn too_big(ctx: &TcContext, s: &mut Scratch, v: &CtValue) -> i32 {
     s.reply = *v;
     s.reply.flags = ct_flags::SRC;
     (s.reply.src, s.reply.sport) = (p.dst, p.dport);
-    if CONNECTIONS.insert(&s.rkey, &s.reply, 0).is_err()
+    if !put_entry(&s.rkey, &s.reply, 0)
         || rewrite::replace(ctx, p, true, &v.dst, v.dport).is_none()
     {
         return dropped();
@@ -300,7 +300,7 @@ fn too_big(ctx: &TcContext, s: &mut Scratch, v: &CtValue) -> i32 {
 #[inline(always)]
 fn outgoing(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const CtValue, i32> {
     set_key(&mut s.key, &s.packet, ct_dir::REPLY);
-    let Some(v) = CONNECTIONS.get_ptr_mut(&s.key) else {
+    let Some(v) = entry(&s.key) else {
         // Something of the node's own, perhaps, that sockets have not decided about.
         let own = link.flags & uplink_flags::POD == 0;
         let begins = s.packet.proto != TCP || opens(&s.packet);
@@ -322,7 +322,7 @@ fn incoming(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const Ct
     // An answer from a backend on another node comes to one of the translated ports.
     if s.packet.dport >= config.snat_first && s.packet.dport <= config.snat_last {
         set_key(&mut s.key, &s.packet, ct_dir::REPLY);
-        if let Some(v) = CONNECTIONS.get_ptr_mut(&s.key) {
+        if let Some(v) = entry(&s.key) {
             // SAFETY: a valid element.
             if unsafe { (*v).flags } & ct_flags::REDIRECT != 0 {
                 touch(v, &s.packet, now());
@@ -338,7 +338,7 @@ fn incoming(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Result<*const Ct
             note_client(&p.src);
         }
         set_key(&mut s.key, p, ct_dir::FORWARD);
-        let mut known = CONNECTIONS.get_ptr_mut(&s.key);
+        let mut known = entry(&s.key);
         if let Some(v) = known
             && p.proto == TCP
             && !opening
@@ -412,7 +412,7 @@ fn take_charge(s: &mut Scratch, now: u64) -> i32 {
     (s.reply.backend, s.reply.service) = (0, 0);
     (s.reply.last_seen_ns, s.reply.created_ns) = (now, now);
     // The same client's connection by another name is still alive; its answers would get the wrong one.
-    if clashes(s, now) || CONNECTIONS.insert(&s.rkey, &s.reply, 0).is_err() {
+    if clashes(s, now) || !put_entry(&s.rkey, &s.reply, 0) {
         return dropped();
     }
     count(counters::DIRECT);
@@ -432,18 +432,17 @@ fn set_answers_key(key: &mut CtKey, p: &Packet) {
 #[inline(always)]
 fn forget(key: &mut CtKey, p: &Packet) {
     set_answers_key(key, p);
-    let Some(v) = CONNECTIONS.get_ptr_mut(&*key) else { return };
+    let Some(v) = entry(key) else { return };
     // SAFETY: a valid element.
     let (flags, addr, port) = unsafe { ((*v).flags, (*v).src, (*v).sport) };
     if flags & ct_flags::REDIRECT != 0 {
         return;
     }
-    // Gone already is as good.
-    let _ = CONNECTIONS.remove(&*key);
+    remove_entry(key);
     (key.src, key.dst) = (p.src, addr);
     (key.sport, key.dport) = (p.sport, port);
     key.dir = ct_dir::FORWARD;
-    if let Some(v) = CONNECTIONS.get_ptr_mut(&*key) {
+    if let Some(v) = entry(key) {
         set_flags(v, ct_flags::NEW);
     }
 }
@@ -452,7 +451,7 @@ fn forget(key: &mut CtKey, p: &Packet) {
 #[inline(always)]
 fn client_ends(key: &mut CtKey, p: &Packet) {
     set_answers_key(key, p);
-    if let Some(v) = CONNECTIONS.get_ptr_mut(&*key) {
+    if let Some(v) = entry(key) {
         set_flags(v, ct_flags::FAR_CLOSING | reset(p));
     }
 }
@@ -461,9 +460,10 @@ fn client_ends(key: &mut CtKey, p: &Packet) {
 /// backend from the same port. A TCP connection that has ended makes room.
 #[inline(always)]
 fn clashes(s: &Scratch, now: u64) -> bool {
-    // SAFETY: elements are replaced as a whole.
-    match unsafe { CONNECTIONS.get(&s.rkey) } {
+    match entry(&s.rkey) {
         Some(old) => {
+            // SAFETY: a valid element.
+            let old = unsafe { &*old };
             !(same(&old.src, &s.reply.src) && old.sport == s.reply.sport)
                 && !(s.rkey.proto == TCP && ended(old))
                 && !over(old, s.rkey.proto, now)
@@ -544,12 +544,12 @@ fn connect(
         };
         (s.forward.src, s.forward.sport) = (s.rkey.dst, port);
         s.forward.flags |= ct_flags::SRC | ct_flags::REDIRECT;
-    } else if CONNECTIONS.insert(&s.rkey, &s.reply, 0).is_err() {
+    } else if !put_entry(&s.rkey, &s.reply, 0) {
         return Err(dropped());
     }
     set_key(&mut s.key, &s.packet, ct_dir::FORWARD);
     short::prepare(ctx, config, link, &mut s.forward);
-    if CONNECTIONS.insert(&s.key, &s.forward, 0).is_err() {
+    if !put_entry(&s.key, &s.forward, 0) {
         return Err(dropped());
     }
     if id != 0 {
@@ -681,7 +681,7 @@ fn source_port(s: &mut Scratch, config: &Config, now: u64) -> Option<u16> {
     for i in 0..SNAT_TRIES {
         let port = (first + start.wrapping_add(i * 7) % range) as u16;
         s.rkey.dport = port;
-        let flags = match CONNECTIONS.get_ptr_mut(&s.rkey) {
+        let flags = match entry(&s.rkey) {
             Some(old) => {
                 // SAFETY: a valid element.
                 let seen = unsafe { (*old).last_seen_ns };
@@ -693,7 +693,7 @@ fn source_port(s: &mut Scratch, config: &Config, now: u64) -> Option<u16> {
             }
             None => NO_EXIST,
         };
-        if CONNECTIONS.insert(&s.rkey, &s.reply, flags).is_ok() {
+        if put_entry(&s.rkey, &s.reply, flags) {
             return Some(port);
         }
     }
@@ -701,8 +701,8 @@ fn source_port(s: &mut Scratch, config: &Config, now: u64) -> Option<u16> {
     for i in 0..SPARE_TRIES {
         let port = (first + start.wrapping_add(i * 7) % range) as u16;
         s.rkey.dport = port;
-        // SAFETY: as above.
-        let this = unsafe { CONNECTIONS.get(&s.rkey) }.map_or(0, |old| spare(old, proto, now));
+        // SAFETY: a valid element.
+        let this = entry(&s.rkey).map_or(0, |old| spare(unsafe { &*old }, proto, now));
         if this > worth {
             (best, worth) = (port, this);
         }
@@ -711,12 +711,12 @@ fn source_port(s: &mut Scratch, config: &Config, now: u64) -> Option<u16> {
         return None;
     }
     s.rkey.dport = best;
-    let old = CONNECTIONS.get_ptr_mut(&s.rkey)?;
+    let old = entry(&s.rkey)?;
     // SAFETY: a valid element.
     let seen = unsafe { (*old).last_seen_ns };
     // SAFETY: as above. Another CPU may have taken it meanwhile.
     if spare(unsafe { &*old }, proto, now) == 0 || !claim(old, seen, now) {
         return None;
     }
-    if CONNECTIONS.insert(&s.rkey, &s.reply, 0).is_ok() { Some(best) } else { None }
+    if put_entry(&s.rkey, &s.reply, 0) { Some(best) } else { None }
 }

@@ -85,7 +85,7 @@ pub fn leave(ctx: &TcContext, key: CtKey, l4: u32) -> i32 {
         return NEXT;
     }
     s.key = key;
-    let Some(v) = CONNECTIONS.get_ptr_mut(&s.key) else { return NEXT };
+    let Some(v) = entry(&s.key) else { return NEXT };
     // SAFETY: a valid element.
     let flags = unsafe { (*v).flags };
     if flags & ct_flags::REDIRECT != 0 {
@@ -132,7 +132,7 @@ pub fn confirm(ctx: &TcContext, link: &Uplink, s: &mut Scratch, v: *mut CtValue)
     (s.rkey.src, s.rkey.dst) = (p.dst, reply.src);
     (s.rkey.sport, s.rkey.dport) = (p.dport, reply.sport);
     (s.rkey.proto, s.rkey.dir, s.rkey.pad) = (p.proto, ct_dir::FORWARD, 0);
-    if let Some(forward) = CONNECTIONS.get_ptr_mut(&s.rkey) {
+    if let Some(forward) = entry(&s.rkey) {
         // SAFETY: as above.
         let to = unsafe { &*forward };
         if same(&to.dst, &p.src) && to.dport == p.sport {

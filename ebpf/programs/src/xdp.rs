@@ -203,7 +203,7 @@ fn connection(s: &mut Scratch, now: u64) -> Option<*mut CtValue> {
     let config = CONFIG.get(0)?;
     if s.key.dport >= config.snat_first && s.key.dport <= config.snat_last {
         s.key.dir = ct_dir::REPLY;
-        if let Some(v) = CONNECTIONS.get_ptr_mut(&s.key) {
+        if let Some(v) = entry(&s.key) {
             return Some(v);
         }
     }
@@ -211,7 +211,7 @@ fn connection(s: &mut Scratch, now: u64) -> Option<*mut CtValue> {
         return None;
     }
     s.key.dir = ct_dir::FORWARD;
-    let v = CONNECTIONS.get_ptr_mut(&s.key)?;
+    let v = entry(&s.key)?;
     // As for every packet: datagrams leave a Service that is gone, and a backend that is.
     if s.key.proto == UDP {
         let front = select::frontend(&s.key.dst, s.key.dport, UDP, SCOPE_EXTERNAL, || false, config)?;

@@ -11,7 +11,7 @@ use orlop_ebpf_common::noted::client;
 use orlop_ebpf_common::{
     Addr, AffinityKey, AffinityValue, Backend, Config, CtKey, CtValue, FrontendKey, FrontendValue,
     MaglevTable, RangeKey, SCOPE_EXTERNAL, ServiceName, SlotKey, SockFlow, SockKey, SockPeer, SockReverse,
-    Stats, TCP, Uplink, counters, ct_dir, ct_flags, frontend_flags,
+    Stats, TCP, UDP, Uplink, counters, ct_dir, ct_flags, frontend_flags,
 };
 
 use super::listed::{Listed, Word};
@@ -42,6 +42,7 @@ pub struct RealMaps {
     stats: PerCpuHashMap<MapData, u32, Stats>,
     stats_all: Handle,
     connections: Bulk<CtKey, CtValue>,
+    datagrams: Bulk<CtKey, CtValue>,
     reverse: Bulk<u64, SockPeer>,
     sent: Bulk<SockKey, SockReverse>,
     affinity: Bulk<AffinityKey, AffinityValue>,
@@ -119,7 +120,7 @@ impl RealMaps {
         if table.iter().any(|noted| noted.is_ok_and(|n| n != 0)) {
             return Ok(());
         }
-        for (k, v) in self.connections()? {
+        for (k, v) in self.connections.all()?.into_iter().chain(self.datagrams.all()?) {
             if k.dir != ct_dir::FORWARD && v.flags & ct_flags::REDIRECT == 0 {
                 table.set(client(&k.dst), 1, 0).map_err(|e| failure("CLIENTS", e))?;
             }
@@ -172,6 +173,7 @@ impl RealMaps {
             stats,
             stats_all,
             connections: Bulk::take(s, "CONNECTIONS")?,
+            datagrams: Bulk::take(s, "DATAGRAMS")?,
             reverse: Bulk::take(s, "SOCK_REVERSE")?,
             sent: Bulk::take(s, "SOCK_SENT")?,
             affinity: Bulk::take(s, "AFFINITY")?,
@@ -253,9 +255,21 @@ impl RealMaps {
         Ok(all)
     }
 
-    /// Connections through interfaces, in both directions.
+    /// Connections and flows of datagrams through interfaces, in both directions.
     pub fn connections(&self) -> Result<Vec<(CtKey, CtValue)>, MapFailure> {
-        self.connections.all()
+        let mut all = self.connections.all()?;
+        all.retain(|(k, _)| k.proto != UDP);
+        all.extend(self.datagrams.all()?);
+        Ok(all)
+    }
+
+    /// Takes over flows of datagrams that an older layout's programs have kept among the connections.
+    pub(crate) fn adopt_datagrams(&mut self) -> Result<(), MapFailure> {
+        for (k, v) in self.connections.all()?.into_iter().filter(|(k, _)| k.proto == UDP) {
+            // Our programs know better by now, or there is no room.
+            let _ = self.datagrams.table.insert(k, v, NEW);
+        }
+        Ok(())
     }
 
     /// Connected sockets that were given a backend.

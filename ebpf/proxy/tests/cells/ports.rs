@@ -115,14 +115,23 @@ fn reset(s: TcpStream) {
 }
 
 /// The connections' table, as the programs have it.
-fn connections(home: &Home) -> HashMap<MapData, CtKey, CtValue> {
-    let pin = home.config.pins.join(format!("v{LAYOUT}/CONNECTIONS"));
+pub fn connections(home: &Home) -> HashMap<MapData, CtKey, CtValue> {
+    table(home, "CONNECTIONS")
+}
+
+/// The one of datagrams.
+fn datagrams(home: &Home) -> HashMap<MapData, CtKey, CtValue> {
+    table(home, "DATAGRAMS")
+}
+
+fn table(home: &Home, name: &str) -> HashMap<MapData, CtKey, CtValue> {
+    let pin = home.config.pins.join(format!("v{LAYOUT}/{name}"));
     HashMap::try_from(Map::LruHashMap(MapData::from_pin(pin).unwrap())).unwrap()
 }
 
-/// Changes entries: what takes hours otherwise.
+/// Changes entries of datagrams: what takes hours otherwise.
 fn change(home: &Home, mut by: impl FnMut(&CtKey, &mut CtValue)) -> Vec<(CtKey, CtValue)> {
-    let mut table = connections(home);
+    let mut table = datagrams(home);
     let mut all: Vec<(CtKey, CtValue)> = table.iter().map(Result::unwrap).collect();
     for (k, v) in &mut all {
         by(k, v);
@@ -263,7 +272,7 @@ fn flows_without_answers_keep_their_source_port() {
     });
     assert_eq!(source(), first);
     let (key, _) = before.iter().find(|(k, _)| k.dir == ct_dir::REPLY && k.proto == UDP).unwrap();
-    let now = connections(&home).get(key, 0).unwrap();
+    let now = datagrams(&home).get(key, 0).unwrap();
     let (_, forward) = before.iter().find(|(k, _)| k.dir == ct_dir::FORWARD).unwrap();
     assert!(now.last_seen_ns > forward.last_seen_ns, "the port is in use, whoever looks for one");
 
@@ -591,7 +600,7 @@ fn frames_of_vlans_are_left_to_their_interfaces() {
         .unwrap();
     let from = || {
         let forward =
-            connections(&home).iter().flatten().filter(|(k, _)| k.dir == ct_dir::FORWARD).collect::<Vec<_>>();
+            datagrams(&home).iter().flatten().filter(|(k, _)| k.dir == ct_dir::FORWARD).collect::<Vec<_>>();
         forward.into_iter().map(|(k, _)| k.sport).collect::<Vec<_>>()
     };
     wait_for(|| from().contains(&20_007));

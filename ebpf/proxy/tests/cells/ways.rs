@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
 use orlop_ebpf_common::{
-    FrontendKey, SCOPE_EXTERNAL, TCP, Uplink, addr_from, config_flags, counters, uplink_flags,
+    CtKey, FrontendKey, SCOPE_EXTERNAL, TCP, Uplink, addr_from, config_flags, counters, uplink_flags,
 };
 use orlop_ebpf_loader::{Datapath, Maps, Op};
 use orlop_proxy::desired::{Selection, desired};
@@ -21,6 +21,7 @@ use crate::{Home, Kind, Ranges, Spec, State, program_with};
 /// Larger than [`NARROW`] lets pass and smaller than what leaves every client.
 const DATAGRAM: usize = 1440;
 pub const NARROW: u32 = 1300;
+const LONG: Duration = Duration::from_secs(10);
 
 pub fn spec(state: State) -> Spec {
     Spec { number: 1, state, internal_local: false, external_local: false, ranges: Ranges::All }
@@ -36,10 +37,12 @@ pub fn echo(net: &Net, addresses: Both) {
             let l = TcpListener::bind(at).unwrap();
             told.send(()).unwrap();
             for mut s in l.incoming().flatten() {
-                let mut all = Vec::new();
-                if s.read_to_end(&mut all).is_ok() {
-                    let _ = s.write_all(&all);
-                }
+                std::thread::spawn(move || {
+                    let mut all = Vec::new();
+                    if s.read_to_end(&mut all).is_ok() {
+                        let _ = s.write_all(&all);
+                    }
+                });
             }
         });
         let told = tell.clone();
@@ -389,7 +392,8 @@ fn datagrams_leave_a_lost_backend() {
     all(&|v| Ok(format!("pod {}", OUTSIDE[v])), "somebody again");
 }
 
-/// A connection that is silent while more of others come than the table holds is taken up again where it was, and counted.
+/// More flows of datagrams than their table holds push no connection out. One whose entry is lost is taken up again where it was, and
+/// counted.
 #[test]
 fn evicted_connections_go_on() {
     const TABLE: u32 = 1024;
@@ -407,32 +411,45 @@ fn evicted_connections_go_on() {
     let port = |udp| spec(State::LocalOnly).node_port(udp);
     let to = |udp| [0, 1].map(|v| SocketAddr::new(NODE[v].parse().unwrap(), port(udp)));
     let (tcp, udp) = (to(false), to(true));
-    w.outside
-        .run(move || {
-            let patience = Duration::from_secs(10);
-            // A CPU's newest entries are not evicted for the sake of another's.
-            let mut only = CpuSet::new();
-            only.set(sched_getcpu().unwrap()).unwrap();
-            sched_setaffinity(Pid::from_raw(0), &only).unwrap();
-            let silent = tcp.map(|to| TcpStream::connect_timeout(&to, patience).unwrap());
-            for i in 0..2 * TABLE as usize {
-                let s = UdpSocket::bind(["0.0.0.0:0", "[::]:0"][i % 2]).unwrap();
-                s.set_read_timeout(Some(patience)).unwrap();
-                s.connect(udp[i % 2]).unwrap();
-                s.send(b"?").and_then(|_| s.recv(&mut [0])).unwrap();
-            }
-            for mut s in silent {
-                s.set_read_timeout(Some(patience)).unwrap();
-                s.write_all(b"still here").unwrap();
-                s.shutdown(Shutdown::Write).unwrap();
-                let mut text = String::new();
-                s.read_to_string(&mut text).unwrap();
-                assert_eq!(text, "still here");
-            }
-        })
-        .join()
-        .unwrap();
-    assert!(dp.maps.counter(counters::RESUMED) >= 2, "{}", dp.maps.counter(counters::RESUMED));
+    let resumed = |flood: Box<dyn FnOnce() + Send>| {
+        let before = dp.maps.counter(counters::RESUMED);
+        w.outside
+            .run(move || {
+                // A CPU's newest entries are not evicted for the sake of another's.
+                let mut only = CpuSet::new();
+                only.set(sched_getcpu().unwrap()).unwrap();
+                sched_setaffinity(Pid::from_raw(0), &only).unwrap();
+                let silent = tcp.map(|to| TcpStream::connect_timeout(&to, LONG).unwrap());
+                flood();
+                for mut s in silent {
+                    s.set_read_timeout(Some(LONG)).unwrap();
+                    s.write_all(b"still here").unwrap();
+                    s.shutdown(Shutdown::Write).unwrap();
+                    let mut text = String::new();
+                    s.read_to_string(&mut text).unwrap();
+                    assert_eq!(text, "still here");
+                }
+            })
+            .join()
+            .unwrap();
+        dp.maps.counter(counters::RESUMED) - before
+    };
+    let by_datagrams = resumed(Box::new(move || {
+        for i in 0..2 * TABLE as usize {
+            let s = UdpSocket::bind(["0.0.0.0:0", "[::]:0"][i % 2]).unwrap();
+            s.set_read_timeout(Some(LONG)).unwrap();
+            s.connect(udp[i % 2]).unwrap();
+            s.send(b"?").and_then(|_| s.recv(&mut [0])).unwrap();
+        }
+    }));
+    assert_eq!(by_datagrams, 0, "they have not pushed a connection out");
+    let mut table = crate::ports::connections(&home);
+    let by_eviction = resumed(Box::new(move || {
+        // As a full table does with those that have been silent longest.
+        let all: Vec<CtKey> = table.keys().map(Result::unwrap).collect();
+        all.iter().for_each(|k| table.remove(k).unwrap());
+    }));
+    assert!(by_eviction >= 2, "{by_eviction}");
 }
 
 /// What may be cut on its way to another node and does not fit is dropped and counted, as its pieces could not be told apart there; a
