@@ -95,17 +95,8 @@ pub fn parse(ctx: &TcContext, link: &Uplink, s: &mut Scratch) -> Kind {
 fn inner(ctx: &TcContext, l3: u32, v4: bool, s: &mut Scratch) -> Option<Kind> {
     let p = &mut s.packet;
     ip_header(ctx, l3, v4, &mut s.head, p)?;
+    pass_extensions(ctx, &mut s.head, p)?;
     // The fragment's offset, whether more follow, and the datagram's number.
-    if !v4 {
-        for _ in 0..MAX_EXTENSIONS {
-            if p.proto != IPV6_HOP_BY_HOP && p.proto != IPV6_DESTINATION {
-                break;
-            }
-            load::<2>(ctx, p.l4, &mut s.head)?;
-            p.proto = s.head[0];
-            p.l4 += (s.head[1] as u32 + 1) * 8;
-        }
-    }
     p.divisible = false;
     let (later, more, id) = if v4 {
         let place = half(&s.head, 6);
@@ -169,6 +160,20 @@ fn inner(ctx: &TcContext, l3: u32, v4: bool, s: &mut Scratch) -> Option<Kind> {
     Some(Kind::Transport)
 }
 
+/// Goes on to what comes after IPv6's headers of options.
+#[inline(always)]
+fn pass_extensions(ctx: &TcContext, head: &mut [u8; 40], p: &mut Packet) -> Option<()> {
+    for _ in 0..MAX_EXTENSIONS {
+        if p.v4 || (p.proto != IPV6_HOP_BY_HOP && p.proto != IPV6_DESTINATION) {
+            break;
+        }
+        load::<2>(ctx, p.l4, head)?;
+        p.proto = head[0];
+        p.l4 += (head[1] as u32 + 1) * 8;
+    }
+    Some(())
+}
+
 #[inline(always)]
 fn ports(ctx: &TcContext, head: &mut [u8; 40], p: &mut Packet) -> Option<()> {
     load::<4>(ctx, p.l4, head)?;
@@ -181,6 +186,7 @@ fn ports(ctx: &TcContext, head: &mut [u8; 40], p: &mut Packet) -> Option<()> {
 pub fn quote(ctx: &TcContext, s: &mut Scratch) -> Option<()> {
     let (at, v4) = (s.packet.l4 + 8, s.packet.v4);
     ip_header(ctx, at, v4, &mut s.head, &mut s.quote)?;
+    pass_extensions(ctx, &mut s.head, &mut s.quote)?;
     if s.quote.proto != TCP && s.quote.proto != UDP {
         return None;
     }

@@ -37,12 +37,10 @@ pub fn echo(net: &Net, addresses: Both) {
             let l = TcpListener::bind(at).unwrap();
             told.send(()).unwrap();
             for mut s in l.incoming().flatten() {
-                std::thread::spawn(move || {
-                    let mut all = Vec::new();
-                    if s.read_to_end(&mut all).is_ok() {
-                        let _ = s.write_all(&all);
-                    }
-                });
+                let mut all = Vec::new();
+                if s.read_to_end(&mut all).is_ok() {
+                    let _ = s.write_all(&all);
+                }
             }
         });
         let told = tell.clone();
@@ -336,6 +334,78 @@ fn affinity_ends_after_its_time() {
     watched.into_iter().for_each(|t| t.join().unwrap());
 }
 
+/// Brings the Service to these endpoints, as after a restart: from what the maps hold.
+fn now(dp: &mut Datapath, state: State, affinity_seconds: u32) {
+    let mut tables = Tables::adopt(dp.maps.dump().unwrap());
+    let (mut model, s) = (Model::default(), spec(state));
+    model.set_service(&s.name(), Some(orlop_proxy::model::Service { affinity_seconds, ..s.service() }));
+    for v4 in [true, false] {
+        model.set_slice(&format!("{}-{v4}", s.name()), Some(s.slice(v4)));
+    }
+    for name in model.take_dirty() {
+        tables.sync(&mut dp.maps, &name, &desired(&model, &name, Selection::Maglev)).unwrap();
+    }
+}
+
+/// A client whose backend goes is led to another one, and stays with that when the first one comes back.
+#[test]
+fn affinity_leaves_a_lost_backend() {
+    let w = World::new();
+    let home = Home::new(false);
+    serve(&w.pod, "pod", POD);
+    serve(&w.other, "remote", REMOTE_POD);
+    let mut dp = program_with(&w, &home.config, |_| ());
+    for v in [0, 1] {
+        for udp in [false, true] {
+            let to = SocketAddr::new(NODE[v].parse().unwrap(), spec(State::Both).node_port(udp));
+            let ask = || w.outside.run(move || probe(udp, to, 1)).join().unwrap();
+            now(&mut dp, State::Both, 600);
+            let first = ask();
+            let left = if first.starts_with("pod ") { State::RemoteOnly } else { State::LocalOnly };
+            now(&mut dp, left, 600);
+            let second = ask();
+            assert!(
+                second != first && (second.starts_with("pod ") || second.starts_with("remote ")),
+                "{second}"
+            );
+            now(&mut dp, State::Both, 600);
+            for _ in 0..10 {
+                assert_eq!(ask(), second, "{to} udp={udp}");
+            }
+        }
+    }
+}
+
+/// Packets with headers between IPv6's and the transport's are translated like others, and so are errors about them.
+#[test]
+fn packets_with_extension_headers_are_translated() {
+    let w = World::new();
+    for (state, net, own) in [(State::LocalOnly, &w.pod, POD), (State::RemoteOnly, &w.other, REMOTE_POD)] {
+        let home = Home::new(false);
+        let mut dp = program_with(&w, &home.config, |_| ());
+        now(&mut dp, state, 0);
+        let to = SocketAddr::new(NODE[1].parse().unwrap(), spec(state).node_port(true));
+        let ask = |bytes: usize| {
+            let asked = w.outside.run(move || {
+                let s = UdpSocket::bind("[::]:0").unwrap();
+                crate::wire::set_options(s.as_raw_fd(), false, bytes);
+                s.set_read_timeout(Some(LONG)).unwrap();
+                s.connect(to).unwrap();
+                s.send(b"?").and_then(|_| s.recv(&mut [0; 8])).map_err(|e| e.kind())
+            });
+            asked.join().unwrap()
+        };
+        for bytes in [0, 8] {
+            assert_eq!(ask(bytes), Err(std::io::ErrorKind::ConnectionRefused), "{to} {bytes}");
+        }
+        echo(net, own);
+        for bytes in [0, 8] {
+            assert_eq!(ask(bytes), Ok(1), "{to} {bytes}");
+        }
+        drop(dp);
+    }
+}
+
 /// One client's datagrams from one port: they move when their backend goes, at once, and only then.
 #[test]
 fn datagrams_leave_a_lost_backend() {
@@ -344,18 +414,7 @@ fn datagrams_leave_a_lost_backend() {
     serve(&w.pod, "pod", POD);
     serve(&w.other, "remote", REMOTE_POD);
     let mut dp = program_with(&w, &home.config, |_| ());
-    let mut now = |state| {
-        // As after a restart: from what the maps hold.
-        let mut tables = Tables::adopt(dp.maps.dump().unwrap());
-        let (mut model, s) = (Model::default(), spec(state));
-        model.set_service(&s.name(), Some(s.service()));
-        for v4 in [true, false] {
-            model.set_slice(&format!("{}-{v4}", s.name()), Some(s.slice(v4)));
-        }
-        for name in model.take_dirty() {
-            tables.sync(&mut dp.maps, &name, &desired(&model, &name, Selection::Maglev)).unwrap();
-        }
-    };
+    let mut now = |state| now(&mut dp, state, 0);
     let sockets = [0, 1].map(|v| {
         let to = SocketAddr::new(NODE[v].parse().unwrap(), spec(State::Both).node_port(true));
         let connect = move || {
