@@ -60,7 +60,7 @@ impl Runtime {
         if let Some(sandbox) = sandbox {
             match sandbox.monitor.delete_container(&container.id).await {
                 // What a dead monitor ran ends with the sandbox; only the files are left.
-                Err(e) if e.is_silence() && sandbox.monitor.process().is_none() => {}
+                Err(e) if e.is_silence() && matches!(sandbox.monitor.process(), Ok(None)) => {}
                 other => other?,
             }
         }
