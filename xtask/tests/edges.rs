@@ -9,6 +9,7 @@ use serde::Deserialize;
 const ALLOWED: &[(&str, &[&str])] = &[
     ("orlop-proto", &[]),
     ("orlop-base", &[]),
+    ("orlop-fuzz", &[]),
     ("orlop-api", &["orlop-base"]),
     ("orlop-client", &["orlop-base", "orlop-api"]),
     ("orlop-images", &["orlop-base"]),
