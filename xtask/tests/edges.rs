@@ -53,6 +53,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "orlop-images",
             "orlop-cri",
             "orlop-proxy",
+            "orlop-cni",
             "orlop-cni-types",
             "orlop-agent",
             "orlop-apiserver",

@@ -21,6 +21,8 @@ pub enum Error {
     Timeout { plugin: String, command: Command, limit: Duration },
     #[error("CNI plugin {plugin} was killed by signal {signal} during {command}{stderr}")]
     Killed { plugin: String, command: Command, signal: i32, stderr: Stderr },
+    #[error("CNI plugin {plugin} panicked during {command}; this is a bug, please report it")]
+    Panicked { plugin: String, command: Command },
     #[error("CNI plugin {plugin} failed {command}")]
     Plugin { plugin: String, command: Command, source: ErrorResult },
     #[error(

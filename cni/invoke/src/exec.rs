@@ -20,6 +20,7 @@ const MAX_STDERR: usize = 4 << 10;
 /// The parameters of one run apart from the configuration.
 pub(crate) struct Run<'a> {
     pub plugin: &'a str,
+    pub path: PathBuf,
     pub command: Command,
     pub container_id: &'a str,
     /// Empty when there is none (any more).
@@ -42,10 +43,10 @@ pub(crate) fn find(plugin: &str, dirs: &[PathBuf]) -> Result<PathBuf, Error> {
 impl Run<'_> {
     /// Runs the plugin; gives what it printed, `Null` when that was nothing.
     pub(crate) async fn execute(&self, request: &Map<String, Value>) -> Result<Value, Error> {
-        let path = find(self.plugin, self.bin_dirs)?;
         // Serialising a map of JSON values cannot fail.
         let input = serde_json::to_vec(request).unwrap_or_default();
-        let mut child = self.start(&path).await.map_err(|source| Error::Start { plugin: path, source })?;
+        let started = self.start().await;
+        let mut child = started.map_err(|source| Error::Start { plugin: self.path.clone(), source })?;
         let group = child.id();
         // Cancel-safe: on the limit everything is dropped and the whole process group killed below.
         match tokio::time::timeout(self.limit, talk(&mut child, &input)).await {
@@ -74,8 +75,8 @@ impl Run<'_> {
         }
     }
 
-    async fn start(&self, path: &Path) -> io::Result<Child> {
-        let mut command = tokio::process::Command::new(path);
+    async fn start(&self) -> io::Result<Child> {
+        let mut command = tokio::process::Command::new(&self.path);
         command
             .env("CNI_COMMAND", self.command.as_str())
             .env("CNI_CONTAINERID", self.container_id)

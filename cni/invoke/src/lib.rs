@@ -1,6 +1,7 @@
 //! The caller's side of the Container Network Interface: finds the network configuration, runs its plugins by the
 //! execution protocol and remembers what they gave (specification 1.1.0).
 
+mod builtin;
 mod cache;
 mod config;
 mod error;
@@ -16,10 +17,10 @@ use std::time::Duration;
 
 use cache::{Cache, Entry};
 pub use error::{Error, Stderr};
-use locks::Locks;
+use locks::{Held, Locks};
 pub use neighbours::Neighbours;
-pub use orlop_cni_types::{Attachment, Bandwidth, CniResult, DnsConfig, IpRange, PortMapping};
-use orlop_cni_types::{Command, NetworkConfig, SpecVersion, VALID_ATTACHMENTS, VersionResult, code};
+pub use orlop_cni_types::{Attachment, Bandwidth, Builtin, CniResult, DnsConfig, IpRange, PortMapping};
+use orlop_cni_types::{Call, Command, NetworkConfig, SpecVersion, VALID_ATTACHMENTS, VersionResult, code};
 pub use pod::PodNetwork;
 use serde_json::{Map, Value};
 
@@ -27,6 +28,12 @@ type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// How long one run of a plugin may take before it is killed.
 const PLUGIN_LIMIT: Duration = Duration::from_secs(60);
+
+/// What serves a type.
+enum Plugin<'a> {
+    Program(PathBuf),
+    Builtin(&'a Builtin),
+}
 
 /// A handle to the node's pod network. Clones share their locks.
 #[derive(Clone, Debug)]
@@ -43,6 +50,7 @@ struct Inner {
     neighbours: Neighbours,
     limit: Duration,
     locks: Locks,
+    builtin: Option<Builtin>,
 }
 
 impl Cni {
@@ -59,16 +67,19 @@ impl Cni {
         cache_dir: impl AsRef<Path>,
         limit: Duration,
     ) -> Cni {
-        Self::among(conf_dir, bin_dirs, cache_dir, limit, Neighbours::default())
+        Self::among(conf_dir, bin_dirs, cache_dir, limit, Neighbours::default(), None)
     }
 
-    /// [`Cni::with_limit`] on a machine where others may use the same networks.
+    /// [`Cni::with_limit`] on a machine where others may use the same networks. `builtin` serves its type, unless one of `bin_dirs`
+    /// before its own has a program of that name. It is not interrupted, neither by `limit` nor when a call is dropped: the next
+    /// operation on its container waits for it.
     pub fn among(
         conf_dir: impl Into<PathBuf>,
         bin_dirs: Vec<PathBuf>,
         cache_dir: impl AsRef<Path>,
         limit: Duration,
         neighbours: Neighbours,
+        builtin: Option<Builtin>,
     ) -> Cni {
         let inner = Inner {
             conf_dir: conf_dir.into(),
@@ -78,6 +89,7 @@ impl Cni {
             neighbours,
             limit,
             locks: Locks::default(),
+            builtin,
         };
         Cni { inner: Arc::new(inner) }
     }
@@ -102,7 +114,7 @@ impl Cni {
     /// on disk before the first plugin runs, so that a later [`Cni::del`] cleans up whatever a crash left.
     pub async fn add(&self, pod: &PodNetwork) -> Result<CniResult> {
         pod.validate()?;
-        let _held = self.inner.locks.one(&pod.container_id).await;
+        let held = self.inner.locks.one(&pod.container_id).await;
         let (_, network) = self.network()?;
         let mut entry = Entry { pod: pod.clone(), network: network.to_value(), result: None };
         self.inner.cache.put(&entry)?;
@@ -110,17 +122,17 @@ impl Cni {
             .neighbours
             .join(&network.name, &self.inner.cache_dir)
             .map_err(|source| Error::Cache { container_id: pod.container_id.clone(), source })?;
-        match self.add_all(&network, pod).await {
+        match self.add_all(&network, pod, &held).await {
             Ok((raw, result)) => {
                 entry.result = Some(raw);
                 if let Err(e) = self.inner.cache.put(&entry) {
-                    self.roll_back(&network, pod, entry.result.as_ref()).await;
+                    self.roll_back(&network, pod, entry.result.as_ref(), &held).await;
                     return Err(e);
                 }
                 Ok(result)
             }
             Err((previous, error)) => {
-                self.roll_back(&network, pod, previous.as_ref()).await;
+                self.roll_back(&network, pod, previous.as_ref(), &held).await;
                 Err(error)
             }
         }
@@ -130,6 +142,7 @@ impl Cni {
         &self,
         network: &NetworkConfig,
         pod: &PodNetwork,
+        held: &Held,
     ) -> Result<(Value, CniResult), (Option<Value>, Error)> {
         let runtime = pod.runtime_config();
         let mut previous: Option<Value> = None;
@@ -137,7 +150,7 @@ impl Cni {
         for plugin in &network.plugins {
             let request = plugin.request(network, &runtime, previous.as_ref());
             let name = &plugin.plugin_type;
-            let mut value = match self.run(name, Command::Add, pod, &request).await {
+            let mut value = match self.run(name, Command::Add, pod, &request, held).await {
                 Ok(v) => v,
                 Err(e) => return Err((previous, e)),
             };
@@ -157,8 +170,14 @@ impl Cni {
     }
 
     /// DEL after a failed ADD. What it cannot clean stays on record for a later DEL or GC.
-    async fn roll_back(&self, network: &NetworkConfig, pod: &PodNetwork, previous: Option<&Value>) {
-        let done = match self.del_all(network, pod, previous).await {
+    async fn roll_back(
+        &self,
+        network: &NetworkConfig,
+        pod: &PodNetwork,
+        previous: Option<&Value>,
+        held: &Held,
+    ) {
+        let done = match self.del_all(network, pod, previous, held).await {
             Ok(()) => self.inner.cache.remove(&pod.container_id, &pod.ifname),
             Err(e) => Err(e),
         };
@@ -172,11 +191,11 @@ impl Cni {
     /// Uses the configuration of the time of ADD; after an ADD that failed, the present one as well.
     pub async fn del(&self, pod: &PodNetwork) -> Result<()> {
         pod.validate()?;
-        let _held = self.inner.locks.one(&pod.container_id).await;
-        self.del_locked(pod).await
+        let held = self.inner.locks.one(&pod.container_id).await;
+        self.del_locked(pod, &held).await
     }
 
-    async fn del_locked(&self, pod: &PodNetwork) -> Result<()> {
+    async fn del_locked(&self, pod: &PodNetwork, held: &Held) -> Result<()> {
         let entry = self.inner.cache.get(&pod.container_id, &pod.ifname);
         let network = match entry.as_ref().and_then(Entry::network) {
             Some(network) => network,
@@ -195,13 +214,13 @@ impl Cni {
             original = PodNetwork { netns: pod.netns.clone(), ..e.pod.clone() };
         }
         let previous = entry.as_ref().and_then(|e| e.result.as_ref());
-        if let Err(error) = self.del_all(&network, &original, previous).await {
+        if let Err(error) = self.del_all(&network, &original, previous, held).await {
             // An ADD that failed may have failed for its configuration, which may have been corrected since.
             let present = match (previous, self.network()) {
                 (None, Ok((_, present))) if present.to_value() != network.to_value() => present,
                 _ => return Err(error),
             };
-            self.del_all(&present, &original, None).await?;
+            self.del_all(&present, &original, None, held).await?;
         }
         self.inner.cache.remove(&pod.container_id, &pod.ifname)
     }
@@ -212,6 +231,7 @@ impl Cni {
         network: &NetworkConfig,
         pod: &PodNetwork,
         previous: Option<&Value>,
+        held: &Held,
     ) -> Result<()> {
         let runtime = pod.runtime_config();
         let mut pod = pod.clone();
@@ -223,7 +243,7 @@ impl Cni {
         let mut first_error = None;
         for plugin in network.plugins.iter().rev() {
             let request = plugin.request(network, &runtime, previous);
-            match self.run(&plugin.plugin_type, Command::Del, &pod, &request).await {
+            match self.run(&plugin.plugin_type, Command::Del, &pod, &request, held).await {
                 Ok(_) => {}
                 Err(Error::Plugin { source, .. }) if source.code == code::UNKNOWN_CONTAINER => {}
                 Err(e) => {
@@ -238,7 +258,7 @@ impl Cni {
     /// or its configuration turns CHECK off.
     pub async fn check(&self, pod: &PodNetwork) -> Result<()> {
         pod.validate()?;
-        let _held = self.inner.locks.one(&pod.container_id).await;
+        let held = self.inner.locks.one(&pod.container_id).await;
         let entry = self.inner.cache.get(&pod.container_id, &pod.ifname);
         let known = entry.and_then(|e| Some((e.network()?, e.result?, e.pod)));
         let Some((network, result, original)) = known else {
@@ -251,7 +271,7 @@ impl Cni {
         let original = PodNetwork { netns: pod.netns.clone(), ..original };
         for plugin in &network.plugins {
             let request = plugin.request(&network, &runtime, Some(&result));
-            self.run(&plugin.plugin_type, Command::Check, &original, &request).await?;
+            self.run(&plugin.plugin_type, Command::Check, &original, &request, &held).await?;
         }
         Ok(())
     }
@@ -271,14 +291,15 @@ impl Cni {
     pub async fn status(&self) -> Result<()> {
         let (_, network) = self.network()?;
         for plugin in &network.plugins {
-            exec::find(&plugin.plugin_type, &self.inner.bin_dirs)?;
+            self.plugin(&plugin.plugin_type)?;
         }
+        let held = Held::default();
         if network.version < Command::Status.since() {
             return Ok(());
         }
         for plugin in &network.plugins {
             let request = plugin.request(&network, &Map::new(), None);
-            self.run(&plugin.plugin_type, Command::Status, &PodNetwork::default(), &request).await?;
+            self.run(&plugin.plugin_type, Command::Status, &PodNetwork::default(), &request, &held).await?;
         }
         Ok(())
     }
@@ -291,14 +312,14 @@ impl Cni {
     /// Deletes every attachment on record that is not in `valid`, then lets the plugins free what they hold for others
     /// than these and those of [`Neighbours`] (GC of 1.1.0). Waits for running operations and holds new ones back meanwhile.
     pub async fn gc(&self, valid: &[Attachment]) -> Result<()> {
-        let _held = self.inner.locks.all().await;
+        let held = self.inner.locks.all().await;
         let keep: BTreeSet<&Attachment> = valid.iter().collect();
         let mut first_error = None;
         for entry in self.inner.cache.all() {
             let pod = entry.pod;
             let key = Attachment { container_id: pod.container_id.clone(), ifname: pod.ifname.clone() };
             if !keep.contains(&key)
-                && let Err(e) = self.del_locked(&pod).await
+                && let Err(e) = self.del_locked(&pod, &held).await
             {
                 first_error.get_or_insert(e);
             }
@@ -321,7 +342,8 @@ impl Cni {
             for plugin in &network.plugins {
                 let mut request = plugin.request(&network, &Map::new(), None);
                 request.insert(VALID_ATTACHMENTS.to_owned(), list.clone());
-                let done = self.run(&plugin.plugin_type, Command::Gc, &PodNetwork::default(), &request).await;
+                let done =
+                    self.run(&plugin.plugin_type, Command::Gc, &PodNetwork::default(), &request, &held).await;
                 if let Err(e) = done {
                     first_error.get_or_insert(e);
                 }
@@ -334,7 +356,8 @@ impl Cni {
     pub async fn plugin_versions(&self, plugin: &str) -> Result<Vec<String>> {
         let mut request = Map::new();
         request.insert("cniVersion".into(), SpecVersion::V1_1_0.as_str().into());
-        let value = self.run(plugin, Command::Version, &PodNetwork::default(), &request).await?;
+        let value =
+            self.run(plugin, Command::Version, &PodNetwork::default(), &request, &Held::default()).await?;
         match serde_json::from_value::<VersionResult>(value) {
             Ok(v) => Ok(v.supported_versions),
             Err(e) => Err(Error::BadResult {
@@ -345,16 +368,44 @@ impl Cni {
         }
     }
 
+    fn plugin(&self, name: &str) -> Result<Plugin<'_>> {
+        let found = exec::find(name, &self.inner.bin_dirs);
+        match &self.inner.builtin {
+            Some(b)
+                if b.name == name && found.as_ref().map_or(true, |p| p.parent() == Some(&b.program_dir)) =>
+            {
+                Ok(Plugin::Builtin(b))
+            }
+            _ => found.map(Plugin::Program),
+        }
+    }
+
     async fn run(
         &self,
         plugin: &str,
         command: Command,
         pod: &PodNetwork,
         request: &Map<String, Value>,
+        held: &Held,
     ) -> Result<Value> {
         let args = if pod.container_id.is_empty() { String::new() } else { pod.cni_args() };
+        let path = match self.plugin(plugin)? {
+            Plugin::Program(path) => path,
+            Plugin::Builtin(builtin) => {
+                let call = Call {
+                    command,
+                    container_id: pod.container_id.clone(),
+                    netns: pod.netns.clone(),
+                    ifname: pod.ifname.clone(),
+                    args,
+                    conf: serde_json::to_vec(request).unwrap_or_default(),
+                };
+                return builtin::call(builtin, call, held.clone()).await;
+            }
+        };
         let run = exec::Run {
             plugin,
+            path,
             command,
             container_id: &pod.container_id,
             netns: &pod.netns,

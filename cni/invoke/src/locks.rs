@@ -3,23 +3,35 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex as SyncMutex, Weak};
 
-use tokio::sync::{Mutex, OwnedMutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use tokio::sync::{Mutex, OwnedMutexGuard, OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
 #[derive(Debug, Default)]
 pub(crate) struct Locks {
-    everything: RwLock<()>,
+    everything: Arc<RwLock<()>>,
     by_container: SyncMutex<HashMap<String, Weak<Mutex<()>>>>,
 }
 
-/// Held during an operation on one container.
-pub(crate) struct One<'a> {
-    _container: OwnedMutexGuard<()>,
-    _everything: RwLockReadGuard<'a, ()>,
+/// Held during an operation. Whatever cannot be interrupted holds a clone: it may go on when its caller has given up.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Held {
+    _guards: Option<Arc<Guards>>,
+}
+
+#[derive(Debug)]
+enum Guards {
+    One { _container: OwnedMutexGuard<()>, _everything: OwnedRwLockReadGuard<()> },
+    All { _everything: OwnedRwLockWriteGuard<()> },
+}
+
+impl From<Guards> for Held {
+    fn from(guards: Guards) -> Held {
+        Held { _guards: Some(Arc::new(guards)) }
+    }
 }
 
 impl Locks {
-    pub(crate) async fn one(&self, container_id: &str) -> One<'_> {
-        let everything = self.everything.read().await;
+    pub(crate) async fn one(&self, container_id: &str) -> Held {
+        let everything = self.everything.clone().read_owned().await;
         let lock = {
             let mut map = self.by_container.lock().unwrap_or_else(|e| e.into_inner());
             map.retain(|_, lock| lock.strong_count() > 0);
@@ -32,10 +44,10 @@ impl Locks {
                 }
             }
         };
-        One { _container: lock.lock_owned().await, _everything: everything }
+        Guards::One { _container: lock.lock_owned().await, _everything: everything }.into()
     }
 
-    pub(crate) async fn all(&self) -> RwLockWriteGuard<'_, ()> {
-        self.everything.write().await
+    pub(crate) async fn all(&self) -> Held {
+        Guards::All { _everything: self.everything.clone().write_owned().await }.into()
     }
 }

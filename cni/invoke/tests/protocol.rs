@@ -4,7 +4,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use orlop_cni_invoke::{Attachment, Cni, Error, Neighbours, PodNetwork, PortMapping};
+use orlop_cni_invoke::{Attachment, Builtin, Cni, Error, Neighbours, PodNetwork, PortMapping};
+use orlop_cni_types::{Answer, Call, Command};
 use serde_json::{Value, json};
 
 struct Fixture {
@@ -243,6 +244,7 @@ async fn collecting_spares_what_others_attached() {
             f.path(cache),
             Duration::from_secs(5),
             neighbours.clone(),
+            None,
         )
     };
     let (ours, theirs) = (server("ours"), server("theirs"));
@@ -305,4 +307,68 @@ async fn one_operation_for_a_container_at_a_time_but_pods_in_parallel() {
     assert!(!f.path("overlap").exists(), "both ran at once");
     let order = f.calls().split_off(3);
     assert!(order == ["ADD one", "DEL one"] || order == ["DEL one", "ADD one"], "{order:?}");
+}
+
+fn with_builtin(f: &Fixture, call: fn(&Call) -> Answer) -> Cni {
+    Cni::among(
+        f.path("conf"),
+        vec![f.path("bin")],
+        f.path("cache"),
+        Duration::from_secs(5),
+        Neighbours::default(),
+        Some(Builtin { name: "inside", call, program_dir: f.path("nowhere") }),
+    )
+}
+
+#[tokio::test]
+async fn a_builtin_plugin_may_panic() {
+    let f = Fixture::new(&[]);
+    f.configure(&json!({"cniVersion": "1.1.0", "name": "net", "plugins": [{"type": "inside"}]}));
+    let cni = with_builtin(&f, |call| match call.command {
+        Command::Add => panic!("a bug"),
+        _ => Answer { result: Ok(None), notes: Vec::new() },
+    });
+    cni.status().await.unwrap();
+    let e = cni.add(&pod("c")).await.unwrap_err();
+    assert!(matches!(&e, Error::Panicked { command: Command::Add, .. }), "{e:?}");
+    assert!(cni.attachments().is_empty(), "undone by DEL");
+    cni.del(&pod("c")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_builtin_plugin_is_waited_for() {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    // What ADD and DEL have begun and ended.
+    static BEGUN: AtomicU32 = AtomicU32::new(0);
+    static ENDED: AtomicU32 = AtomicU32::new(0);
+    let f = Fixture::new(&[]);
+    f.configure(&json!({"cniVersion": "1.1.0", "name": "net", "plugins": [{"type": "inside"}]}));
+    let cni = with_builtin(&f, |call| {
+        match call.command {
+            Command::Add => {
+                BEGUN.fetch_add(1, Ordering::SeqCst);
+                while BEGUN.load(Ordering::SeqCst) == 1 {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                ENDED.fetch_add(1, Ordering::SeqCst);
+            }
+            _ => assert_eq!(ENDED.load(Ordering::SeqCst), 1, "DEL during ADD"),
+        }
+        let result = json!({"cniVersion": "1.1.0", "ips": [{"address": "10.1.2.3/24"}]});
+        Answer { result: Ok(Some(result)), notes: vec!["a note".into()] }
+    });
+    let pod = pod("c");
+    // Dropped while its plugin is at work.
+    let dropped = tokio::time::timeout(Duration::from_millis(1), cni.add(&pod)).await;
+    while BEGUN.load(Ordering::SeqCst) == 0 {
+        assert!(dropped.is_err());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let del = cni.del(&pod);
+    let go = async {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        BEGUN.fetch_add(1, Ordering::SeqCst);
+    };
+    tokio::join!(del, go).0.unwrap();
+    assert_eq!(ENDED.load(Ordering::SeqCst), 1);
 }

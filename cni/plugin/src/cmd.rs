@@ -1,7 +1,5 @@
 //! The commands of the specification.
 
-use std::path::PathBuf;
-
 use ipnet::IpNet;
 use orlop_cni_types::{
     Attachment, CniResult, Command, Dns, HOST_INTERFACE_PREFIX, Interface, IpConfig, Route, SpecVersion,
@@ -9,7 +7,7 @@ use orlop_cni_types::{
 };
 use serde_json::Value;
 
-use crate::conf::Conf;
+use crate::Work;
 use crate::error::Error;
 use crate::ipam::{State, Store, link_of};
 use crate::links;
@@ -17,32 +15,26 @@ use crate::nat::{self, Nat};
 use crate::netlink::Netlink;
 use crate::wire::{self, Netns, Wiring};
 
-/// The parameters that come by the environment.
-#[derive(Clone, Debug)]
-pub struct Env {
-    pub container_id: String,
-    pub netns: PathBuf,
-    pub ifname: String,
-    pub args: String,
-}
-
-/// Carries `command` out; what is to be printed, if anything.
-pub fn run(command: Command, env: &Env, conf: &Conf) -> Result<Option<Value>, Error> {
-    if conf.version < command.since() {
-        return Err(Error::NotInVersion(conf.version, command.as_str()));
-    }
-    let loopback = conf.plugin_type == "loopback";
-    match command {
-        Command::Add if loopback => loopback_add(env, conf).map(Some),
-        Command::Add => add(env, conf).map(Some),
-        Command::Del if loopback => Ok(None),
-        Command::Del => del(env, conf).map(|()| None),
-        Command::Check if loopback => loopback_check(env).map(|()| None),
-        Command::Check => check(env, conf).map(|()| None),
-        Command::Status | Command::Gc if loopback => Ok(None),
-        Command::Status => status(conf).map(|()| None),
-        Command::Gc => gc(conf).map(|()| None),
-        Command::Version => Ok(Some(version())),
+impl Work<'_> {
+    /// What is to be printed, if anything.
+    pub(crate) fn run(&self) -> Result<Option<Value>, Error> {
+        let (command, conf) = (self.call.command, self.conf);
+        if conf.version < command.since() {
+            return Err(Error::NotInVersion(conf.version, command.as_str()));
+        }
+        let loopback = conf.plugin_type == "loopback";
+        match command {
+            Command::Add if loopback => loopback_add(self).map(Some),
+            Command::Add => add(self).map(Some),
+            Command::Del if loopback => Ok(None),
+            Command::Del => del(self).map(|()| None),
+            Command::Check if loopback => loopback_check(self).map(|()| None),
+            Command::Check => check(self).map(|()| None),
+            Command::Status | Command::Gc if loopback => Ok(None),
+            Command::Status => status(self).map(|()| None),
+            Command::Gc => gc(self).map(|()| None),
+            Command::Version => Ok(Some(version())),
+        }
     }
 }
 
@@ -55,40 +47,47 @@ pub fn version() -> Value {
     serde_json::to_value(answer).unwrap_or_default()
 }
 
-impl Env {
+impl Work<'_> {
     fn attachment(&self) -> Result<Attachment, Error> {
-        if self.container_id.is_empty() {
+        if self.call.container_id.is_empty() {
             return Err(Error::Environment("CNI_CONTAINERID"));
         }
-        if self.ifname.is_empty() || self.ifname.len() > 15 || self.ifname.contains(['/', ' ']) {
+        if self.call.ifname.is_empty() || self.call.ifname.len() > 15 || self.call.ifname.contains(['/', ' '])
+        {
             return Err(Error::Environment("CNI_IFNAME"));
         }
-        Ok(Attachment { container_id: self.container_id.clone(), ifname: self.ifname.clone() })
+        Ok(Attachment { container_id: self.call.container_id.clone(), ifname: self.call.ifname.clone() })
     }
 
     fn open_netns(&self) -> Result<Netns, Error> {
-        if self.netns.as_os_str().is_empty() {
+        if self.call.netns.as_os_str().is_empty() {
             return Err(Error::Environment("CNI_NETNS"));
         }
-        Netns::open(&self.netns)
+        Netns::open(&self.call.netns)
     }
 
     /// How an operator sees the host's interface: the pod, else the container.
     fn alias(&self) -> String {
         let arg = |name: &str| {
-            self.args.split(';').filter_map(|a| a.split_once('=')).find(|(k, _)| *k == name).map(|(_, v)| v)
+            self.call
+                .args
+                .split(';')
+                .filter_map(|a| a.split_once('='))
+                .find(|(k, _)| *k == name)
+                .map(|(_, v)| v)
         };
         match (arg("K8S_POD_NAMESPACE"), arg("K8S_POD_NAME")) {
             (Some(namespace), Some(name)) if !name.is_empty() => format!("{namespace}/{name}"),
-            _ => self.container_id.clone(),
+            _ => self.call.container_id.clone(),
         }
     }
 }
 
 /// The record of addresses. One that is damaged is made anew from what pods' links tell: it must neither keep pods from being deleted
 /// nor give an address twice. `host` is of the node's network namespace.
-fn open_store(conf: &Conf, host: &mut Netlink) -> Result<Store, Error> {
-    let mut store = Store::open(&conf.data_dir, &conf.network)?;
+fn open_store(work: &Work<'_>, host: &mut Netlink) -> Result<Store, Error> {
+    let conf = work.conf;
+    let mut store = Store::open(&conf.data_dir, &conf.network, work.deadline)?;
     if store.damaged {
         let mut known = Vec::new();
         for (ip, index) in links::routed_addresses(host)? {
@@ -100,21 +99,22 @@ fn open_store(conf: &Conf, host: &mut Netlink) -> Result<Store, Error> {
                 known.push((ip, link.name));
             }
         }
-        eprintln!(
+        work.note(format!(
             "the record of addresses is damaged; made it anew with the {} that are in use",
             known.len()
-        );
+        ));
         store.repair(State::of_links(known))?;
     }
     Ok(store)
 }
 
-fn add(env: &Env, conf: &Conf) -> Result<Value, Error> {
+fn add(work: &Work<'_>) -> Result<Value, Error> {
+    let conf = work.conf;
     if conf.previous.is_some() {
         return Err(Error::NotFirst);
     }
-    let attachment = env.attachment()?;
-    let netns = env.open_netns()?;
+    let attachment = work.attachment()?;
+    let netns = work.open_netns()?;
     let mut host = links::open()?;
     let needs_nat = conf.masquerade.is_some() || !conf.port_mappings.is_empty();
     let (mut nat, opened) = match needs_nat.then(|| Nat::open(conf)).transpose() {
@@ -122,7 +122,7 @@ fn add(env: &Env, conf: &Conf) -> Result<Value, Error> {
         Err(e) => (None, Err(e)),
     };
 
-    let mut store = open_store(conf, &mut host)?;
+    let mut store = open_store(work, &mut host)?;
     store.state.recognize(&attachment);
     let had_addresses = !store.state.ips_of(&attachment).is_empty();
     let ips = store.state.allocate(&attachment, &conf.ranges, &conf.wanted_ips)?;
@@ -137,13 +137,13 @@ fn add(env: &Env, conf: &Conf) -> Result<Value, Error> {
         ips: &ips,
         mtu: conf.mtu,
         mac: conf.mac,
-        alias: &env.alias(),
+        alias: &work.alias(),
         from_loopback: nat::on_loopback(&conf.port_mappings),
     };
     let published = match published {
         // Pods talk to each other all the same.
         Err(e @ Error::NoNftables(_)) if conf.port_mappings.is_empty() => {
-            eprintln!("pods do not reach the world: {}", orlop_base::telemetry::chain(&e));
+            work.note(format!("pods do not reach the world: {}", orlop_base::telemetry::chain(&e)));
             Ok(())
         }
         other => other,
@@ -153,7 +153,7 @@ fn add(env: &Env, conf: &Conf) -> Result<Value, Error> {
         Err(e) => {
             // A second ADD must not destroy what the first made; the runtime has to send DEL.
             if !had_addresses {
-                undo(&mut host, nat.as_mut(), conf, &attachment);
+                undo(work, &mut host, nat.as_mut(), &attachment);
             }
             return Err(e);
         }
@@ -171,7 +171,7 @@ fn add(env: &Env, conf: &Conf) -> Result<Value, Error> {
                 name: attachment.ifname.clone(),
                 mac: mac(wired.pod_mac),
                 mtu: Some(wired.mtu),
-                sandbox: env.netns.to_string_lossy().into_owned(),
+                sandbox: work.call.netns.to_string_lossy().into_owned(),
                 ..Interface::default()
             },
         ],
@@ -208,22 +208,22 @@ fn default_routes(ips: &[std::net::IpAddr]) -> Vec<Route> {
 }
 
 /// Best effort: the runtime sends DEL after a failed ADD in any case.
-fn undo(host: &mut Netlink, nat: Option<&mut Nat>, conf: &Conf, attachment: &Attachment) {
+fn undo(work: &Work<'_>, host: &mut Netlink, nat: Option<&mut Nat>, attachment: &Attachment) {
     let freed = links::delete_from_afar(host, &attachment.host_interface())
-        .and_then(|_| release(host, nat, conf, attachment));
+        .and_then(|_| release(work, host, nat, attachment));
     if let Err(e) = freed {
-        eprintln!("cannot undo yet: {}", orlop_base::telemetry::chain(&e));
+        work.note(format!("cannot undo yet: {}", orlop_base::telemetry::chain(&e)));
     }
 }
 
 /// Frees the attachment's addresses and takes back what leads to them.
 fn release(
+    work: &Work<'_>,
     host: &mut Netlink,
     nat: Option<&mut Nat>,
-    conf: &Conf,
     attachment: &Attachment,
 ) -> Result<(), Error> {
-    let mut store = open_store(conf, host)?;
+    let mut store = open_store(work, host)?;
     store.state.recognize(attachment);
     release_from(&mut store, nat, attachment)
 }
@@ -246,34 +246,35 @@ fn release_from(store: &mut Store, nat: Option<&mut Nat>, attachment: &Attachmen
 }
 
 /// First the link, then the address: nobody may get an address that still leads to this pod.
-fn del(env: &Env, conf: &Conf) -> Result<(), Error> {
-    let attachment = env.attachment()?;
+fn del(work: &Work<'_>) -> Result<(), Error> {
+    let attachment = work.attachment()?;
     let mut host = links::open()?;
     // While there is a link to tell what a damaged record does not. The link goes in any case.
-    let opened = open_store(conf, &mut host).map(drop);
-    links::delete(&mut host, &attachment.host_interface())?;
+    let opened = open_store(work, &mut host).map(drop);
+    links::delete(&mut host, &attachment.host_interface(), work.host)?;
     match opened {
         // The first that is made of a record is the lock's file: on a full disk without it, nothing was ever given.
         Err(Error::Ipam(e)) if e.is_full() => Ok(()),
         Err(e) => Err(e),
-        Ok(()) => release(&mut host, Nat::open_existing(conf)?.as_mut(), conf, &attachment),
+        Ok(()) => release(work, &mut host, Nat::open_existing(work.conf)?.as_mut(), &attachment),
     }
 }
 
-fn check(env: &Env, conf: &Conf) -> Result<(), Error> {
-    let attachment = env.attachment()?;
-    let netns = env.open_netns()?;
+fn check(work: &Work<'_>) -> Result<(), Error> {
+    let (call, conf) = (work.call, work.conf);
+    let attachment = work.attachment()?;
+    let netns = work.open_netns()?;
     let Some(previous) = conf.previous_result()? else {
         return Err(Error::Field { field: "prevResult", problem: "is missing; CHECK needs it".to_owned() });
     };
-    let ours = previous.interfaces.iter().position(|i| i.name == env.ifname && !i.sandbox.is_empty());
+    let ours = previous.interfaces.iter().position(|i| i.name == call.ifname && !i.sandbox.is_empty());
     let ips: Vec<_> = previous
         .ips
         .iter()
         .filter(|ip| ip.interface.is_none() || ip.interface == ours)
         .map(|ip| ip.address.addr())
         .collect();
-    let mut store = open_store(conf, &mut links::open()?)?;
+    let mut store = open_store(work, &mut links::open()?)?;
     store.state.recognize(&attachment);
     let own = store.state.ips_of(&attachment);
     drop(store);
@@ -288,12 +289,13 @@ fn check(env: &Env, conf: &Conf) -> Result<(), Error> {
 
 /// Whether an ADD can be served: the ranges are read already, so what remains is the record. A full range is no reason to
 /// say no: the node would be reported as not ready for that.
-fn status(conf: &Conf) -> Result<(), Error> {
-    open_store(conf, &mut links::open()?)?.save()?;
+fn status(work: &Work<'_>) -> Result<(), Error> {
+    open_store(work, &mut links::open()?)?.save()?;
     Ok(())
 }
 
-fn gc(conf: &Conf) -> Result<(), Error> {
+fn gc(work: &Work<'_>) -> Result<(), Error> {
+    let conf = work.conf;
     let Some(valid) = &conf.valid else {
         // Taking a missing list for an empty one would cut every pod off.
         return Err(Error::Field {
@@ -303,17 +305,18 @@ fn gc(conf: &Conf) -> Result<(), Error> {
     };
     let mut host = links::open()?;
     let mut nat = Nat::open_existing(conf)?;
-    let mut store = open_store(conf, &mut host)?;
+    let mut store = open_store(work, &mut host)?;
     valid.iter().for_each(|owner| store.state.recognize(owner));
     for owner in store.state.owners_not_in(valid) {
-        links::delete(&mut host, &link_of(&owner))?;
+        links::delete(&mut host, &link_of(&owner), work.host)?;
         release_from(&mut store, nat.as_mut(), &owner)?;
     }
     Ok(())
 }
 
-fn loopback_add(env: &Env, conf: &Conf) -> Result<Value, Error> {
-    wire::loopback_up(&env.open_netns()?)?;
+fn loopback_add(work: &Work<'_>) -> Result<Value, Error> {
+    let conf = work.conf;
+    wire::loopback_up(&work.open_netns()?)?;
     if let Some(previous) = conf.previous_result()? {
         return Ok(previous.to_value(conf.version));
     }
@@ -321,7 +324,7 @@ fn loopback_add(env: &Env, conf: &Conf) -> Result<Value, Error> {
         interfaces: vec![Interface {
             name: "lo".to_owned(),
             mac: "00:00:00:00:00:00".to_owned(),
-            sandbox: env.netns.to_string_lossy().into_owned(),
+            sandbox: work.call.netns.to_string_lossy().into_owned(),
             ..Interface::default()
         }],
         ips: ["127.0.0.1/8", "::1/128"]
@@ -333,8 +336,8 @@ fn loopback_add(env: &Env, conf: &Conf) -> Result<Value, Error> {
     Ok(result.to_value(conf.version))
 }
 
-fn loopback_check(env: &Env) -> Result<(), Error> {
-    match wire::loopback_is_up(&env.open_netns()?)? {
+fn loopback_check(work: &Work<'_>) -> Result<(), Error> {
+    match wire::loopback_is_up(&work.open_netns()?)? {
         true => Ok(()),
         false => Err(Error::Check("interface lo of the pod is down".to_owned())),
     }

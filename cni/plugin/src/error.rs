@@ -64,7 +64,7 @@ impl Error {
             Error::Conf(_) | Error::Field { .. } | Error::Previous(_) | Error::NotFirst => {
                 code::INVALID_CONFIG
             }
-            Error::Ipam(IpamError::Exhausted { .. }) => code::TRY_AGAIN_LATER,
+            Error::Ipam(IpamError::Exhausted { .. } | IpamError::Held { .. }) => code::TRY_AGAIN_LATER,
             Error::Ipam(IpamError::State(_)) => code::IO,
             Error::Ipam(_) => 100,
             Error::InterfaceExists(_) | Error::AddressInUse { .. } => 101,

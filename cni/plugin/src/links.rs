@@ -20,6 +20,7 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 
+use crate::Host;
 use crate::error::Error;
 use crate::netlink::Netlink;
 use crate::removal;
@@ -183,11 +184,11 @@ pub fn no_link_local(nl: &mut Netlink, index: u32) -> Result<()> {
 
 /// Deletes a link, and with it its other side; whether it was there. Nobody finds it any more when this returns, and nothing
 /// leads to it.
-pub fn delete(nl: &mut Netlink, name: &str) -> Result<bool> {
-    delete_by(nl, name, removal::delete)
+pub fn delete(nl: &mut Netlink, name: &str, host: Host) -> Result<bool> {
+    delete_by(nl, name, |nl, index| removal::delete(nl, index, host))
 }
 
-/// [`delete`] for a process that has entered another network namespace than that of `nl`. Returns later.
+/// [`delete`] for a thread that has entered another network namespace than that of `nl`. Returns later.
 pub fn delete_from_afar(nl: &mut Netlink, name: &str) -> Result<bool> {
     delete_by(nl, name, |nl, index| {
         let mut m = LinkMessage::default();

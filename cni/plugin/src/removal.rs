@@ -1,8 +1,9 @@
 //! Deleting a link without waiting for the kernel to tidy up after it. `unsafe` for fork.
 //!
 //! When a link is deleted it disappears at once, with its routes and neighbours, but the kernel answers only after an RCU grace
-//! period (20 to 100 ms), when the link's memory can be freed too. Nobody who deletes a pod has to wait for that: a child sends
-//! the request, and the parent goes on as soon as the kernel announces that the link is gone.
+//! period (20 to 100 ms), when the link's memory can be freed too. Nobody who deletes a pod has to wait for that: somebody else
+//! sends the request, and we go on as soon as the kernel announces that the link is gone. A thread cannot be that in a process
+//! that ends at once (its end waits for all of them), and a child not in one that has other threads.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -13,23 +14,24 @@ use netlink_packet_route::link::LinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use rustix::event::{PollFd, PollFlags, poll};
 
+use crate::Host;
 use crate::netlink::Netlink;
 
 /// RTMGRP_LINK: the kernel tells of links that come and go.
 const LINKS: u32 = 1;
 
-/// Deletes the link, and with it its other side. By its number, which no other link ever gets: a child that outlives a killed parent
+/// Deletes the link, and with it its other side. By its number, which no other link ever gets: one that outlives its killed parent
 /// cannot hit a link that was made since under the same name.
 ///
-/// The link must be in the network namespace where this process is, which is where `nl` was opened as long as no other was entered.
-pub fn delete(nl: &mut Netlink, index: u32) -> io::Result<()> {
+/// The link must be in the network namespace where this thread is, which is where `nl` was opened as long as no other was entered.
+pub fn delete(nl: &mut Netlink, index: u32, host: Host) -> io::Result<()> {
     let mut request = LinkMessage::default();
     request.header.index = index;
     let request = Message::DelLink(request);
-    let begun = announcements().and_then(|socket| Ok((socket, begin(request.clone())?)));
+    let begun = announcements().and_then(|socket| Ok((socket, begin(request.clone(), host)?)));
     match begun {
         Ok((announcements, answer)) => wait(index, &announcements, answer),
-        // Without a second process it takes longer.
+        // Without help it takes longer.
         Err(_) => nl.change(request, 0),
     }
 }
@@ -40,15 +42,27 @@ fn announcements() -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Sends `request` from a child; gives where it writes the kernel's answer, an errno or 0.
-fn begin(request: Message) -> io::Result<File> {
+/// Has `request` sent; gives where the kernel's answer is written to, an errno or 0.
+fn begin(request: Message, host: Host) -> io::Result<File> {
     let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    let kept = write.as_raw_fd();
+    let carry_out = move || {
+        let answer = match Netlink::open().and_then(|mut own| own.change(request, 0)) {
+            Ok(()) => 0,
+            Err(e) => e.raw_os_error().unwrap_or(libc::EIO),
+        };
+        let _ = File::from(write).write_all(&answer.to_ne_bytes());
+    };
+    if host == Host::GoesOn {
+        std::thread::Builder::new().name("unlink".into()).stack_size(128 << 10).spawn(carry_out)?;
+        return Ok(File::from(read));
+    }
     // SAFETY: this process has one thread, so no lock is held by a thread that the child lacks.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
-            let answer = carry_out(request, write.as_raw_fd());
-            let _ = File::from(write).write_all(&answer.to_ne_bytes());
+            close_all_but(kept);
+            carry_out();
             // SAFETY: _exit is always sound; the parent's state must not be dropped here.
             unsafe { libc::_exit(0) }
         }
@@ -56,16 +70,12 @@ fn begin(request: Message) -> io::Result<File> {
     }
 }
 
-fn carry_out(request: Message, keep: RawFd) -> i32 {
+fn close_all_but(keep: RawFd) {
     // Whoever runs the plugin waits for the end of its output, and whoever wants the record of addresses for its lock.
     let keep = keep.unsigned_abs();
     for (first, last) in [(0, keep.saturating_sub(1)), (keep + 1, libc::c_uint::MAX)] {
         // SAFETY: this child uses no descriptor that it has not opened itself, but the pipe.
         unsafe { libc::close_range(first, last, 0) };
-    }
-    match Netlink::open().and_then(|mut own| own.change(request, 0)) {
-        Ok(()) => 0,
-        Err(e) => e.raw_os_error().unwrap_or(libc::EIO),
     }
 }
 
@@ -86,7 +96,7 @@ fn wait(index: u32, announcements: &Socket, mut answer: File) -> io::Result<()> 
             match announcements.recv(&mut buffer, 0) {
                 Ok(n) if tells_of(index, buffer.get(..n).unwrap_or_default()) => return Ok(()),
                 Ok(_) => {}
-                // More news than its buffer holds: the child's answer decides.
+                // More news than its buffer holds: the answer decides.
                 Err(_) => hears = false,
             }
         }

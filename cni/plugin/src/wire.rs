@@ -48,7 +48,7 @@ impl Netns {
         }
     }
 
-    /// Moves this process, which has one thread, into the namespace and opens a conversation there. There is no way
+    /// Moves this thread into the namespace and opens a conversation there. There is no way
     /// back: whatever is to be done on the host needs a socket opened before.
     pub fn enter(&self) -> Result<Netlink, Error> {
         move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network))

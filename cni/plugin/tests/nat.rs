@@ -81,7 +81,15 @@ fn tables() -> String {
 
 #[tokio::test]
 async fn host_ports_lead_to_pods_from_everywhere() {
-    let node = Node::new(&conflist(&["10.60.0.0/24"], &[]));
+    host_ports(Node::new(&conflist(&["10.60.0.0/24"], &[]))).await;
+}
+
+#[tokio::test]
+async fn host_ports_of_a_part_of_the_runtime() {
+    host_ports(Node::new(&conflist(&["10.60.0.0/24"], &[])).builtin()).await;
+}
+
+async fn host_ports(node: Node) {
     let world = world();
     let a = pod_with("a", &[mapping("", 8080, "tcp"), mapping("", 8080, "udp")]);
     let b = pod_with("b", &[mapping("127.0.0.1", 8081, "tcp"), mapping(NODE_IP, 8082, "TCP")]);

@@ -27,7 +27,15 @@ fn attachment(pod: &Pod) -> Attachment {
 
 #[tokio::test]
 async fn pods_and_node_reach_each_other_and_nothing_stays() {
-    let node = Node::new(&conflist(&["10.50.0.0/24"]));
+    reach_each_other(Node::new(&conflist(&["10.50.0.0/24"]))).await;
+}
+
+#[tokio::test]
+async fn a_part_of_the_runtime_does_the_same() {
+    reach_each_other(Node::new(&conflist(&["10.50.0.0/24"])).builtin()).await;
+}
+
+async fn reach_each_other(node: Node) {
     node.cni.status().await.unwrap();
     let (a, b) = (Pod::new("a"), Pod::new("b"));
     let ra = node.cni.add(&a.network).await.unwrap();
@@ -207,6 +215,23 @@ async fn a_full_disk_keeps_no_address() {
     }
 }
 
+/// A program that an operator has put into a plugin folder is taken, whatever the runtime brings along.
+#[tokio::test]
+async fn an_operators_program_comes_before_a_part_of_the_runtime() {
+    use std::os::unix::fs::PermissionsExt;
+    let node = Node::new(&conflist(&["10.59.1.0/24"])).builtin();
+    let own = node.dir.path().join("bin/orlop-cni");
+    std::fs::write(&own, "#!/bin/sh\necho '{\"code\": 123, \"msg\": \"mine\"}'; exit 1\n").unwrap();
+    std::fs::set_permissions(&own, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let pod = Pod::new("a");
+    let e = node.cni.add(&pod.network).await.unwrap_err();
+    assert!(matches!(&e, Error::Plugin { source, .. } if source.code == 123), "{e:?}");
+    std::fs::remove_file(&own).unwrap();
+    node.cni.add(&pod.network).await.unwrap();
+    node.cni.del(&pod.network).await.unwrap();
+    assert!(node.host_links().is_empty() && node.recorded().is_empty());
+}
+
 /// ADD without a runtime, which would send DEL after a failure; returns the plugin's output.
 fn call_alone(node: &Node, pod: &Pod, range: &str) -> String {
     let conf = serde_json::json!({"cniVersion": "1.1.0", "name": "test", "type": "orlop-cni",
@@ -302,7 +327,16 @@ async fn capabilities_and_old_versions() {
 /// ADD, DEL and ADD killed at a random moment: no address ever has two owners, and the links agree with the record.
 #[tokio::test]
 async fn killed_at_any_moment_no_address_is_given_twice() {
-    let node = Node::new(&conflist(&["10.57.0.0/28"]));
+    dropped_at_any_moment(Node::new(&conflist(&["10.57.0.0/28"]))).await;
+}
+
+/// A part of the runtime is not killed: the next operation on the pod waits for it.
+#[tokio::test]
+async fn left_alone_at_any_moment_no_address_is_given_twice() {
+    dropped_at_any_moment(Node::new(&conflist(&["10.57.0.0/28"])).builtin()).await;
+}
+
+async fn dropped_at_any_moment(node: Node) {
     let pods: Vec<Pod> = (0..6).map(|n| Pod::new(&format!("k{n}"))).collect();
     let mut up = [false; 6];
     let mut random = 0x2545_f491_4f6c_dd1d_u64 ^ u64::from(std::process::id());
@@ -319,7 +353,7 @@ async fn killed_at_any_moment_no_address_is_given_twice() {
             node.cni.add(pod).await.unwrap();
             up[n] = true;
         } else {
-            // Dropping the call kills the plugin.
+            // Dropping the call kills a plugin that is a program.
             let limit = Duration::from_micros(random >> 8 & 0x1fff);
             up[n] = tokio::time::timeout(limit, node.cni.add(pod)).await.is_ok_and(|r| r.is_ok());
             if !up[n] {
@@ -339,7 +373,15 @@ async fn killed_at_any_moment_no_address_is_given_twice() {
 
 #[tokio::test]
 async fn many_pods_at_once() {
-    let node = Node::new(&conflist(&["10.58.0.0/24"]));
+    at_once(Node::new(&conflist(&["10.58.0.0/24"]))).await;
+}
+
+#[tokio::test]
+async fn many_pods_at_once_by_a_part_of_the_runtime() {
+    at_once(Node::new(&conflist(&["10.58.0.0/24"])).builtin()).await;
+}
+
+async fn at_once(node: Node) {
     let pods: Vec<Pod> = (0..16).map(|n| Pod::new(&format!("m{n}"))).collect();
     let start = Instant::now();
     let adds: Vec<_> = pods.iter().map(|p| node.cni.add(&p.network)).collect();

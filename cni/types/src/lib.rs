@@ -1,6 +1,7 @@
 //! The vocabulary of the Container Network Interface: configuration, results and errors of specification 1.1.0 and of
 //! the result versions 0.3.0 to 1.0.0. No I/O.
 
+mod call;
 mod conf;
 mod error;
 #[cfg(test)]
@@ -10,6 +11,7 @@ mod node;
 mod result;
 mod version;
 
+pub use call::{Answer, Builtin, Call};
 pub use conf::{ConfError, NetworkConfig, PluginConfig};
 pub use error::{ErrorResult, code};
 pub use names::{HOST_INTERFACE_PREFIX, stable_hash};

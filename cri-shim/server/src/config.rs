@@ -73,6 +73,8 @@ pub struct Config {
     pub criu: Option<PathBuf>,
     pub cni_conf_dir: PathBuf,
     pub cni_bin_dirs: Vec<PathBuf>,
+    /// Our own plugin, as a part of this program.
+    pub cni_builtin: Option<orlop_cni_invoke::Builtin>,
     pub cni_cache_dir: PathBuf,
     /// Where other runtimes of this machine tell which networks they use, so that collecting garbage spares their pods.
     pub cni_neighbours: orlop_cni_invoke::Neighbours,
@@ -107,6 +109,7 @@ impl Default for Config {
             criu: None,
             cni_conf_dir: "/etc/cni/net.d".into(),
             cni_bin_dirs: vec!["/opt/cni/bin".into()],
+            cni_builtin: None,
             cni_cache_dir: "/var/lib/orlop/cri/cni".into(),
             cni_neighbours: orlop_cni_invoke::Neighbours {
                 // The same for every server of the machine, wherever it keeps its own files.

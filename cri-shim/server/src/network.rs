@@ -28,6 +28,7 @@ impl Network {
                 &config.cni_cache_dir,
                 config.cni_timeout,
                 config.cni_neighbours.clone(),
+                config.cni_builtin.clone(),
             ),
         }
     }

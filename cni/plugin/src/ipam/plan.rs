@@ -29,6 +29,8 @@ pub enum IpamError {
     OutOfRange { ip: IpAddr },
     #[error("address {ip} belongs to container {container_id}")]
     Taken { ip: IpAddr, container_id: String },
+    #[error("another process keeps {path}; end it", path = path.display())]
+    Held { path: std::path::PathBuf },
     #[error("cannot keep the record of addresses")]
     State(#[source] orlop_base::durable::Error),
 }

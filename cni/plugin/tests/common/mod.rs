@@ -7,8 +7,12 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use orlop_cni_invoke::{Cni, PodNetwork};
+use orlop_cni_invoke::{Builtin, Cni, Neighbours, PodNetwork};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
+
+fn program_dir() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_orlop-cni")).parent().unwrap().to_owned()
+}
 
 pub const NODE_IP: &str = "192.168.77.1";
 
@@ -62,14 +66,25 @@ impl Node {
         node
     }
 
+    /// The plugin is a part of the caller.
+    pub fn builtin(mut self) -> Node {
+        self.cni = Self::caller(self.dir.path(), Some(orlop_cni::builtin(program_dir())));
+        self
+    }
+
     /// A fresh caller on the same folders, as after a restart.
     pub fn open(dir: &Path) -> Cni {
-        let plugin = Path::new(env!("CARGO_BIN_EXE_orlop-cni")).parent().unwrap().to_owned();
-        Cni::with_limit(
+        Self::caller(dir, None)
+    }
+
+    fn caller(dir: &Path, builtin: Option<Builtin>) -> Cni {
+        Cni::among(
             dir.join("conf"),
-            vec![dir.join("bin"), plugin],
+            vec![dir.join("bin"), program_dir()],
             dir.join("cache"),
             Duration::from_secs(20),
+            Neighbours::default(),
+            builtin,
         )
     }
 
