@@ -1,31 +1,59 @@
-//! Becoming a daemon: own session, child of init, nothing inherited. `unsafe` is in `orlop_oci::helper::fork_clean`.
+//! Becoming a daemon: own session, nothing inherited. `unsafe` is in `orlop_oci::helper`.
+//!
+//! A starter that goes on gives a SOCK_SEQPACKET socket as standard input: the daemon is then its child, which two forks and three
+//! ends of a process less need, and says there how its start went. Any other starter, a shell or a server of an earlier release, waits
+//! for the end of the process that it started; the daemon is a child of init.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use nix::unistd::{pipe2, setsid};
-use orlop_oci::helper::{fork_clean, leave};
+use orlop_oci::helper::{fork_clean, inherit_nothing, leave};
+use rustix::net::SocketType;
 
 /// What the daemon tells its starter.
 pub struct Starter(OwnedFd);
 
 impl Starter {
-    /// The socket listens: the starter exits 0.
+    /// The socket listens: a starter that waits exits 0.
     pub fn ready(self) {
         let _ = rustix::io::write(&self.0, b"+");
     }
 
-    /// The starter prints `message` and exits 1.
+    /// A starter that waits prints `message` and exits 1.
     pub fn failed(self, message: &str) {
         let _ = rustix::io::write(&self.0, format!("-{message}").as_bytes());
     }
 }
 
-/// Returns in the daemon only; the calling process waits for [`Starter`]'s word and exits.
+/// Returns in the daemon only. A calling process that is not the daemon itself waits for [`Starter`]'s word and exits.
 pub fn daemonise() -> io::Result<Starter> {
+    let starter = match starter_that_goes_on()? {
+        Some(starter) => {
+            inherit_nothing(&[starter.as_raw_fd()]);
+            setsid()?;
+            starter
+        }
+        None => fork_twice()?,
+    };
+    std::env::set_current_dir("/")?;
+    // Containers start with this mask when their spec names none.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    Ok(Starter(starter))
+}
+
+fn starter_that_goes_on() -> io::Result<Option<OwnedFd>> {
+    let stdin = io::stdin();
+    match rustix::net::sockopt::socket_type(&stdin) {
+        Ok(SocketType::SEQPACKET) => Ok(Some(stdin.as_fd().try_clone_to_owned()?)),
+        _ => Ok(None),
+    }
+}
+
+fn fork_twice() -> io::Result<OwnedFd> {
     let (read, write) = pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
     if fork_clean(&[write.as_raw_fd()])?.is_some() {
         drop(write);
@@ -36,10 +64,7 @@ pub fn daemonise() -> io::Result<Starter> {
     if fork_clean(&[write.as_raw_fd()])?.is_some() {
         leave(0);
     }
-    std::env::set_current_dir("/")?;
-    // Containers start with this mask when their spec names none.
-    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
-    Ok(Starter(write))
+    Ok(write)
 }
 
 /// fork_clean has closed it in this process already.

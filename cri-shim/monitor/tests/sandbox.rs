@@ -465,6 +465,40 @@ fn is_zombie(pid: u32) -> bool {
         .is_ok_and(|s| s.rsplit_once(')').unwrap().1.starts_with(" Z"))
 }
 
+/// What a starter that goes on hears, and the process that it started.
+fn start_attached(dir: &Path) -> (std::process::Child, String) {
+    use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv, socketpair};
+    let (ours, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    let mut command = std::process::Command::new(MONITOR);
+    let child = command.arg("--dir").arg(dir).stdin(theirs).stderr(std::process::Stdio::piped()).spawn();
+    drop(command);
+    let mut word = [0; 4096];
+    let (n, _) = recv(&ours, &mut word, RecvFlags::empty()).unwrap();
+    (child.unwrap(), String::from_utf8_lossy(&word[..n]).into_owned())
+}
+
+#[test]
+fn a_starter_that_goes_on_is_its_parent() {
+    let pod = Pod::prepare("attached");
+    let (mut child, word) = start_attached(&pod.dir);
+    assert_eq!(word, "+");
+    let pid = child.id() as i32;
+    assert_eq!(pod.monitor_pid(), pid);
+    let of = |pid| rustix::process::getsid(rustix::process::Pid::from_raw(pid)).unwrap();
+    assert_eq!(of(pid), rustix::process::Pid::from_raw(pid).unwrap(), "a session of its own");
+    for fd in ["0", "1", "2"] {
+        assert_eq!(fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap(), Path::new("/dev/null"));
+    }
+    let (mut second, word) = start_attached(&pod.dir);
+    assert!(word.starts_with('-') && word.contains("already"), "{word}");
+    assert!(!second.wait().unwrap().success());
+    // Gone is only who has been reaped.
+    let end = std::thread::spawn(move || child.wait().unwrap());
+    pod.finish();
+    assert!(end.join().unwrap().success());
+}
+
 #[test]
 fn starting_fails_clearly() {
     let pod = Pod::new("start");

@@ -159,11 +159,16 @@ pub fn fork_clean(keep: &[RawFd]) -> nix::Result<Option<Pid>> {
     match unsafe { nix::unistd::fork() }? {
         ForkResult::Parent { child } => Ok(Some(child)),
         ForkResult::Child => {
-            let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
-            close_all_but(keep);
+            inherit_nothing(keep);
             Ok(None)
         }
     }
+}
+
+/// Closes every descriptor but stdio and `keep`, which nobody here may use any more, and lets every signal through.
+pub fn inherit_nothing(keep: &[RawFd]) {
+    let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
+    close_all_but(keep);
 }
 
 /// Forks into a cgroup; the child returns `None` in it, with every descriptor but stdio closed. Terms as for [`fork_clean`].

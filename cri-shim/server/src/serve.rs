@@ -124,6 +124,7 @@ pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Resul
         .local_addr()
         .map_err(|source| Error::Listen { at: "the streaming address".into(), source })?;
     let (socket, run_dir) = (config.listen.clone(), config.run_dir.clone());
+    let (parent, v2) = (config.default_cgroup_parent.clone(), crate::facts::cgroup_v2_only());
     let listener = listen(&socket).await?;
     let runtime = open(config, &stop, at).await?;
     runtime.facts.warn();
@@ -159,6 +160,8 @@ pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Resul
     ready.set();
     let ended = tasks.run_until_stopped(DRAIN).await;
     crate::mounts::let_go_if_unused(&run_dir);
+    // Not with the last pod: the next one would make it anew, in every hierarchy.
+    crate::stats::cgroup::remove_empty_parent(v2, &parent);
     // Another server may have replaced the file only after we let go of the lock, which we still hold.
     let _ = fs::remove_file(&socket);
     Ok(ended?)

@@ -81,14 +81,19 @@ impl FrameWriter {
         FrameWriter { to }
     }
 
-    pub async fn send(&mut self, id: u64, body: client_frame::Body) -> Result<(), Error> {
-        self.to.write_all(&encode(id, body)).await.map_err(Error::Broken)
+    /// Sends frames as one piece.
+    pub async fn send(
+        &mut self,
+        frames: impl IntoIterator<Item = (u64, client_frame::Body)>,
+    ) -> Result<(), Error> {
+        let frames: Vec<_> = frames.into_iter().map(|(id, body)| encode(id, body)).collect();
+        self.to.write_all(&frames.concat()).await.map_err(Error::Broken)
     }
 
     pub async fn stdin(&mut self, data: Bytes) -> Result<(), Error> {
         // Frames towards the monitor stay below 4 MiB.
         for part in data.chunks(1 << 20) {
-            self.send(0, client_frame::Body::Stdin(part.to_vec())).await?;
+            self.send([(0, client_frame::Body::Stdin(part.to_vec()))]).await?;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ mod pidfd;
 mod process;
 mod seal;
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -17,6 +17,7 @@ use orlop_proto::monitor::{self as proto, server_frame};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::process::Child;
 use tokio::time::timeout;
 
 pub(crate) use proto::FailureKind as Kind;
@@ -128,42 +129,37 @@ impl Monitor {
     /// Starts `program` in `dir` and returns when it listens.
     pub async fn start(program: &Path, dir: PathBuf) -> Result<Monitor> {
         let spawn_err = |source| Error::Spawn { program: program.to_owned(), source };
+        let (word, theirs) = word_of_child().map_err(spawn_err)?;
         // The descriptor's name is looked up by the child, before it is closed there.
         let sealed = seal::read_only(program).ok();
         let path = sealed.as_ref().map(|s| PathBuf::from(format!("/proc/self/fd/{}", s.as_raw_fd())));
-        let mut child = tokio::process::Command::new(path.as_deref().unwrap_or(program))
+        let child = tokio::process::Command::new(path.as_deref().unwrap_or(program))
             .arg0(program)
             .arg("--dir")
             .arg(&dir)
             .env_clear()
             .current_dir("/")
-            .stdin(Stdio::null())
+            .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
-            .kill_on_drop(true)
             .spawn()
             .map_err(spawn_err)?;
         drop(sealed);
-        let status = match timeout(Duration::from_secs(20), child.wait()).await {
-            Ok(s) => s.map_err(spawn_err)?,
+        let mut starting = Starting(Some(child));
+        match timeout(Duration::from_secs(20), starting.outcome(word)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(message)) => return Err(Error::Start { program: program.to_owned(), dir, message }),
             Err(_) => return Err(Error::Timeout("its start")),
-        };
-        if !status.success() {
-            let mut message = Vec::new();
-            if let Some(stderr) = child.stderr.take() {
-                // Whoever still holds the pipe's other end must not hold this one up.
-                let _ = timeout(Duration::from_secs(1), stderr.take(4096).read_to_end(&mut message)).await;
-            }
-            let message = String::from_utf8_lossy(&message).trim().to_owned();
-            let message = if message.is_empty() { status.to_string() } else { message };
-            return Err(Error::Start { program: program.to_owned(), dir, message });
         }
-        let monitor = Monitor { dir };
-        // Before it has anything to start.
-        if let Err(e) = monitor.give_found_limits() {
-            tracing::warn!(error = %orlop_base::telemetry::chain(&e), "the pod's containers may open more files than they should");
+        // Reaped by the runtime when it ends, or by init when this server does before.
+        let pid = starting.0.take().and_then(|child| child.id()).and_then(|pid| i32::try_from(pid).ok());
+        // Before it has anything to start. It ends by our word, so the number is not another's yet.
+        if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw)
+            && let Err(error) = orlop_base::descriptors::give_found(pid)
+        {
+            tracing::warn!(%error, "the pod's containers may open more files than they should");
         }
-        Ok(monitor)
+        Ok(Monitor { dir })
     }
 
     fn socket(&self) -> PathBuf {
@@ -172,10 +168,15 @@ impl Monitor {
 
     /// Connects and says Hello.
     pub async fn connect(&self) -> Result<Connection> {
-        timeout(HELLO_LIMIT, self.say_hello()).await.map_err(|_| Error::Timeout("Hello"))?
+        self.connect_with(None).await
     }
 
-    async fn say_hello(&self) -> Result<Connection> {
+    /// Connects, says Hello and, without waiting for its answer, `request`.
+    async fn connect_with(&self, request: Option<Request>) -> Result<Connection> {
+        timeout(HELLO_LIMIT, self.say_hello(request)).await.map_err(|_| Error::Timeout("Hello"))?
+    }
+
+    async fn say_hello(&self, request: Option<Request>) -> Result<Connection> {
         let socket = self.socket();
         let connect_err = |source| Error::Connect { socket: socket.clone(), source };
         let stream = if socket.as_os_str().len() < 100 {
@@ -188,7 +189,9 @@ impl Monitor {
         };
         let (r, w): (OwnedReadHalf, OwnedWriteHalf) = stream.into_split();
         let (mut reader, mut writer) = (FrameReader::new(r), FrameWriter::new(w));
-        writer.send(0, Request::Hello(proto::Hello { version: VERSION })).await?;
+        // A monitor that refuses Hello does nothing of what follows.
+        let hello = [(0, Request::Hello(proto::Hello { version: VERSION }))];
+        writer.send(hello.into_iter().chain(request.map(|r| (1, r)))).await?;
         match reader.next().await?.map(|f| f.body) {
             Some(Some(Reply::Hello(h))) if (1..=VERSION).contains(&h.version) => {
                 Ok(Connection { version: h.version, reader, writer })
@@ -201,14 +204,18 @@ impl Monitor {
 
     async fn call_within(&self, what: &'static str, request: Request, limit: Duration) -> Result<Reply> {
         let work = async {
-            let mut c = self.connect().await?;
-            if let Request::CreateContainer(r) = &request
-                && r.runtime.is_some()
-                && c.version < 2
-            {
-                return Err(Error::TooOld("runtime handlers", c.version));
-            }
-            c.writer.send(1, request).await?;
+            let needs_version_2 = matches!(&request, Request::CreateContainer(r) if r.runtime.is_some());
+            let mut c = if needs_version_2 {
+                // An older one would leave the runtime out of account.
+                let mut c = self.connect().await?;
+                if c.version < 2 {
+                    return Err(Error::TooOld("runtime handlers", c.version));
+                }
+                c.writer.send([(1, request)]).await?;
+                c
+            } else {
+                self.connect_with(Some(request)).await?
+            };
             loop {
                 let Some(frame) = c.reader.next().await? else {
                     return Err(Error::Broken(std::io::ErrorKind::UnexpectedEof.into()));
@@ -306,8 +313,7 @@ impl Monitor {
     /// Attach, streaming Exec, or Subscribe: returns the connection once the monitor has accepted.
     pub async fn stream(&self, what: &'static str, request: Request) -> Result<Connection> {
         let work = async {
-            let mut c = self.connect().await?;
-            c.writer.send(1, request).await?;
+            let mut c = self.connect_with(Some(request)).await?;
             let mut early = Vec::new();
             loop {
                 let frame = c.reader.next().await?;
@@ -330,6 +336,53 @@ impl Monitor {
 
     pub async fn subscribe(&self) -> Result<Connection> {
         self.stream("Subscribe", Request::Subscribe(proto::Subscribe {})).await
+    }
+}
+
+/// The socket on which a monitor says how its start went, and the monitor's end of it.
+fn word_of_child() -> std::io::Result<(UnixStream, OwnedFd)> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    rustix::io::ioctl_fionbio(&theirs, false)?;
+    Ok((UnixStream::from_std(ours.into())?, theirs))
+}
+
+/// A monitor that is not known to serve yet. It is killed when nobody waits for it any more.
+struct Starting(Option<Child>);
+
+impl Starting {
+    /// Returns when it listens, or why it does not.
+    async fn outcome(&mut self, mut word: UnixStream) -> std::result::Result<(), String> {
+        let mut said = [0; 4096];
+        let n = word.read(&mut said).await.unwrap_or(0);
+        match said[..n].split_first() {
+            Some((b'+', _)) => return Ok(()),
+            Some((_, message)) => return Err(String::from_utf8_lossy(message).trim().to_owned()),
+            None => {}
+        }
+        // Dead, or a release that ends once its daemon listens.
+        let Some(child) = &mut self.0 else { return Ok(()) };
+        let status = child.wait().await.map_err(|e| e.to_string())?;
+        if status.success() {
+            return Ok(());
+        }
+        let mut message = Vec::new();
+        if let Some(stderr) = child.stderr.take() {
+            // Whoever still holds the pipe's other end must not hold this one up.
+            let _ = timeout(Duration::from_secs(1), stderr.take(4096).read_to_end(&mut message)).await;
+        }
+        let message = String::from_utf8_lossy(&message).trim().to_owned();
+        Err(if message.is_empty() { status.to_string() } else { message })
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            // One that has ended is as good.
+            let _ = child.start_kill();
+        }
     }
 }
 

@@ -85,13 +85,6 @@ impl Monitor {
         Process::of(&self.dir)
     }
 
-    /// Has the monitor and what it will start begin with the limit of open files that this server began with.
-    pub(super) fn give_found_limits(&self) -> Result<()> {
-        let Some(process) = self.process()? else { return Ok(()) };
-        orlop_base::descriptors::give_found(process.pid)
-            .map_err(|source| Error::Look { at: self.dir.join("monitor.pid"), source })
-    }
-
     /// Kills a monitor that does not answer or is just starting, and waits for its end. What it leaves is for [`Monitor::clean_up`].
     pub async fn end(&self) -> Result<()> {
         if let Some(process) = self.process()? {

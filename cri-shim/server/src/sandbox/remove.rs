@@ -10,12 +10,6 @@ use crate::mounts;
 use crate::runtime::Runtime;
 
 impl Runtime {
-    /// After the last pod: the cgroup that pods have which name no parent. No pod can begin meanwhile.
-    pub fn drop_default_parent(&self) {
-        let parent = &self.config.default_cgroup_parent;
-        self.store.names.if_none(|| crate::stats::cgroup::remove_empty_parent(self.facts.cgroup_v2, parent));
-    }
-
     pub async fn remove_pod_sandbox(
         self: &Arc<Self>,
         request: cri::RemovePodSandboxRequest,
@@ -41,7 +35,6 @@ impl Runtime {
             mounts::remove_tree(&this.config.sandbox_state_dir(&sandbox.id))?;
             this.store.drop_sandbox(&sandbox.id);
             this.store.names.release(&sandbox.id);
-            this.drop_default_parent();
             this.emit_sandbox(&sandbox, cri::ContainerEventType::ContainerDeletedEvent);
             tracing::info!(sandbox = %sandbox.id, "pod sandbox removed");
             Ok(cri::RemovePodSandboxResponse {})

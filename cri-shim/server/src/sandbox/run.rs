@@ -187,7 +187,6 @@ impl Runtime {
                     // One that could not be taken back stays known, under its name.
                     if this.store.sandbox(&id).is_err() {
                         this.store.names.release(&id);
-                        this.drop_default_parent();
                     }
                     Err(e)
                 }

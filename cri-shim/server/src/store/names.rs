@@ -43,14 +43,6 @@ impl Names {
         other
     }
 
-    /// Does `then` if no name is held, before any can be.
-    pub fn if_none(&self, then: impl FnOnce()) {
-        let names = self.0.lock();
-        if names.is_empty() {
-            then();
-        }
-    }
-
     /// Releases every name that `id` holds.
     pub fn release(&self, id: &str) {
         self.0.lock().retain(|_, ids| {
@@ -70,11 +62,7 @@ mod tests {
         names.reserve("a", "1").unwrap();
         names.reserve("a", "1").unwrap();
         assert!(matches!(names.reserve("a", "2"), Err(Error::NameTaken { id, .. }) if id == "1"));
-        names.if_none(|| panic!("one is held"));
         names.release("1");
-        let mut none = false;
-        names.if_none(|| none = true);
-        assert!(none);
         names.reserve("a", "2").unwrap();
     }
 

@@ -236,11 +236,11 @@ async fn drive(
             let sent = match item {
                 In::Stdin(data) if wants.stdin => writer.stdin(data).await,
                 In::StdinClosed if wants.stdin => {
-                    writer.send(0, Request::CloseStdin(proto::CloseStdin {})).await
+                    writer.send([(0, Request::CloseStdin(proto::CloseStdin {}))]).await
                 }
                 In::Resize { width, height } => {
                     let size = proto::Resize { width: width.into(), height: height.into() };
-                    writer.send(0, Request::Resize(size)).await
+                    writer.send([(0, Request::Resize(size))]).await
                 }
                 In::Stdin(_) | In::StdinClosed => Ok(()),
             };
