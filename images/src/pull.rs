@@ -204,15 +204,16 @@ pub(crate) async fn finish(
         inner.settle(unsynced).await?;
         return inner.register(record, config, size, pins).await;
     }
-    let inner = inner.clone();
-    // Of its own: once it has begun it ends, whoever goes away.
-    let registered = tokio::spawn(async move {
-        let image = inner.register(record, config, size, pins).await?;
-        // Not before: what is written down would wait for all of the layers.
-        inner.settle_later(unsynced);
-        Ok(image)
-    });
-    joined(registered).await
+    let store = inner.clone();
+    // Once it has begun it ends, whoever goes away.
+    inner
+        .finished(async move {
+            let image = store.register(record, config, size, pins).await?;
+            // Not before: what is written down would wait for all of the layers.
+            store.settle_later(unsynced);
+            Ok(image)
+        })
+        .await
 }
 
 /// Follows indexes to the manifest for this machine.

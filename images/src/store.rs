@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use orlop_base::durable::DirLock;
 use orlop_base::supervise::TaskGroup;
 use parking_lot::{Mutex, RwLock};
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::layout::{ImageRecord, LayerRecord, Layout, measure};
@@ -196,15 +197,16 @@ impl ImageStore {
     /// tag. False when there is no such image. Layers that a root file system uses stay until that is removed.
     pub async fn remove(&self, reference_or_id: &str) -> Result<bool> {
         let (inner, text) = (self.inner.clone(), reference_or_id.to_owned());
-        // Of its own: a caller that goes away must not leave the layers behind.
-        let removed = tokio::spawn(async move {
-            let found = inner.remove_names(&text).await?;
-            if found {
-                inner.collect_unused(Duration::ZERO).await?;
-            }
-            Ok(found)
-        });
-        joined(removed).await
+        // A caller that goes away must not leave the layers behind.
+        self.inner
+            .finished(async move {
+                let found = inner.remove_names(&text).await?;
+                if found {
+                    inner.collect_unused(Duration::ZERO).await?;
+                }
+                Ok(found)
+            })
+            .await
     }
 
     /// Imports an OCI layout (folder or tar) or a docker archive, plain or compressed. `name` names an image that
@@ -315,6 +317,13 @@ impl ImageStore {
         Ok(total)
     }
 
+    /// Lets go of what was to be done later and waits, `drain` at most, for what has begun. Nobody is to ask for more afterwards.
+    pub async fn close(&self, drain: Duration) {
+        self.inner.tasks.stop_token().cancel();
+        // Only essential tasks can fail a group, and none of these is.
+        let _ = self.inner.tasks.clone().run_until_stopped(drain).await;
+    }
+
     /// The folder that holds everything; for `ImageFsInfo`.
     pub fn root(&self) -> &Path {
         &self.inner.layout.root
@@ -322,6 +331,19 @@ impl ImageStore {
 }
 
 impl Inner {
+    /// Does `work` to its end even when nobody waits for it any more, except [`ImageStore::close`].
+    pub async fn finished<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        let (tell, told) = oneshot::channel();
+        self.tasks.spawn(async move {
+            // Nobody listening is fine: the work is done.
+            let _ = tell.send(work.await);
+        });
+        told.await.unwrap_or(Err(Error::Cancelled))
+    }
+
     /// Changes the images and writes them down before anybody sees the change. What was begun goes on when nobody waits for it any
     /// more, with `pins` held until it is done.
     pub async fn change<T>(
@@ -481,8 +503,13 @@ impl Inner {
             return;
         }
         let (weak, wait) = (Arc::downgrade(self), self.options.keep_unfinished);
+        let stop = self.tasks.stop_token();
         self.tasks.spawn(async move {
-            tokio::time::sleep(wait).await;
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                // The next open does it.
+                () = stop.cancelled() => return,
+            }
             if let Some(inner) = weak.upgrade()
                 && let Err(e) = inner.collect_unused(wait).await
             {
@@ -591,17 +618,17 @@ mod tests {
         state.images.insert(id, Entry::new(record, Default::default(), 0, &[]));
     }
 
+    /// With one thread for everything that blocks.
+    fn runtime() -> tokio::runtime::Runtime {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        builder.worker_threads(1).max_blocking_threads(1).enable_all().build().unwrap()
+    }
+
     /// A caller that goes away while its change is on the way to the disk must not be overtaken by the next one.
     #[test]
     fn a_change_that_nobody_waits_for_comes_before_the_next() {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .max_blocking_threads(1)
-            .enable_all()
-            .build()
-            .unwrap();
         let dir = tempfile::tempdir().unwrap();
-        runtime.block_on(async {
+        runtime().block_on(async {
             let store = ImageStore::open(dir.path(), Options::default()).await.unwrap();
             // The only thread that could write has something else to do.
             let (go, wait) = std::sync::mpsc::channel::<()>();
@@ -619,6 +646,43 @@ mod tests {
             let file = store.inner.layout.images_file();
             let written: Vec<ImageRecord> = durable::read_json(&file, VERSION).unwrap().unwrap();
             assert_eq!(written.len(), 2);
+        });
+    }
+
+    /// What has begun is done when the store is closed, whoever has gone away, and what was to be done later is not waited for.
+    #[test]
+    fn closing_waits_for_what_has_begun() {
+        let dir = tempfile::tempdir().unwrap();
+        runtime().block_on(async {
+            let store = ImageStore::open(dir.path(), Options::default()).await.unwrap();
+            for name in ["a", "b"] {
+                store.inner.change(None, |s| add(s, name)).await.unwrap();
+            }
+            store.inner.collect_later();
+            let mut pulled = State::default();
+            add(&mut pulled, "c");
+            let record = pulled.images.pop_first().unwrap().1.record;
+            let id = Digest::of(b"a").to_string();
+            // The only thread that could write has something else to do.
+            let (go, wait) = std::sync::mpsc::channel::<()>();
+            let busy = tokio::task::spawn_blocking(move || wait.recv());
+            {
+                let pins = store.inner.pin(&[]);
+                let pull = crate::pull::finish(&store.inner, record, Default::default(), b"{}", b"{}", pins);
+                let (mut pull, mut removal) = (std::pin::pin!(pull), std::pin::pin!(store.remove(&id)));
+                assert!(futures::poll!(&mut pull).is_pending());
+                assert!(futures::poll!(&mut removal).is_pending());
+            }
+            let mut closing = std::pin::pin!(store.close(Duration::from_secs(60)));
+            assert!(futures::poll!(&mut closing).is_pending());
+            go.send(()).unwrap();
+            busy.await.unwrap().unwrap();
+            closing.await;
+            let file = store.inner.layout.images_file();
+            let written: Vec<ImageRecord> = durable::read_json(&file, VERSION).unwrap().unwrap();
+            let mut names: Vec<&str> = written.iter().flat_map(|r| &r.tags).map(String::as_str).collect();
+            names.sort();
+            assert_eq!(names, ["b", "c"]);
         });
     }
 

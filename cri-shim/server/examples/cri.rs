@@ -93,7 +93,9 @@ async fn main() {
     if let Some(archive) = import {
         let imported = async {
             let store = orlop_images::ImageStore::open(&config.images_dir, config.images.clone()).await?;
-            store.import(&archive, None).await
+            let imported = store.import(&archive, None).await;
+            store.close(std::time::Duration::from_secs(60)).await;
+            imported
         };
         match imported.await {
             Ok(images) => images.iter().for_each(|i| println!("{} {:?}", i.id, i.repo_tags)),

@@ -159,6 +159,7 @@ pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Resul
     tracing::info!(socket = %socket.display(), streaming = %at, "CRI server is ready");
     ready.set();
     let ended = tasks.run_until_stopped(DRAIN).await;
+    runtime.images.close(DRAIN).await;
     crate::mounts::let_go_if_unused(&run_dir);
     // Not with the last pod: the next one would make it anew, in every hierarchy.
     crate::stats::cgroup::remove_empty_parent(v2, &parent);
@@ -189,7 +190,9 @@ pub async fn purge(config: Config) -> Result<()> {
     }
     let tasks = runtime.tasks.clone();
     stop.cancel();
-    tasks.run_until_stopped(DRAIN).await?;
+    let ended = tasks.run_until_stopped(DRAIN).await;
+    runtime.images.close(DRAIN).await;
+    ended?;
     if let Some(e) = first_error {
         return Err(e);
     }
