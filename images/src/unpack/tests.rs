@@ -86,6 +86,13 @@ fn nothing_leaves_the_layer() {
     fs::create_dir(&outside).unwrap();
     fs::write(outside.join("victim"), "intact").unwrap();
     let out = outside.to_str().unwrap();
+    let attributes = |path: &Path| {
+        let (m, mut names) = (fs::metadata(path).unwrap(), [0u8; 64]);
+        let names = rustix::fs::listxattr(path, &mut names[..]).unwrap_or_default();
+        (m.mode(), m.uid(), m.gid(), m.mtime(), m.mtime_nsec(), names)
+    };
+    let looks = || (attributes(&outside), attributes(&outside.join("victim")));
+    let before = looks();
     let cases: Vec<(&str, Vec<u8>, bool)> = vec![
         ("dots", Layer::new().file("../outside/evil", "x").bytes(), false),
         ("deep dots", Layer::new().dir("a/").file("a/../../outside/evil", "x").bytes(), false),
@@ -109,6 +116,27 @@ fn nothing_leaves_the_layer() {
         ("whiteout of dots", Layer::new().dir("a/").file("a/.wh...", "").bytes(), false),
         ("opaque", Layer::new().symlink("l", out).file("l/.wh..wh..opq", "").bytes(), true),
         ("proc", Layer::new().symlink("l", "/proc/self/cwd").file("l/evil", "x").bytes(), true),
+        // CVE-2021-32760: what is set after an entry is made.
+        (
+            "mode of a link's hard link",
+            Layer::new()
+                .symlink("v", &format!("{out}/victim"))
+                .add("h", EntryType::Link, "v", 0o4777, b"")
+                .pax(&[("SCHILY.xattr.user.x", b"1")])
+                .add("h2", EntryType::Link, "v", 0o4777, b"")
+                .bytes(),
+            true,
+        ),
+        (
+            "mode through a link",
+            Layer::new()
+                .symlink("l", out)
+                .pax(&[("SCHILY.xattr.user.x", b"1")])
+                .add("l/", EntryType::Directory, "", 0o1777, b"")
+                .add("l/victim", EntryType::Regular, "", 0o4777, b"x")
+                .bytes(),
+            true,
+        ),
         ("link loop", Layer::new().symlink("a", "b").symlink("b", "a").file("a/x", "x").bytes(), false),
     ];
     for (i, (name, bytes, fine)) in cases.into_iter().enumerate() {
@@ -117,6 +145,7 @@ fn nothing_leaves_the_layer() {
         assert_eq!(fs::read_to_string(outside.join("victim")).unwrap(), "intact", "{name}");
         assert_eq!(fs::metadata(outside.join("victim")).unwrap().nlink(), 1, "{name}");
         assert_eq!(fs::read_dir(&outside).unwrap().count(), 1, "{name}");
+        assert_eq!(looks(), before, "{name}");
         assert!(!is_opaque(&outside), "{name}");
         assert!(!Path::new("evil").exists(), "{name}");
     }
