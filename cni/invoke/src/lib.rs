@@ -28,6 +28,9 @@ type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// How long one run of a plugin may take before it is killed.
 const PLUGIN_LIMIT: Duration = Duration::from_secs(60);
+/// How long STATUS may take: it is asked for within the CRI's Status, and a kubelet that waits half a minute for that takes the whole
+/// runtime for dead.
+const STATUS_LIMIT: Duration = Duration::from_secs(10);
 
 /// What serves a type.
 enum Plugin<'a> {
@@ -388,6 +391,10 @@ impl Cni {
         request: &Map<String, Value>,
         held: &Held,
     ) -> Result<Value> {
+        let limit = match command {
+            Command::Status => self.inner.limit.min(STATUS_LIMIT),
+            _ => self.inner.limit,
+        };
         let args = if pod.container_id.is_empty() { String::new() } else { pod.cni_args() };
         let path = match self.plugin(plugin)? {
             Plugin::Program(path) => path,
@@ -413,7 +420,7 @@ impl Cni {
             args: &args,
             bin_dirs: &self.inner.bin_dirs,
             owner: &self.inner.cache_dir,
-            limit: self.inner.limit,
+            limit,
         };
         run.execute(request).await
     }

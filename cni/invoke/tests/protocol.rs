@@ -201,6 +201,17 @@ async fn broken_plugins_give_typed_errors() {
     assert!(matches!(cni.add(&pod("a")).await, Err(Error::Start { .. })));
 }
 
+/// The CRI's Status, which asks for it, is waited for by all that a node does.
+#[tokio::test]
+async fn a_hanging_status_is_not_waited_for_like_an_add() {
+    let f = Fixture::new(&[json!({"type": "one"})]);
+    f.behave("STATUS", "one", "sleep 100");
+    match f.cni().status().await {
+        Err(Error::Timeout { limit, .. }) => assert_eq!(limit, Duration::from_secs(10)),
+        other => panic!("{other:?}"),
+    }
+}
+
 #[tokio::test]
 async fn status_version_and_gc() {
     let f = Fixture::new(&[json!({"type": "one"})]);
