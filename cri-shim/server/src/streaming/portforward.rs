@@ -22,8 +22,8 @@ use super::websocket::{self, Codec, Socket};
 use crate::network::netns_path;
 use crate::runtime::Runtime;
 
-/// Data waiting for one forwarded connection, in frames.
-const QUEUE: usize = 16;
+/// Data waiting for one forwarded connection, in pieces of 32 KiB.
+const QUEUE: usize = 8;
 /// How long a full queue may stay full before its connection is given up for the session's others, which wait meanwhile as do new ones
 /// and pings: SPDY as Kubernetes speaks it has no flow control of single streams. One that is alone may take its time.
 const STALL: Duration = Duration::from_secs(30);
@@ -385,14 +385,16 @@ pub(super) async fn websocket(
                 return;
             }
             let patience = if inputs.iter().flatten().count() > 1 { STALL } else { idle };
-            if let Some((channel, data)) = codec.decode(message)
-                && let Some(at) = input_of(channel, inputs.len())
-                && let Some(Some((tx, task))) = inputs.get(at)
-                && timeout(patience, tx.send(data)).await.is_err()
-            {
-                tracing::info!("ended a forwarded connection: {UNREAD}");
-                task.abort();
-                inputs[at] = None;
+            let Some((channel, data)) = codec.decode(message) else { continue };
+            let Some(at) = input_of(channel, inputs.len()) else { continue };
+            for piece in websocket::pieces(&data) {
+                if let Some((tx, task)) = &inputs[at]
+                    && timeout(patience, tx.send(piece)).await.is_err()
+                {
+                    tracing::info!("ended a forwarded connection: {UNREAD}");
+                    task.abort();
+                    inputs[at] = None;
+                }
             }
         }
     };
@@ -513,6 +515,27 @@ mod tests {
             assert_eq!(got, 12);
             // And silence is: the session ends by itself.
             while client.next().await.is_some() {}
+        };
+        within_reason(async { tokio::join!(serve, pod, talk) }).await;
+    }
+
+    /// As clients write that hand over all that they have.
+    #[tokio::test]
+    async fn a_frame_may_be_as_large_as_there_are() {
+        static LARGE: [u8; 0xff_ffff] = [7; 0xff_ffff];
+        let (mut client, serve) = session(LIMITS);
+        let (listener, port) = listen().await;
+        let pod = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut got = Vec::new();
+            stream.read_to_end(&mut got).await.unwrap();
+            assert!(got == LARGE);
+        };
+        let talk = async {
+            client.open(1, port).await;
+            client.send(Frame::Data { id: 3, fin: true, data: Bytes::from_static(&LARGE) }).await;
+            client.until(|f| matches!(f, Frame::Data { id: 1, fin: true, .. })).await;
+            drop(client);
         };
         within_reason(async { tokio::join!(serve, pod, talk) }).await;
     }

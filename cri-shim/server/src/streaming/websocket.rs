@@ -38,8 +38,10 @@ const RESIZE: u8 = 4;
 /// v5: what follows is the number of a channel that the client closes.
 const CLOSE: u8 = 255;
 
-/// The largest message taken from a client; upstream's send at most 32 KiB.
-const MAX_MESSAGE: usize = 4 << 20;
+/// The largest message taken from a client, as upstream's server does: some write all that they have at once.
+const MAX_MESSAGE: usize = 32 << 20;
+/// The most of one that is handed over at once.
+const PIECE: usize = 32 << 10;
 
 /// RFC 6455, 1.3.
 pub(super) fn accept_key(key: &[u8]) -> String {
@@ -81,6 +83,11 @@ impl Codec {
             Codec::Base64 => Some((first.checked_sub(b'0')?, STANDARD.decode(rest).ok()?.into())),
         }
     }
+}
+
+/// A message's data in pieces of their own: what waits in a queue must not keep the whole message in memory.
+pub(super) fn pieces(data: &[u8]) -> impl Iterator<Item = Bytes> {
+    data.chunks(PIECE).map(Bytes::copy_from_slice)
 }
 
 /// Ends a connection in order.
@@ -125,7 +132,14 @@ async fn read(
         }
         let Some((channel, data)) = codec.decode(message) else { continue };
         let items = match channel {
-            STDIN if !data.is_empty() => vec![In::Stdin(data)],
+            STDIN => {
+                for piece in pieces(&data) {
+                    if to.send(In::Stdin(piece)).await.is_err() {
+                        return;
+                    }
+                }
+                continue;
+            }
             RESIZE => {
                 partial.extend_from_slice(&data);
                 remote::sizes(&mut partial)
@@ -220,6 +234,15 @@ mod tests {
             assert_eq!(codec.decode(Message::Ping(Bytes::new())), None);
         }
         assert_eq!(Codec::Base64.decode(Message::Text("0%%".into())), None);
+    }
+
+    #[test]
+    fn pieces_keep_no_message() {
+        let data = Bytes::from((0..100_000u32).map(|n| n as u8).collect::<Vec<_>>());
+        let all: Vec<Bytes> = pieces(&data).collect();
+        assert!(all.concat() == data && all.iter().all(|p| p.len() <= PIECE));
+        assert!(!all.iter().any(|p| data.as_ptr_range().contains(&p.as_ptr())));
+        assert_eq!(pieces(&[]).count(), 0);
     }
 
     #[tokio::test]

@@ -20,6 +20,7 @@ const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
 const ERROR: u8 = 3;
 const RESIZE: u8 = 4;
+const CLOSE: u8 = 255;
 
 /// A client of a streaming URL.
 pub struct Client {
@@ -30,9 +31,12 @@ pub struct Client {
 impl Client {
     /// The status code of a server that does not want it.
     pub async fn connect(url: &str) -> Result<Client, u16> {
+        Client::connect_as(url, "v5.channel.k8s.io").await
+    }
+
+    async fn connect_as(url: &str, protocol: &str) -> Result<Client, u16> {
         let mut request = url.replacen("http://", "ws://", 1).into_client_request().unwrap();
-        let protocol = "v5.channel.k8s.io".parse().unwrap();
-        request.headers_mut().insert("sec-websocket-protocol", protocol);
+        request.headers_mut().insert("sec-websocket-protocol", protocol.parse().unwrap());
         let stream = TcpStream::connect(request.uri().authority().unwrap().as_str()).await.unwrap();
         let address = stream.local_addr().unwrap();
         match tokio_tungstenite::client_async(request, stream).await {
@@ -53,14 +57,22 @@ impl Client {
         self.socket.send(Message::Binary(message.into())).await.unwrap();
     }
 
-    /// The next message on `channel`; `None` after the end.
-    async fn next(&mut self, channel: u8) -> Option<String> {
+    /// The next message that says something, and its channel; `None` after the end.
+    async fn message(&mut self) -> Option<(u8, Vec<u8>)> {
         loop {
             let next = tokio::time::timeout(PATIENCE, self.socket.next()).await.expect("nothing comes");
             match next?.ok()? {
-                Message::Binary(m) if m.first() == Some(&channel) && m.len() > 1 => {
-                    return Some(String::from_utf8_lossy(&m[1..]).into_owned());
-                }
+                Message::Binary(m) if m.len() > 1 => return Some((m[0], m[1..].to_vec())),
+                _ => {}
+            }
+        }
+    }
+
+    /// The next message on `channel`; `None` after the end.
+    async fn next(&mut self, channel: u8) -> Option<String> {
+        loop {
+            match self.message().await? {
+                (c, text) if c == channel => return Some(String::from_utf8_lossy(&text).into_owned()),
                 _ => {}
             }
         }
@@ -214,6 +226,60 @@ async fn a_session_without_traffic_ends() {
     };
     tokio::join!(silent, talking, deaf);
     assert_eq!(node.status(&id).await.state, cri::ContainerState::ContainerRunning as i32);
+    node.purge_and_check();
+}
+
+/// Programs that use the API often write all of a file at once; upstream's server takes 32 MiB.
+#[tokio::test]
+async fn a_message_of_many_megabytes_is_input() {
+    const SIZE: usize = (32 << 20) - 1;
+    let node = Node::start("large", &[]).await;
+    let id = sleeper(&node).await;
+    let url = exec_url(&node, &id, &["wc", "-c"], false).await;
+    let mut client = Client::connect(&url).await.unwrap();
+    client.send(&"x".repeat(SIZE)).await;
+    client.socket.send(Message::Binary(vec![CLOSE, STDIN].into())).await.unwrap();
+    client.until(&format!("{SIZE}\n")).await;
+    assert_eq!(client.verdict().await["status"], "Success");
+    node.purge_and_check();
+}
+
+/// Port-forward as programs speak it that have WebSocket only: two channels for each port, which begin with its number.
+#[tokio::test]
+async fn ports_are_forwarded_over_websocket_channels() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    const SIZE: usize = 8 << 20;
+    let node = Node::start("channels", &[]).await;
+    // On this machine's network.
+    let pod = node.run_pod(&sandbox_config(&node, "channels", true)).await.unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let open = listener.local_addr().unwrap().port();
+    let closed = orlop_base::testkit::free_port();
+    let request = cri::PortForwardRequest { pod_sandbox_id: pod, port: vec![open.into(), closed.into()] };
+    let url = node.client().await.port_forward(request).await.unwrap().into_inner().url;
+    let mut client = Client::connect_as(&url, "v4.channel.k8s.io").await.unwrap();
+    for (channel, port) in [(0, open), (1, open), (2, closed), (3, closed)] {
+        assert_eq!(client.message().await, Some((channel, port.to_le_bytes().to_vec())));
+    }
+    let (channel, refusal) = client.message().await.unwrap();
+    let refusal = String::from_utf8(refusal).unwrap();
+    assert!(channel == 3 && refusal.contains(&format!("localhost:{closed}")), "{channel}: {refusal}");
+    let serve = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut got = vec![0; SIZE];
+        stream.read_exact(&mut got).await.unwrap();
+        assert!(got.iter().all(|b| *b == b'x'));
+        stream.write_all(b"got it").await.unwrap();
+    };
+    let talk = async {
+        client.send(&"x".repeat(SIZE)).await;
+        let mut answer = String::new();
+        while let Some(part) = client.next(0).await {
+            answer.push_str(&part);
+        }
+        assert_eq!(answer, "got it");
+    };
+    tokio::join!(serve, talk);
     node.purge_and_check();
 }
 

@@ -58,25 +58,41 @@ const VERSION: u16 = 3;
 const FIN: u8 = 1;
 const ID: u32 = 0x7fff_ffff;
 
-/// The largest frame taken: upstream's clients write at most 32 KiB at once.
-const MAX_FRAME: usize = 1 << 20;
 const MAX_CONTROL: usize = 64 << 10;
+/// The most data of one frame handed over at once. Today's clients write no more; those before client-go 0.31 write whatever they were
+/// given, up to 16 MiB, which nobody has to hold in memory.
+const PIECE: usize = 32 << 10;
 
-/// Turns bytes into frames.
+/// What is still to come of a frame with data.
+struct Rest {
+    id: u32,
+    fin: bool,
+    left: usize,
+}
+
+/// Turns bytes into frames, one with much data into several.
 #[derive(Default)]
 pub(in crate::streaming) struct Decoder {
     inflater: Inflater,
+    rest: Option<Rest>,
 }
 
 impl Decoder {
-    /// The next whole frame of `buffer`, if there is one.
+    /// The next frame of `buffer`, if it is there.
     pub fn next(&mut self, buffer: &mut BytesMut) -> Result<Option<Frame>, Error> {
+        if let Some(rest) = self.rest.take() {
+            return Ok(self.piece(rest, buffer));
+        }
         let Some(head) = buffer.first_chunk::<8>() else { return Ok(None) };
         let first = u32::from_be_bytes([head[0], head[1], head[2], head[3]]);
         let flags = head[4];
         let length = u32::from_be_bytes([0, head[5], head[6], head[7]]) as usize;
-        let control = first & !ID != 0;
-        if length > if control { MAX_CONTROL } else { MAX_FRAME } {
+        let fin = flags & FIN != 0;
+        if first & !ID == 0 {
+            buffer.advance(8);
+            return Ok(self.piece(Rest { id: first, fin, left: length }, buffer));
+        }
+        if length > MAX_CONTROL {
             return Err(Error::TooLarge(length));
         }
         if buffer.len() < 8 + length {
@@ -85,15 +101,26 @@ impl Decoder {
         }
         buffer.advance(8);
         let body = buffer.split_to(length).freeze();
-        let fin = flags & FIN != 0;
-        if !control {
-            return Ok(Some(Frame::Data { id: first, fin, data: body }));
-        }
         let version = ((first >> 16) & 0x7fff) as u16;
         if version != VERSION {
             return Err(Error::Version(version));
         }
         self.control((first & 0xffff) as u16, fin, body).map(Some)
+    }
+
+    /// As much of a frame with data as there is room for.
+    fn piece(&mut self, rest: Rest, buffer: &mut BytesMut) -> Option<Frame> {
+        let now = rest.left.min(PIECE);
+        if buffer.len() < now {
+            buffer.reserve(now - buffer.len());
+            self.rest = Some(rest);
+            return None;
+        }
+        let left = rest.left - now;
+        let frame =
+            Frame::Data { id: rest.id, fin: rest.fin && left == 0, data: buffer.split_to(now).freeze() };
+        self.rest = (left > 0).then_some(Rest { left, ..rest });
+        Some(frame)
     }
 
     fn control(&mut self, kind: u16, fin: bool, mut body: Bytes) -> Result<Frame, Error> {
@@ -260,10 +287,28 @@ mod tests {
         assert_eq!(block[2..6], [0xe3, 0xc6, 0xa7, 0xc2]);
     }
 
+    /// The largest there can be.
+    #[test]
+    fn much_data_comes_in_pieces() {
+        let data: Bytes = (0..0xff_ffffu32).map(|n| (n / 1000) as u8).collect::<Vec<_>>().into();
+        let mut bytes = plain(&Frame::Data { id: 3, fin: true, data: data.clone() }).to_vec();
+        bytes.extend_from_slice(&plain(&Frame::Ping(1)));
+        let mut frames = decode_all(&bytes, 10_000).unwrap();
+        assert_eq!(frames.pop(), Some(Frame::Ping(1)));
+        let count = frames.len();
+        let mut whole = BytesMut::new();
+        for (i, frame) in frames.into_iter().enumerate() {
+            let Frame::Data { id: 3, fin, data } = frame else { panic!("{frame:?}") };
+            assert!(data.len() <= PIECE && fin == (i + 1 == count));
+            whole.put(data);
+        }
+        assert!(whole == data);
+    }
+
     #[test]
     fn limits_and_versions() {
         assert_eq!(decode_all(&[0x80, 2, 0, 1, 0, 0, 0, 0], 8), Err(Error::Version(2)));
-        assert_eq!(decode_all(&[0, 0, 0, 1, 0, 0xff, 0xff, 0xff], 8), Err(Error::TooLarge(0xff_ffff)));
+        assert_eq!(decode_all(&[0x80, 3, 0, 1, 0, 0xff, 0xff, 0xff], 8), Err(Error::TooLarge(0xff_ffff)));
         assert_eq!(decode_all(&[0x80, 3, 0, 6, 0, 0, 0, 0], 8), Err(Error::Size(PING)));
         assert_eq!(decode_all(&[0x80, 3, 0, 4, 0, 0, 0, 0], 8), Ok(vec![Frame::Other(4)]));
     }
