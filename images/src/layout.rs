@@ -309,3 +309,29 @@ pub(crate) fn measure(dir: &Path) -> Result<Usage> {
         usage => usage.map_err(Error::sys("measure", dir)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Images and what runs outlive the release that wrote them down, so nothing may become necessary that was not there then.
+    #[test]
+    fn what_the_first_release_wrote_is_read() {
+        let digest = Digest::of(b"").to_string();
+        let with = |text: &str| text.replace("DIGEST", &digest);
+        let image: ImageRecord = serde_json::from_str(&with(
+            r#"{"id":"DIGEST","tags":["a:1"],"digests":["a@DIGEST"],"manifest":"DIGEST",
+            "layers":[{"digest":"DIGEST","size":1,"media_type":"m"}],"chain":["DIGEST"]}"#,
+        ))
+        .unwrap();
+        let layer: LayerRecord = serde_json::from_str(&with(
+            r#"{"chain":"DIGEST","diff":"DIGEST","parent":null,"usage":{"bytes":1,"inodes":2},"unsynced_since":null}"#,
+        ))
+        .unwrap();
+        let rootfs: RootfsRecord = serde_json::from_str(&with(
+            r#"{"image":"DIGEST","chain":["DIGEST"],"target":"/t","readonly":false}"#,
+        ))
+        .unwrap();
+        assert_eq!((image.id, layer.chain), (rootfs.chain[0], image.chain[0]));
+    }
+}

@@ -113,3 +113,19 @@ impl Cache {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Pods outlive the server that attached them, so nothing may become necessary that was not there then.
+    #[test]
+    fn what_the_first_release_wrote_is_read() {
+        let entry: Entry = serde_json::from_str(
+            r#"{"pod":{"container_id":"c","netns":"/n","ifname":"eth0","pod_name":"p","pod_namespace":"ns","pod_uid":"u"},
+            "network":{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"one"}]},"result":null}"#,
+        )
+        .unwrap();
+        assert_eq!((entry.pod.ifname.as_str(), entry.network().unwrap().name.as_str()), ("eth0", "net"));
+    }
+}

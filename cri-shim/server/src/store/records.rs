@@ -189,3 +189,27 @@ impl ContainerRecord {
         self.message = message.to_owned();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Pods outlive the server that wrote them down, so nothing may become necessary that was not there then.
+    #[test]
+    fn what_the_first_release_wrote_is_read() {
+        // The configs: metadata with the name "a".
+        let sandbox: SandboxRecord = serde_json::from_str(
+            r#"{"id":"s","phase":"Ready","config":"CgMKAWE=","runtime_handler":"","created_at_ns":5,"ips":["10.0.0.7"],
+            "network_attached":true,"init_pid":0,"stopped":false}"#,
+        )
+        .unwrap();
+        assert_eq!((sandbox.metadata().name.as_str(), sandbox.phase), ("a", SandboxPhase::Ready));
+        let container: ContainerRecord = serde_json::from_str(
+            r#"{"id":"c","sandbox_id":"s","phase":"Running","config":"CgMKAWE=","resources":"","image_id":"i","image_ref":"r",
+            "log_path":"/l","cgroups_path":"/g/c","user":{"uid":1,"gid":2,"groups":[3]},"stop_signal":15,"image_volumes":[],"pid":7,
+            "created_at_ns":5,"started_at_ns":6,"finished_at_ns":0,"exit_code":0,"reason":"","message":""}"#,
+        )
+        .unwrap();
+        assert_eq!((container.metadata().name.as_str(), container.may_run()), ("a", true));
+    }
+}
