@@ -49,10 +49,17 @@ impl Runtime {
         if request.verbose {
             let run_dir = self.config.sandbox_run_dir(&sandbox.id);
             let record = sandbox.record();
+            // In the place of upstream runtimes and under their names, where scripts look for them.
+            let own = [("network", "net"), ("ipc", "ipc"), ("uts", "uts"), ("pid", "pid"), ("user", "user")];
+            let own = own.map(|(kind, file)| (kind, run_dir.join("ns").join(file)));
+            let own = own.iter().filter(|(_, path)| path.exists());
+            let namespaces: Vec<serde_json::Value> =
+                own.map(|(kind, path)| serde_json::json!({"type": kind, "path": path})).collect();
             let text = serde_json::json!({
                 "pid": record.init_pid,
                 "monitorDir": run_dir,
                 "netNamespace": netns_path(&run_dir),
+                "runtimeSpec": {"linux": {"namespaces": namespaces}},
                 "phase": record.phase,
                 "networkAttached": record.network_attached,
                 "runtimeHandler": record.runtime_handler,

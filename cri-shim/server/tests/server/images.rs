@@ -12,7 +12,7 @@ use orlop_proto::{cri, images};
 use tonic::{Code, Status};
 
 /// A registry with images of its own for each name, that have `/name` with the name in it.
-fn registry(node: &Node, names: &[&str]) -> DockerRegistry {
+pub fn registry(node: &Node, names: &[&str]) -> DockerRegistry {
     let registry = DockerRegistry::start(&node.dir);
     for name in names {
         let dir = node.dir.join(format!("image-{name}"));

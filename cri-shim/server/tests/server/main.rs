@@ -1,6 +1,7 @@
 //! The server with the real monitor, a test's own folder each.
 
 mod checkpoint;
+mod crictl;
 mod devices;
 mod full;
 mod images;

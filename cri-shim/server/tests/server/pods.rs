@@ -1,10 +1,10 @@
-//! Pods on a real server with the real monitor: over gRPC and with crictl, through kills of the server and of a monitor.
-//! Needs root, `orlop-monitor` (`cargo build -p orlop-monitor`, or ORLOP_MONITOR), busybox-static and crictl (PATH or ORLOP_CRICTL).
+//! Pods on a real server with the real monitor: through kills of the server and of a monitor.
+//! Needs root, `orlop-monitor` (`cargo build -p orlop-monitor`, or ORLOP_MONITOR) and busybox-static.
 
 use std::fs;
 use std::time::Duration;
 
-use crate::node::{IMAGE, Node, container_config, exec, sandbox_config, wait_for};
+use crate::node::{Node, container_config, exec, sandbox_config, wait_for};
 use orlop_proto::cri;
 
 const RUNNING: i32 = cri::ContainerState::ContainerRunning as i32;
@@ -427,51 +427,4 @@ async fn a_kill_at_any_step_leaves_nothing_half_made() {
     let id = node.run_container(&pod, container_config("main", &["sleep", "1000"]), &config).await;
     assert_eq!(node.status(&id).await.state, RUNNING);
     node.purge_and_check();
-}
-
-#[tokio::test]
-async fn crictl_runs_a_pod() {
-    let node = Node::start("crictl", &[]).await;
-    node.network(false);
-    let (pod, main) = (node.dir.join("pod.json"), node.dir.join("main.json"));
-    let text = serde_json::json!({
-        "metadata": {"name": "crictl", "namespace": "default", "uid": "crictl", "attempt": 0},
-        "log_directory": node.dir.join("logs"),
-        "linux": {"cgroup_parent": node.cgroup},
-    });
-    fs::write(&pod, text.to_string()).unwrap();
-    let script = "mkdir /www; echo page > /www/index.html; httpd -p 127.0.0.1:8099 -h /www; echo ready; cat; sleep 1000";
-    let text = serde_json::json!({
-        "metadata": {"name": "main"}, "image": {"image": IMAGE}, "log_path": "main.log", "stdin": true,
-        "command": ["sh", "-c", script], "linux": {},
-    });
-    fs::write(&main, text.to_string()).unwrap();
-    let (pod, main) = (pod.to_str().unwrap(), main.to_str().unwrap());
-    let p = node.crictl(&["runp", pod], "");
-    let c = node.crictl(&["create", &p, main, pod], "");
-    node.crictl(&["start", &c], "");
-    wait_for("the container's first line", || node.crictl(&["logs", &c], "").contains("ready")).await;
-    assert!(node.crictl(&["ps", "-q"], "").contains(&c));
-    assert_eq!(node.crictl(&["exec", "-s", &c, "echo", "sync"], ""), "sync");
-    for transport in ["spdy", "websocket"] {
-        assert_eq!(
-            node.crictl(&["exec", "--transport", transport, "-i", &c, "cat"], "typed"),
-            "typed",
-            "{transport}"
-        );
-        let (ok, text) = node.try_crictl(&["exec", "--transport", transport, &c, "sh", "-c", "exit 5"], "");
-        assert!(!ok && text.contains("exit code 5"), "{transport}: {text}");
-        let page = node.forward(&p, transport, 8099).await;
-        assert!(page.ends_with("page\n"), "{transport}: {page:?}");
-    }
-    // A client that vanishes takes its command with it.
-    let runs = || node.crictl(&["exec", "-s", &c, "ps"], "").contains("sleep 4321");
-    node.vanish(&["exec", "-i", &c, "sleep", "4321"], runs).await;
-    wait_for("the command of the client that vanished to end", || !runs()).await;
-    node.crictl(&["stop", "-t", "1", &c], "");
-    node.crictl(&["rm", &c], "");
-    node.crictl(&["stopp", &p], "");
-    node.crictl(&["rmp", &p], "");
-    assert_eq!(node.crictl(&["pods", "-q"], ""), "");
-    node.stop_and_check();
 }
