@@ -2,6 +2,7 @@
 //! and beside a real installation. Dropping it takes everything back, also when the test fails.
 
 pub mod footprint;
+pub mod place;
 pub mod vm;
 
 use std::fs::File;
