@@ -116,7 +116,11 @@ go_tool crictl sigs.k8s.io/cri-tools/cmd/crictl sigs.k8s.io/cri-tools v1.36.0 "-
 go_tool critest sigs.k8s.io/cri-tools/cmd/critest sigs.k8s.io/cri-tools v1.36.0 ""
 go_tool ginkgo github.com/onsi/ginkgo/v2/ginkgo github.com/onsi/ginkgo/v2 v2.28.1 ""
 go_tool portmap github.com/containernetworking/plugins/plugins/meta/portmap github.com/containernetworking/plugins v1.9.1 ""
-go_tool kubelet k8s.io/kubernetes/cmd/kubelet k8s.io/kubernetes v1.36.3 "-X k8s.io/component-base/version.gitVersion=v1.36.3 -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36"
+# One after the other, because they share most of their packages. etcd's version is the one that Kubernetes names.
+for program in kubelet kube-proxy kube-apiserver; do
+    go_tool $program k8s.io/kubernetes/cmd/$program k8s.io/kubernetes v1.36.3 "-X k8s.io/component-base/version.gitVersion=v1.36.3 -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36"
+done
+go_tool etcd go.etcd.io/etcd/server/v3 go.etcd.io/etcd/server/v3 v3.6.8 ""
 if ! command -v kubectl >/dev/null; then
     go_tool kubectl kubectl k8s.io/kubectl v0.36.3 ""
 fi
