@@ -77,7 +77,8 @@ fn the_role_of_kube_proxy_is_enough_and_a_missing_right_is_said_once() {
     bind(&place, "some", "px");
     place.start_proxy(&user);
     wait_for("the proxy says what it lacks", PATIENCE, || {
-        place.said("proxy").contains("system:node-proxier").then_some(())
+        let said = place.said("proxy");
+        (said.contains("refuses the proxy's user") && said.contains("servicecidrs")).then_some(())
     });
 
     // Given what it lacks, it goes on by itself.
