@@ -454,14 +454,17 @@ impl Proxy {
 
     /// What cannot be watched switches the rule off: everything else goes on.
     fn range_event(&mut self, event: Watched<ServiceCIDR>, list: &mut Listing) {
-        if let Some(Err(e)) = &event
-            && let Some(why) = unavailable(e)
+        // What was listed stays: a watch that goes on where it was would not bring it back.
+        if let Some(Err(e @ watcher::Error::InitialListFailed(kube::Error::Api(status)))) = &event
+            && [403, 404].contains(&status.code)
         {
-            if self.ranges.forget() {
+            let lasts = status.code == 404 || list.refusal.begins(e).is_some();
+            if lasts && self.ranges.forget() {
                 tracing::warn!(
-                    "the API server does not say which addresses are Services' alone: {why}; packets to those that no Service \
-                     has are not dropped. Kubernetes has ServiceCIDRs (networking.k8s.io/v1) from 1.33 on, and the ClusterRole \
-                     system:node-proxier the right to watch them"
+                    "the API server does not say which addresses are Services' alone: {}; packets to those that no Service has \
+                     are not dropped. Kubernetes has ServiceCIDRs (networking.k8s.io/v1) from 1.33 on, and the ClusterRole \
+                     system:node-proxier the right to watch them",
+                    status.message
                 );
             }
             return;
@@ -702,18 +705,6 @@ fn take_event<K>(
         Err(e) => list.failed(&e),
     }
     None
-}
-
-/// What the API server says that will not let this kind be watched, or does not have it.
-fn unavailable(e: &watcher::Error) -> Option<&str> {
-    let status = match e {
-        watcher::Error::InitialListFailed(kube::Error::Api(s))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(s))
-        | watcher::Error::WatchFailed(kube::Error::Api(s))
-        | watcher::Error::WatchError(s) => s,
-        _ => return None,
-    };
-    [403, 404].contains(&status.code).then_some(&status.message)
 }
 
 /// The end of a task, which is taken away with it; for ever without one. Cancel-safe.

@@ -27,6 +27,8 @@ struct State {
     log: HashMap<&'static str, Vec<(u64, Bytes)>>,
     /// What is answered in place of a resource.
     refused: HashMap<&'static str, u16>,
+    /// How often that was done.
+    refusals: usize,
 }
 
 #[derive(Clone)]
@@ -41,8 +43,13 @@ type Body = BoxBody<Bytes, Infallible>;
 impl FakeApi {
     pub async fn start() -> FakeApi {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let state =
-            State { revision: 1, objects: BTreeMap::new(), log: HashMap::new(), refused: HashMap::new() };
+        let state = State {
+            revision: 1,
+            objects: BTreeMap::new(),
+            log: HashMap::new(),
+            refused: HashMap::new(),
+            refusals: 0,
+        };
         let api = FakeApi {
             address: listener.local_addr().unwrap(),
             state: Arc::new(Mutex::new(state)),
@@ -94,7 +101,7 @@ impl FakeApi {
         self.log(&mut s, resource, "DELETED", &object.to_string());
     }
 
-    /// From now on lists and new watches of a resource get an error.
+    /// From now on lists and watches of a resource get an error; its watches end.
     pub fn refuse(&self, resource: &str, code: Option<u16>) {
         let mut s = self.state.lock().unwrap();
         let (resource, ..) = kind(resource);
@@ -102,6 +109,11 @@ impl FakeApi {
             Some(code) => s.refused.insert(resource, code),
             None => s.refused.remove(resource),
         };
+        self.revision.send_modify(|_| ());
+    }
+
+    pub fn refusals(&self) -> usize {
+        self.state.lock().unwrap().refusals
     }
 
     fn log(&self, s: &mut State, resource: &'static str, event: &str, object: &str) {
@@ -113,10 +125,16 @@ impl FakeApi {
 
     fn answer(&self, r: &Request<hyper::body::Incoming>) -> Response<Body> {
         let (resource, api_version, kind) = kind(r.uri().path().rsplit('/').next().unwrap());
-        if let Some(code) = self.state.lock().unwrap().refused.get(resource) {
+        let refused = {
+            let mut s = self.state.lock().unwrap();
+            let code = s.refused.get(resource).copied();
+            s.refusals += usize::from(code.is_some());
+            code
+        };
+        if let Some(code) = refused {
             let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "message": "no, for a test"});
             let mut response = Response::new(Full::new(Bytes::from(status.to_string())).boxed());
-            *response.status_mut() = hyper::StatusCode::from_u16(*code).unwrap();
+            *response.status_mut() = hyper::StatusCode::from_u16(code).unwrap();
             return response;
         }
         let query = r.uri().query().unwrap_or_default();
@@ -155,6 +173,9 @@ impl FakeApi {
                         return Some((Ok(Frame::data(events)), (last, wake)));
                     }
                     wake.changed().await.ok()?;
+                    if api.state.lock().unwrap().refused.contains_key(resource) {
+                        return None;
+                    }
                 }
             }
         });

@@ -49,6 +49,17 @@ async fn the_service_range_follows_its_objects_and_may_be_unknown() {
     ranges_become(&place, &[("10.96.0.0", 96 + 12), ("10.112.0.0", 96 + 16), ("fd00:96::", 112)]).await;
     api.delete("servicecidrs", "more");
     ranges_become(&place, &default).await;
+
+    // One that refuses for a while, as one does that starts: the watch goes on where it was and says nothing.
+    api.refuse("servicecidrs", Some(403));
+    wait_until("a second try", PATIENCE, || async { (api.refusals() > 1).then_some(()) }).await;
+    assert_eq!(ranges(&place).len(), 2, "what is known stays");
+    api.refuse("servicecidrs", None);
+    api.put("servicecidrs", service_cidr("more", &["10.112.0.0/16"]));
+    ranges_become(&place, &[("10.96.0.0", 96 + 12), ("10.112.0.0", 96 + 16), ("fd00:96::", 112)]).await;
+    api.delete("servicecidrs", "more");
+    ranges_become(&place, &default).await;
+
     stop.cancel();
     task.await.unwrap().unwrap();
     assert_eq!(ranges(&place).len(), 2, "the rule outlives the proxy");
