@@ -1,6 +1,7 @@
 //! What kube-proxy leaves on a node when it goes: nftables tables, iptables chains, IPVS servers. Removed on request, by
 //! the tools that it used itself; what is not kube-proxy's stays, the kubelet's chains among it.
 
+use std::collections::HashSet;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
@@ -89,7 +90,9 @@ pub fn remove() -> Result<Vec<String>, Error> {
     if let Some(shown) = run("ip", &["-o", "addr", "show", "dev", IPVS_LINK], None)? {
         let own: Vec<&str> =
             shown.lines().filter_map(|l| l.split_whitespace().nth(3)?.split('/').next()).collect();
-        for (protocol, server) in servers(&run("ipvsadm", &["-Sn"], None)?.unwrap_or_default(), &own) {
+        // Without them nobody could tell any more which servers were kube-proxy's.
+        let [servers, sets] = [("ipvsadm", "-Sn"), ("ipset", "save")].map(|(tool, what)| said(tool, &[what]));
+        for (protocol, server) in own_servers(&servers?, &own, &sets?) {
             done("ipvsadm", &["-D", &protocol, &server], None)?;
         }
         done("ip", &["link", "del", IPVS_LINK], None)?;
@@ -103,13 +106,36 @@ pub fn remove() -> Result<Vec<String>, Error> {
     Ok(removed)
 }
 
-/// Virtual servers of `ipvsadm -Sn`'s text whose addresses are on kube-proxy's link. Pure.
-fn servers(saved: &str, own: &[&str]) -> Vec<(String, String)> {
+/// Virtual servers of `ipvsadm -Sn`'s text whose addresses are on kube-proxy's link, or that stand in its sets (`ipset save`): those
+/// of node ports have the node's addresses. Pure.
+fn own_servers(saved: &str, link: &[&str], sets: &str) -> Vec<(String, String)> {
+    let mut listed = HashSet::new();
+    for line in sets.lines().filter_map(|l| l.strip_prefix("add KUBE-")) {
+        match line.split_once(' ') {
+            Some((_, entry)) if entry.contains(',') => listed.insert(entry.to_owned()),
+            // A set of ports is of one protocol, which its name ends with.
+            Some((set, port)) if set.contains("NODE-PORT-") => {
+                let protocol = set.rsplit('-').next().unwrap_or_default().to_lowercase();
+                listed.insert(format!("{protocol}:{port}"))
+            }
+            _ => false,
+        };
+    }
     let parse = |l: &str| {
         let mut words = l.strip_prefix("-A ")?.split(' ');
-        let (protocol, server) = (words.next()?, words.next()?);
-        let address = server.rsplit_once(':')?.0.trim_matches(['[', ']']);
-        own.contains(&address).then(|| (protocol.to_owned(), server.to_owned()))
+        let (flag, server) = (words.next()?, words.next()?);
+        let (address, port) = server.rsplit_once(':')?;
+        let address = address.trim_matches(['[', ']']);
+        let protocol = match flag {
+            "-t" => "tcp",
+            "-u" => "udp",
+            _ => "sctp",
+        };
+        let port = format!("{protocol}:{port}");
+        let own = link.contains(&address)
+            || listed.contains(&port)
+            || listed.contains(&format!("{address},{port}"));
+        own.then(|| (flag.to_owned(), server.to_owned()))
     };
     saved.lines().filter_map(parse).collect()
 }
@@ -134,11 +160,19 @@ fn run(tool: &str, args: &[&str], input: Option<&str>) -> Result<Option<String>,
     Ok(out.status.success().then(|| String::from_utf8_lossy(&out.stdout).into_owned()))
 }
 
+/// The output of a tool that is needed.
+fn said(tool: &str, args: &[&str]) -> Result<String, Error> {
+    run(tool, args, None)?.ok_or_else(|| refused(tool, args))
+}
+
+fn refused(tool: &str, args: &[&str]) -> Error {
+    let source =
+        std::io::Error::other(format!("{tool} {} failed, or {tool} is not installed", args.join(" ")));
+    Error::Leftovers { tool: tool.to_owned(), source }
+}
+
 fn done(tool: &str, args: &[&str], input: Option<&str>) -> Result<(), Error> {
-    let refused = || std::io::Error::other(format!("{tool} {} failed", args.join(" ")));
-    run(tool, args, input)?
-        .map(drop)
-        .ok_or_else(|| Error::Leftovers { tool: tool.to_owned(), source: refused() })
+    run(tool, args, input)?.map(drop).ok_or_else(|| refused(tool, args))
 }
 
 #[cfg(test)]
@@ -162,13 +196,24 @@ mod tests {
     }
 
     #[test]
-    fn only_servers_of_its_link_are_its_own() {
+    fn servers_of_its_link_and_of_its_sets_are_its_own() {
         let saved = "-A -t 10.96.0.1:443 -s rr\n-a -t 10.96.0.1:443 -r 10.0.0.1:6443 -m -w 1\n-A -u [fd00::a]:53 -s rr\n\
-                     -A -t 192.0.2.1:80 -s wlc\n";
-        let found = servers(saved, &["10.96.0.1", "fd00::a"]);
-        assert_eq!(
-            found,
-            [("-t", "10.96.0.1:443"), ("-u", "[fd00::a]:53")].map(|(p, s)| (p.to_owned(), s.to_owned()))
-        );
+                     -A -t 192.0.2.1:80 -s wlc\n-A -t 192.0.2.1:30080 -s rr\n-A -u 192.0.2.1:30080 -s rr\n\
+                     -A -t 192.0.2.1:8080 -s rr\n-A -t [2001:db8::1]:30081 -s rr\n-A --sctp-service 192.0.2.1:30082 -s rr\n\
+                     -A -t 192.0.2.1:32080 -s rr\n-A -f 7 -s rr\n";
+        let sets = "create KUBE-NODE-PORT-TCP bitmap:port range 0-65535\nadd KUBE-NODE-PORT-TCP 30080\n\
+                    add KUBE-6-NODE-PORT-TCP 30081\nadd KUBE-NODE-PORT-SCTP-HASH 192.0.2.1,sctp:30082\n\
+                    add KUBE-EXTERNAL-IP 192.0.2.1,tcp:8080\nadd KUBE-HEALTH-CHECK-NODE-PORT 32080\n\
+                    add KUBE-LOOP-BACK 192.0.2.1,tcp:80,192.0.2.1\nadd MINE 192.0.2.1,tcp:80\n";
+        let found = own_servers(saved, &["10.96.0.1", "fd00::a"], sets);
+        let expected = [
+            ("-t", "10.96.0.1:443"),
+            ("-u", "[fd00::a]:53"),
+            ("-t", "192.0.2.1:30080"),
+            ("-t", "192.0.2.1:8080"),
+            ("-t", "[2001:db8::1]:30081"),
+            ("--sctp-service", "192.0.2.1:30082"),
+        ];
+        assert_eq!(found, expected.map(|(p, s)| (p.to_owned(), s.to_owned())));
     }
 }
