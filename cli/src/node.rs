@@ -382,8 +382,12 @@ pub fn ask_proxy(command: ProxyCommand) -> Result<(), Failure> {
             let config = proxy_config(Path::new(""), "", &pins.bpf_dir);
             orlop_proxy::purge(&config)?;
             if kube_proxy {
-                for removed in orlop_proxy::leftovers::remove()? {
+                let report = orlop_proxy::leftovers::remove()?;
+                for removed in report.removed {
                     crate::say(format_args!("removed {removed}"))?;
+                }
+                for unseen in report.unseen {
+                    crate::say(format_args!("not looked for: {unseen}"))?;
                 }
             }
             return Ok(());

@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use orlop_test_vms::place::Place;
-use orlop_test_vms::{run, wait_for};
+use orlop_test_vms::{program, run, wait_for};
 use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -391,6 +391,21 @@ fn cleanup_takes_what_kube_proxy_left_and_nothing_else() {
         cluster.wait_answer("10.96.0.10", true, "one");
         cluster.place.kill("proxy");
         assert_eq!(cluster.place.ask_proxy(&["cleanup"]), "");
+        same(&rules(&cluster.place), &left, mode, kind);
+
+        // A kube-proxy in a container has tools that the node may lack.
+        let mut blind = cluster.place.inside("env");
+        blind.arg("PATH=/nowhere").arg(program("orlop")).args([
+            "proxy",
+            "cleanup",
+            "--kube-proxy",
+            "--bpf-dir",
+        ]);
+        let said = run(blind.arg(cluster.place.pins()));
+        for what in ["nftables tables: nft is", "chains of iptables (nft): iptables-nft-save is"] {
+            assert!(said.contains(&format!("not looked for: {what} not installed")), "{said}");
+        }
+        assert!(said.contains("chains of ip6tables (legacy): ip6tables-legacy-save is not"), "{said}");
         same(&rules(&cluster.place), &left, mode, kind);
 
         let said = cluster.place.ask_proxy(&["cleanup", "--kube-proxy"]);

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::Error;
@@ -69,9 +70,24 @@ fn undo(saved: &str) -> Option<String> {
     found.then_some(out)
 }
 
-/// Removes it all from this network namespace; says what was there. A tool that is not installed has nothing to remove.
-pub fn remove() -> Result<Vec<String>, Error> {
-    let mut removed = Vec::new();
+/// What [`remove`] did.
+#[derive(Debug, Default)]
+pub struct Report {
+    pub removed: Vec<String>,
+    /// What nobody looked for, and why: a kube-proxy in a container brings tools of its own, which the node need not have.
+    pub unseen: Vec<String>,
+}
+
+/// Removes it all from this network namespace.
+pub fn remove() -> Result<Report, Error> {
+    let Report { mut removed, mut unseen } = Report::default();
+    let mut need = |tool: &str, what: &str| {
+        if !is_installed(tool) {
+            unseen.push(format!("{what}: {tool} is not installed"));
+        }
+    };
+    need("nft", "nftables tables");
+    need("ip", "IPVS servers");
     for family in ["ip", "ip6"] {
         if run("nft", &["list", "table", family, "kube-proxy"], None)?.is_some() {
             done("nft", &["delete", "table", family, "kube-proxy"], None)?;
@@ -82,6 +98,9 @@ pub fn remove() -> Result<Vec<String>, Error> {
         // Both kinds, as a node may have changed from one to the other.
         for kind in ["nft", "legacy"] {
             let tool = |what: &str| format!("{family}-{kind}-{what}");
+            if kind == "nft" || has_legacy_tables(family) {
+                need(&tool("save"), &format!("chains of {family} ({kind})"));
+            }
             let Some(undo) = run(&tool("save"), &[], None)?.and_then(|s| undo(&s)) else { continue };
             done(&tool("restore"), &["--noflush"], Some(&undo))?;
             removed.push(format!("chains of {family} ({kind})"));
@@ -103,7 +122,18 @@ pub fn remove() -> Result<Vec<String>, Error> {
         done("ipset", &["destroy", set], None)?;
         removed.push(format!("IP set {set}"));
     }
-    Ok(removed)
+    Ok(Report { removed, unseen })
+}
+
+fn is_installed(tool: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(tool).exists())
+}
+
+fn has_legacy_tables(family: &str) -> bool {
+    let names = if family == "iptables" { "ip_tables_names" } else { "ip6_tables_names" };
+    let names = std::fs::read_to_string(Path::new("/proc/thread-self/net").join(names));
+    names.is_ok_and(|n| !n.is_empty())
 }
 
 /// Virtual servers of `ipvsadm -Sn`'s text whose addresses are on kube-proxy's link, or that stand in its sets (`ipset save`): those

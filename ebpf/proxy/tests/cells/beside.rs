@@ -203,11 +203,11 @@ fn beside(force_clsact: bool) {
     masqueraded();
 
     // On request what kube-proxy left goes as well, and nothing else.
-    let removed = w.node.run(|| orlop_proxy::leftovers::remove().unwrap()).join().unwrap();
+    let removed = w.node.run(|| orlop_proxy::leftovers::remove().unwrap().removed).join().unwrap();
     assert_eq!(removed, ["nftables table ip kube-proxy", "nftables table ip6 kube-proxy"]);
     let left = output(&w.node, "nft list ruleset");
     assert!(left.contains("table inet foreign") && !left.contains("kube-proxy"), "{left}");
-    assert!(w.node.run(|| orlop_proxy::leftovers::remove().unwrap()).join().unwrap().is_empty());
+    assert!(w.node.run(|| orlop_proxy::leftovers::remove().unwrap().removed).join().unwrap().is_empty());
 }
 
 #[test]
@@ -237,7 +237,7 @@ fn chains_of_kube_proxy_are_removed_on_request() {
             output(&w.node, &format!("{tool} -t nat -A {rule}"));
         }
     }
-    let removed = w.node.run(|| orlop_proxy::leftovers::remove().unwrap()).join().unwrap();
+    let removed = w.node.run(|| orlop_proxy::leftovers::remove().unwrap().removed).join().unwrap();
     assert_eq!(
         removed,
         ["chains of iptables (nft)", "chains of iptables (legacy)", "chains of ip6tables (nft)"]
