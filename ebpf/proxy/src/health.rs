@@ -89,7 +89,7 @@ impl Health {
 }
 
 /// Called before metrics are read, to fetch the kernel's counters.
-pub type Refresh = Arc<dyn Fn() + Send + Sync>;
+pub type Refresh = Box<dyn Fn() + Send>;
 
 /// What the listeners share.
 #[derive(Clone)]
@@ -110,10 +110,12 @@ impl Pages {
                 (status, "application/json", body)
             }
             "/metrics" => {
-                let (refresh, metrics) = (self.refresh.lock().clone(), self.metrics.clone());
+                let (refresh, metrics) = (self.refresh.clone(), self.metrics.clone());
                 // Tens of thousands of entries are read and written down.
                 let page = tokio::task::spawn_blocking(move || {
-                    if let Some(refresh) = refresh {
+                    // One page at a time, until it is written down: all fill the same metrics.
+                    let refresh = refresh.lock();
+                    if let Some(refresh) = &*refresh {
                         refresh();
                     }
                     metrics.encode()

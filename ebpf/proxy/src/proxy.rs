@@ -120,10 +120,7 @@ async fn stoppable(stop: CancellationToken, work: impl Future<Output = ()>) {
 }
 
 fn counter_refresh(maps: RealMaps, m: ProxyMetrics) -> health::Refresh {
-    // One at a time, as all fill the same page.
-    let maps = Mutex::new(maps);
-    Arc::new(move || {
-        let maps = maps.lock();
+    Box::new(move || {
         for (gauge, index) in [
             (&m.sock_translated, counters::SOCK_TRANSLATED),
             (&m.sock_refused, counters::SOCK_REFUSED),

@@ -6,6 +6,7 @@ mod many;
 mod node;
 mod pages;
 mod scale;
+mod scrapes;
 mod sequence;
 mod topology;
 
