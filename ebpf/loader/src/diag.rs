@@ -42,11 +42,11 @@ type Wanted = HashMap<u64, Vec<SockKey>>;
 /// # Errors
 /// When processes cannot be listed or the kernel lacks CONFIG_INET_DIAG_DESTROY. Namespaces and sockets that go
 /// meanwhile are no error.
-pub fn close_sockets(sockets: Vec<SockKey>) -> io::Result<Closed> {
+pub fn close_sockets(sockets: &[SockKey]) -> io::Result<Closed> {
     let mut wanted = Wanted::new();
     let mut protocols: Vec<u8> = Vec::new();
     for key in sockets {
-        wanted.entry(key.cookie).or_default().push(key);
+        wanted.entry(key.cookie).or_default().push(*key);
         if !protocols.contains(&key.proto) {
             protocols.push(key.proto);
         }

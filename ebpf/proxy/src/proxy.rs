@@ -13,7 +13,7 @@ use nix::net::if_::if_nametoindex;
 use orlop_base::supervise::{Ready, TaskGroup};
 use orlop_base::telemetry::{Metrics, chain};
 use orlop_client::{Refusal, refusal};
-use orlop_ebpf_common::{TCP, Uplink, config_flags, counters};
+use orlop_ebpf_common::{SockKey, TCP, Uplink, config_flags, counters};
 use orlop_ebpf_loader::diag::{self, Closed};
 use orlop_ebpf_loader::{Datapath, MapFailure, Maps, Object, Programs, RealMaps};
 use parking_lot::Mutex;
@@ -152,6 +152,9 @@ fn counter_refresh(maps: RealMaps, m: ProxyMetrics) -> health::Refresh {
     })
 }
 
+/// The sockets that were to be closed, and what came of it.
+type Closing = (Vec<SockKey>, std::io::Result<Closed>);
+
 struct Proxy {
     config: Config,
     datapath: Arc<Mutex<Datapath>>,
@@ -187,7 +190,7 @@ struct Proxy {
     /// When to look for sockets whose backend is gone.
     closing: Option<tokio::time::Instant>,
     /// Closes such sockets, beside everything else: all sockets of all network namespaces are looked through.
-    closer: Option<JoinHandle<std::io::Result<Closed>>>,
+    closer: Option<JoinHandle<Closing>>,
     /// Protocols whose sockets the kernel does not list, which has been said.
     unseen: HashSet<u8>,
 }
@@ -384,19 +387,29 @@ impl Proxy {
             }
         };
         let stale = closer::stale(&connected, &self.tables, &self.model);
-        for key in stale.iter().chain(&closer::stale(&sent, &self.tables, &self.model)) {
-            // It is looked at again when it stays.
-            let _ = self.datapath.lock().maps.del_socket(key);
-        }
+        self.forget_sockets(&closer::stale(&sent, &self.tables, &self.model));
         if stale.is_empty() {
             return;
         }
-        self.closer = Some(tokio::task::spawn_blocking(move || diag::close_sockets(stale)));
+        let close = move || {
+            let closed = diag::close_sockets(&stale);
+            (stale, closed)
+        };
+        self.closer = Some(tokio::task::spawn_blocking(close));
     }
 
-    fn sockets_closed(&mut self, closed: Result<std::io::Result<Closed>, JoinError>) {
+    fn forget_sockets(&self, sockets: &[SockKey]) {
+        for key in sockets {
+            // It is looked at again when it stays.
+            let _ = self.datapath.lock().maps.del_socket(key);
+        }
+    }
+
+    fn sockets_closed(&mut self, closed: Result<Closing, JoinError>) {
         match closed {
-            Ok(Ok(Closed { count, unseen })) => {
+            Ok((sockets, Ok(Closed { count, unseen }))) => {
+                // Not before: a proxy that is killed meanwhile leaves the rest to the next one.
+                self.forget_sockets(&sockets);
                 self.metrics.closed_sockets.inc_by(count as u64);
                 tracing::debug!(closed = count, "closed sockets of backends that are gone");
                 for protocol in unseen {
@@ -409,7 +422,7 @@ impl Proxy {
                     }
                 }
             }
-            Ok(Err(e)) => tracing::warn!(error = %e, "sockets of backends that are gone stay open"),
+            Ok((_, Err(e))) => tracing::warn!(error = %e, "sockets of backends that are gone stay open"),
             Err(e) => tracing::warn!(error = %e, "sockets of backends that are gone stay open"),
         }
     }

@@ -1,6 +1,7 @@
 //! The whole proxy against an API server that says what the test tells it to: from watch event to answered connection.
 
 mod api;
+mod closing;
 mod full;
 mod many;
 mod node;
