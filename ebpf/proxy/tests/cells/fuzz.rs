@@ -40,7 +40,7 @@ fn spec() -> Spec {
     Spec { number: 1, state: State::Both, internal_local: false, external_local: false, ranges: Ranges::All }
 }
 
-fn octets(ip: IpAddr) -> Vec<u8> {
+pub fn octets(ip: IpAddr) -> Vec<u8> {
     match ip {
         IpAddr::V4(a) => a.octets().to_vec(),
         IpAddr::V6(a) => a.octets().to_vec(),

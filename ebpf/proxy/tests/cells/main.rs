@@ -3,6 +3,7 @@
 //! is said here by other means.
 
 mod beside;
+mod evicted;
 mod fuzz;
 mod nobody;
 mod ports;

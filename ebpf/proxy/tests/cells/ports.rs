@@ -50,7 +50,7 @@ fn node_port(udp: bool) -> SocketAddr {
 }
 
 /// Says which peer it sees and holds the connection until its end; of datagrams it says the same.
-fn hold(net: &Net, address: &'static str) {
+pub fn hold(net: &Net, address: &'static str) {
     let at = SocketAddr::new(address.parse().unwrap(), BACKEND_PORT);
     let (tell, ready) = std::sync::mpsc::channel();
     let told = tell.clone();
@@ -89,7 +89,7 @@ fn hold(net: &Net, address: &'static str) {
 }
 
 /// The source that the backend sees.
-fn seen(s: &mut TcpStream) -> SocketAddr {
+pub fn seen(s: &mut TcpStream) -> SocketAddr {
     let (mut text, mut byte) = (String::new(), [0]);
     while byte != *b"\n" {
         s.read_exact(&mut byte).unwrap();
@@ -98,7 +98,7 @@ fn seen(s: &mut TcpStream) -> SocketAddr {
     text.trim().parse().unwrap()
 }
 
-fn echoes(s: &mut TcpStream, text: &[u8]) {
+pub fn echoes(s: &mut TcpStream, text: &[u8]) {
     let mut back = vec![0; text.len()];
     s.write_all(text).unwrap();
     s.read_exact(&mut back).unwrap();
@@ -120,7 +120,7 @@ pub fn connections(home: &Home) -> HashMap<MapData, CtKey, CtValue> {
 }
 
 /// The one of datagrams.
-fn datagrams(home: &Home) -> HashMap<MapData, CtKey, CtValue> {
+pub fn datagrams(home: &Home) -> HashMap<MapData, CtKey, CtValue> {
     table(home, "DATAGRAMS")
 }
 

@@ -5,10 +5,8 @@ use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
-use nix::unistd::Pid;
 use orlop_ebpf_common::{
-    CtKey, FrontendKey, SCOPE_EXTERNAL, TCP, Uplink, addr_from, config_flags, counters, uplink_flags,
+    FrontendKey, SCOPE_EXTERNAL, TCP, Uplink, addr_from, config_flags, counters, uplink_flags,
 };
 use orlop_ebpf_loader::{Datapath, Maps, Op};
 use orlop_proxy::desired::{Selection, desired};
@@ -449,66 +447,6 @@ fn datagrams_leave_a_lost_backend() {
     all(&|_| Err(std::io::ErrorKind::ConnectionRefused), "nobody");
     now(State::LocalOnly);
     all(&|v| Ok(format!("pod {}", OUTSIDE[v])), "somebody again");
-}
-
-/// More flows of datagrams than their table holds push no connection out. One whose entry is lost is taken up again where it was, and
-/// counted.
-#[test]
-fn evicted_connections_go_on() {
-    const TABLE: u32 = 1024;
-    let w = World::new();
-    let mut home = Home::new(false);
-    home.config.sizes.connections = TABLE;
-    echo(&w.pod, POD);
-    let dp = program_with(&w, &home.config, |model| {
-        let s = spec(State::LocalOnly);
-        model.set_service(&s.name(), Some(s.service()));
-        for v4 in [true, false] {
-            model.set_slice(&format!("{}-{v4}", s.name()), Some(s.slice(v4)));
-        }
-    });
-    let port = |udp| spec(State::LocalOnly).node_port(udp);
-    let to = |udp| [0, 1].map(|v| SocketAddr::new(NODE[v].parse().unwrap(), port(udp)));
-    let (tcp, udp) = (to(false), to(true));
-    let resumed = |flood: Box<dyn FnOnce() + Send>| {
-        let before = dp.maps.counter(counters::RESUMED);
-        w.outside
-            .run(move || {
-                // A CPU's newest entries are not evicted for the sake of another's.
-                let mut only = CpuSet::new();
-                only.set(sched_getcpu().unwrap()).unwrap();
-                sched_setaffinity(Pid::from_raw(0), &only).unwrap();
-                let silent = tcp.map(|to| TcpStream::connect_timeout(&to, LONG).unwrap());
-                flood();
-                for mut s in silent {
-                    s.set_read_timeout(Some(LONG)).unwrap();
-                    s.write_all(b"still here").unwrap();
-                    s.shutdown(Shutdown::Write).unwrap();
-                    let mut text = String::new();
-                    s.read_to_string(&mut text).unwrap();
-                    assert_eq!(text, "still here");
-                }
-            })
-            .join()
-            .unwrap();
-        dp.maps.counter(counters::RESUMED) - before
-    };
-    let by_datagrams = resumed(Box::new(move || {
-        for i in 0..2 * TABLE as usize {
-            let s = UdpSocket::bind(["0.0.0.0:0", "[::]:0"][i % 2]).unwrap();
-            s.set_read_timeout(Some(LONG)).unwrap();
-            s.connect(udp[i % 2]).unwrap();
-            s.send(b"?").and_then(|_| s.recv(&mut [0])).unwrap();
-        }
-    }));
-    assert_eq!(by_datagrams, 0, "they have not pushed a connection out");
-    let mut table = crate::ports::connections(&home);
-    let by_eviction = resumed(Box::new(move || {
-        // As a full table does with those that have been silent longest.
-        let all: Vec<CtKey> = table.keys().map(Result::unwrap).collect();
-        all.iter().for_each(|k| table.remove(k).unwrap());
-    }));
-    assert!(by_eviction >= 2, "{by_eviction}");
 }
 
 /// What may be cut on its way to another node and does not fit is dropped and counted, as its pieces could not be told apart there; a
