@@ -281,9 +281,10 @@ fn next_port() -> u16 {
 
 /// An echo request with so many bytes. Who is refused by whom knows it from the ICMP error, as programs do: from their socket.
 fn ping(to: SocketAddr, bytes: usize, patience: Duration) -> std::io::Result<String> {
-    let (family, proto, kind) = match to {
-        SocketAddr::V4(_) => (AddressFamily::Inet, SockProtocol::Icmp, 8),
-        SocketAddr::V6(_) => (AddressFamily::Inet6, SockProtocol::IcmpV6, 128),
+    // Of IPv4 raw sockets get the IP header, too.
+    let (family, proto, kind, head) = match to {
+        SocketAddr::V4(_) => (AddressFamily::Inet, SockProtocol::Icmp, 8, 20),
+        SocketAddr::V6(_) => (AddressFamily::Inet6, SockProtocol::IcmpV6, 128, 0),
     };
     let s = UdpSocket::from(socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, proto)?);
     s.connect(to)?;
@@ -291,25 +292,38 @@ fn ping(to: SocketAddr, bytes: usize, patience: Duration) -> std::io::Result<Str
     let mut request = vec![0; 8 + bytes];
     request[0] = kind;
     (request[2], request[3]) = (!kind, 0xff);
-    until_answered(&s, &request, patience)?;
+    let reply = if kind == 8 { 0 } else { kind + 1 };
+    // An ICMP error comes as a message as well, and before it is the socket's error.
+    until_answered(&s, &request, patience, |said| said.get(head) == Some(&reply))?;
     Ok("answered".into())
 }
 
 fn ask_udp(to: SocketAddr, patience: Duration) -> std::io::Result<String> {
     let s = UdpSocket::bind((any(to), next_port()))?;
     s.connect(to)?;
-    until_answered(&s, b"?", patience)
+    until_answered(&s, b"?", patience, |_| true)
 }
 
 /// Asks again as resolvers do: on a busy machine the kernel loses packets between two namespaces.
-fn until_answered(s: &UdpSocket, question: &[u8], patience: Duration) -> std::io::Result<String> {
+fn until_answered(
+    s: &UdpSocket,
+    question: &[u8],
+    patience: Duration,
+    is_answer: impl Fn(&[u8]) -> bool,
+) -> std::io::Result<String> {
     const AGAIN: Duration = Duration::from_secs(3);
     s.set_read_timeout(Some(patience.min(AGAIN)))?;
     let begin = Instant::now();
     loop {
         s.send(question)?;
         let mut buf = [0; 64];
-        match s.recv(&mut buf) {
+        let said = loop {
+            match s.recv(&mut buf) {
+                Ok(n) if !is_answer(&buf[..n]) => {}
+                said => break said,
+            }
+        };
+        match said {
             Err(e) if e.kind() == ErrorKind::WouldBlock && begin.elapsed() < patience => {}
             other => return other.map(|n| String::from_utf8_lossy(&buf[..n]).into_owned()),
         }
