@@ -9,14 +9,15 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// What the guest loads before the first step: overlayfs, pods' links, the overlay network, packet programs on kernels
-/// before 6.6, and what criu looks at (elsewhere the kernel has it loaded).
-const MODULES: [&str; 14] = [
+/// before 6.6, VLANs, and what criu looks at (elsewhere the kernel has it loaded).
+const MODULES: [&str; 15] = [
     "overlay",
     "veth",
     "dummy",
     "vxlan",
     "sch_ingress",
     "cls_bpf",
+    "8021q",
     "nf_tables",
     "nf_conntrack_netlink",
     "tun",
@@ -278,7 +279,8 @@ impl Guest {
         self.program_at(&format!("/usr/local/bin/{}", name.to_string_lossy()), source)
     }
 
-    fn program_at(&self, path: &str, source: &Path) -> Result<(), String> {
+    /// The same at `path`.
+    pub fn program_at(&self, path: &str, source: &Path) -> Result<(), String> {
         self.file(path, source)?;
         // What is stripped already, or cannot be, stays as it is.
         let _ = Command::new("strip").arg(self.at(path)).stderr(Stdio::null()).status();

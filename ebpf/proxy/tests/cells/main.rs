@@ -10,6 +10,7 @@ mod ports;
 mod says;
 mod short;
 mod tunnel;
+mod vlan;
 mod ways;
 mod wire;
 mod world;

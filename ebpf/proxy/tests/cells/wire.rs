@@ -66,18 +66,27 @@ struct Request {
 
 /// Checksums are computed here and not left to the other end, and received frames are polled for: what a card does.
 pub fn like_a_card(interface: &str) {
-    const SIOCETHTOOL: u64 = 0x8946;
     const SET_TX_CHECKSUMS: u32 = 0x17;
     const SET_GRO: u32 = 0x2c;
+    ethtool(interface, SET_TX_CHECKSUMS, 0);
+    ethtool(interface, SET_GRO, 1);
+}
+
+/// A VLAN's tag is within the frames of this interface, in both directions, and not beside them.
+pub fn tags_in_frames(interface: &str) {
+    const SET_FLAGS: u32 = 0x26;
+    ethtool(interface, SET_FLAGS, 0);
+}
+
+fn ethtool(interface: &str, command: u32, data: u32) {
+    const SIOCETHTOOL: u64 = 0x8946;
     let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
-    for (command, data) in [(SET_TX_CHECKSUMS, 0), (SET_GRO, 1)] {
-        let mut value = Value { command, data };
-        let mut request = Request { name: [0; 16], value: &raw mut value };
-        request.name[..interface.len()].copy_from_slice(interface.as_bytes());
-        // SAFETY: the request and what it points to live through the call.
-        let r = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL as _, &raw mut request) };
-        assert_eq!(r, 0, "{command:#x} {interface}: {}", std::io::Error::last_os_error());
-    }
+    let mut value = Value { command, data };
+    let mut request = Request { name: [0; 16], value: &raw mut value };
+    request.name[..interface.len()].copy_from_slice(interface.as_bytes());
+    // SAFETY: the request and what it points to live through the call.
+    let r = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL as _, &raw mut request) };
+    assert_eq!(r, 0, "{command:#x} {interface}: {}", std::io::Error::last_os_error());
 }
 
 /// Makes a socket's packets larger by headers that ask for nothing: IPv4 options, or destination options of IPv6 (their header
