@@ -8,6 +8,18 @@ use super::*;
 const ROOM: u32 = 4;
 const CHANGES: u32 = 40;
 
+/// A place with little room, and Services at these addresses, with one server for all.
+async fn begin_in_small(addresses: &[&str]) -> (MutexGuard<'static, ()>, FakeApi, Place, SocketAddr) {
+    let (alone, api, mut place) = begin().await;
+    place.config.datapath.sizes.frontends = ROOM;
+    let a = server("a", SocketAddr::from(([127, 0, 0, 1], 0)));
+    for (name, ip) in ["one", "two", "three"].into_iter().zip(addresses) {
+        api.put("services", service(name, ip, json!({})));
+        api.put("endpointslices", slice(name, a.port()));
+    }
+    (alone, api, place, a)
+}
+
 async fn failures(at: SocketAddr) -> u32 {
     let page = health(at, "/metrics").await;
     let line = page.lines().find_map(|l| l.strip_prefix("orlop_proxy_sync_failures_total "));
@@ -16,16 +28,8 @@ async fn failures(at: SocketAddr) -> u32 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_service_that_does_not_fit_is_not_tried_at_every_event() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let mut place = Place::new(api.address);
-    place.config.datapath.sizes.frontends = ROOM;
-    let a = server("a", SocketAddr::from(([127, 0, 0, 1], 0)));
-    for (name, ip) in [("one", "127.96.40.1"), ("two", "127.96.40.2")] {
-        api.put("services", service(name, ip, json!({})));
-        api.put("endpointslices", slice(name, a.port()));
-    }
-    let (stop, task) = start(&place.config).await;
+    let (_alone, api, place, a) = begin_in_small(&["127.96.40.1", "127.96.40.2"]).await;
+    let proxy = start(&place.config).await;
     let page = place.config.health_address.unwrap();
     api.put("endpointslices", slice("three", a.port()));
     api.put("services", service("three", "127.96.40.3", json!({})));
@@ -48,22 +52,13 @@ async fn a_service_that_does_not_fit_is_not_tried_at_every_event() {
 
     api.delete("services", "two");
     wait_until("there is room", PATIENCE, || async { ask("127.96.40.3:80").ok() }).await;
-    stop.cancel();
-    task.await.unwrap().unwrap();
+    end(proxy).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn services_that_fit_are_served_from_the_start() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let mut place = Place::new(api.address);
-    place.config.datapath.sizes.frontends = ROOM;
-    let a = server("a", SocketAddr::from(([127, 0, 0, 1], 0)));
     let addresses = ["127.96.41.1", "127.96.41.2", "127.96.41.3"];
-    for (name, ip) in ["one", "two", "three"].into_iter().zip(addresses) {
-        api.put("services", service(name, ip, json!({})));
-        api.put("endpointslices", slice(name, a.port()));
-    }
+    let (_alone, api, place, _) = begin_in_small(&addresses).await;
     let (stop, ready) = (CancellationToken::new(), Ready::default());
     let task = tokio::spawn(run(place.config.clone(), ready.clone(), stop.clone()));
     wait_until("two of three answer", PATIENCE, || async {
@@ -78,6 +73,5 @@ async fn services_that_fit_are_served_from_the_start() {
     api.delete("services", "two");
     wait_until("the third answers", PATIENCE, || async { ask("127.96.41.3:80").ok() }).await;
     ready.wait().await;
-    stop.cancel();
-    task.await.unwrap().unwrap();
+    end((stop, task)).await;
 }

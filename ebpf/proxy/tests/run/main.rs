@@ -21,6 +21,7 @@ use orlop_base::supervise::Ready;
 use orlop_base::testkit::{free_port, unique_name, wait_until};
 use orlop_proxy::{Config, DatapathConfig, Sizes, purge, run};
 use serde_json::json;
+use tokio::sync::{Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
 
 /// For what must come; a loaded machine takes its time.
@@ -30,7 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const START: Duration = Duration::from_secs(120);
 
 /// A process is in one cgroup, so the tests take turns.
-static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+static ALONE: Mutex<()> = Mutex::const_new(());
 
 /// This process in a cgroup of its own, and the proxy's files; all removed on drop.
 struct Place {
@@ -90,6 +91,14 @@ impl Drop for Place {
     }
 }
 
+/// What every test has for itself: its turn, an API server, and a place for its proxy.
+async fn begin() -> (MutexGuard<'static, ()>, FakeApi, Place) {
+    let alone = ALONE.lock().await;
+    let api = FakeApi::start().await;
+    let place = Place::new(api.address);
+    (alone, api, place)
+}
+
 fn free_address() -> SocketAddr {
     (Ipv4Addr::LOCALHOST, free_port()).into()
 }
@@ -129,9 +138,10 @@ fn slice(service: &str, port: u16) -> serde_json::Value {
     })
 }
 
-async fn start(
-    config: &Config,
-) -> (CancellationToken, tokio::task::JoinHandle<Result<(), orlop_proxy::Error>>) {
+/// What stops a proxy of this process, and its end.
+type Running = (CancellationToken, tokio::task::JoinHandle<Result<(), orlop_proxy::Error>>);
+
+async fn start(config: &Config) -> Running {
     let stop = CancellationToken::new();
     let ready = Ready::default();
     orlop_base::telemetry::init("warn");
@@ -141,6 +151,11 @@ async fn start(
         r = &mut task => panic!("the proxy ended: {r:?}"),
     }
     (stop, task)
+}
+
+async fn end((stop, task): Running) {
+    stop.cancel();
+    task.await.unwrap().unwrap();
 }
 
 async fn health(at: SocketAddr, path: &'static str) -> String {
@@ -158,9 +173,7 @@ fn ask_health(at: SocketAddr, path: &str) -> io::Result<String> {
 // 127.x.y.z as Service addresses: what is not translated is refused at once and leaves no packet on any network.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn services_follow_the_api_and_outlive_the_proxy() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let place = Place::new(api.address);
+    let (_alone, api, place) = begin().await;
     let any = SocketAddr::from(([127, 0, 0, 1], 0));
     let (a, b) = (server("a", any), server("b", any));
     api.put(
@@ -170,7 +183,7 @@ async fn services_follow_the_api_and_outlive_the_proxy() {
     api.put("endpointslices", slice("web", a.port()));
     api.put("services", service("headless", "None", json!({})));
 
-    let (stop, task) = start(&place.config).await;
+    let proxy = start(&place.config).await;
     assert_eq!(ask("127.96.1.1:80").unwrap(), "a");
     assert_eq!(ask("127.0.0.1:31873").unwrap(), "a");
     let page = health(place.config.health_address.unwrap(), "/healthz").await;
@@ -221,17 +234,15 @@ async fn services_follow_the_api_and_outlive_the_proxy() {
     assert!(times[10] < Duration::from_millis(100), "p50 {:?}", times[10]);
 
     // While no proxy runs, Services answer; what changed meanwhile is put right by the next one.
-    stop.cancel();
-    task.await.unwrap().unwrap();
+    end(proxy).await;
     assert_eq!(ask("127.96.1.1:80").unwrap(), "b");
     api.delete("services", "t0");
     api.put("endpointslices", slice("web", a.port()));
-    let (stop, task) = start(&place.config).await;
+    let proxy = start(&place.config).await;
     assert_eq!(ask("127.96.1.1:80").unwrap(), "a");
     assert!(ask("127.96.2.1:80").is_err(), "deleted while the proxy was away");
     assert_eq!(ask("127.96.2.2:80").unwrap(), "a");
-    stop.cancel();
-    task.await.unwrap().unwrap();
+    end(proxy).await;
     purge(&place.config).unwrap();
     assert!(ask("127.96.1.1:80").is_err());
 }
@@ -348,9 +359,7 @@ fn echo_slice(at: SocketAddr, ready: bool, terminating: bool) -> serde_json::Val
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_outlive_a_killed_proxy_and_end_with_their_backend() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let place = Place::new(api.address);
+    let (_alone, api, place) = begin().await;
     let a = echo("127.0.0.1:0".parse().unwrap());
     let b = echo(SocketAddr::new("127.0.0.2".parse().unwrap(), a.port()));
     let ports = json!({"ports": [{"port": 80, "protocol": "TCP", "name": "t"}, {"port": 80, "protocol": "UDP", "name": "u"}]});

@@ -85,18 +85,14 @@ impl Drop for Netns {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_interfaces_and_addresses_are_served() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let place = Place::new(api.address);
+    let (_alone, api, place) = begin().await;
     let mut node = Node::new("me", &place);
     let (outside, pod) = (Netns::new(), Netns::new());
     crowded(&node, &outside.0, &pod.0);
-    node.config.uplinks.clear();
-    node.config.pod_packets = true;
+    node.serve_all_interfaces();
     let backend: SocketAddr = format!("{NODE}:8080").parse().unwrap();
     node.run(move || server("a", backend));
-    let address_of_api = api.address;
-    api.listen(node.run(move || TcpListener::bind(address_of_api).unwrap()));
+    node.reaches(&api);
     let ports =
         json!({"type": "NodePort", "ports": [{"port": 80, "nodePort": NODE_PORT, "protocol": "TCP"}]});
     api.put("services", service("w", "10.74.96.1", ports));

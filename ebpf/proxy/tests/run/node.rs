@@ -11,6 +11,15 @@ use super::many::in_node;
 use super::topology::{Node, ip};
 use super::*;
 
+/// A node whose proxy is to serve all interfaces that it finds.
+async fn begin_on_node() -> (MutexGuard<'static, ()>, FakeApi, Place, Node) {
+    let (alone, api, place) = begin().await;
+    let mut node = Node::new("me", &place);
+    node.serve_all_interfaces();
+    node.reaches(&api);
+    (alone, api, place, node)
+}
+
 fn dump(place: &Place) -> Dump {
     RealMaps::open(&place.config.datapath.pins).unwrap().dump().unwrap()
 }
@@ -35,14 +44,12 @@ fn service_cidr(name: &str, cidrs: &[&str]) -> serde_json::Value {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_service_range_follows_its_objects_and_may_be_unknown() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let place = Place::new(api.address);
+    let (_alone, api, place) = begin().await;
     let a = server("a", SocketAddr::from(([127, 0, 0, 1], 0)));
     api.put("services", service("web", "127.96.3.1", json!({})));
     api.put("endpointslices", slice("web", a.port()));
     api.put("servicecidrs", service_cidr("kubernetes", &["10.96.0.0/12", "fd00:96::/112"]));
-    let (stop, task) = start(&place.config).await;
+    let proxy = start(&place.config).await;
     let default = [("10.96.0.0", 96 + 12), ("fd00:96::", 112)];
     ranges_become(&place, &default).await;
     api.put("servicecidrs", service_cidr("more", &["10.112.0.0/16"]));
@@ -60,26 +67,23 @@ async fn the_service_range_follows_its_objects_and_may_be_unknown() {
     api.delete("servicecidrs", "more");
     ranges_become(&place, &default).await;
 
-    stop.cancel();
-    task.await.unwrap().unwrap();
+    end(proxy).await;
     assert_eq!(ranges(&place).len(), 2, "the rule outlives the proxy");
 
     // An API server that will not say, or that is too old to know: the rule goes, everything else stays.
     for code in [403, 404] {
         api.refuse("servicecidrs", Some(code));
-        let (stop, task) = start(&place.config).await;
+        let proxy = start(&place.config).await;
         ranges_become(&place, &[]).await;
         assert_eq!(ask("127.96.3.1:80").unwrap(), "a");
         api.refuse("servicecidrs", None);
         ranges_become(&place, &default).await;
-        stop.cancel();
-        task.await.unwrap().unwrap();
+        end(proxy).await;
     }
     api.delete("servicecidrs", "kubernetes");
-    let (stop, task) = start(&place.config).await;
+    let proxy = start(&place.config).await;
     ranges_become(&place, &[]).await;
-    stop.cancel();
-    task.await.unwrap().unwrap();
+    end(proxy).await;
 }
 
 /// Addresses of IPv4 that node ports answer on.
@@ -96,9 +100,7 @@ fn node(addresses: &[(&str, &str)]) -> serde_json::Value {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn node_ports_answer_on_the_addresses_of_the_node_object() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let mut place = Place::new(api.address);
+    let (_alone, api, mut place) = begin().await;
     place.config.node_port_addresses = vec![NodePortAddress::Primary];
     let own: BTreeSet<IpAddr> = ["127.0.0.1".parse().unwrap()].into();
     let become_ = |wanted: BTreeSet<IpAddr>| {
@@ -112,36 +114,27 @@ async fn node_ports_answer_on_the_addresses_of_the_node_object() {
     };
     // The only address that every machine has.
     api.put("nodes", node(&[("Hostname", "me"), ("ExternalIP", "192.0.2.77"), ("InternalIP", "127.0.0.1")]));
-    let (stop, task) = start(&place.config).await;
+    let proxy = start(&place.config).await;
     become_(own.clone()).await;
     api.put("nodes", node(&[("InternalIP", "192.0.2.77")]));
     become_(BTreeSet::new()).await;
     api.put("nodes", node(&[("InternalIP", "127.0.0.1")]));
     become_(own.clone()).await;
-    stop.cancel();
-    task.await.unwrap().unwrap();
+    end(proxy).await;
 
     // Until the cluster says it again, what was known holds.
     api.delete("nodes", "me");
-    let (stop, task) = start(&place.config).await;
+    let proxy = start(&place.config).await;
     assert_eq!(serving(&place), own);
     api.put("nodes", node(&[("InternalIP", "192.0.2.77")]));
     become_(BTreeSet::new()).await;
-    stop.cancel();
-    task.await.unwrap().unwrap();
+    end(proxy).await;
 }
 
 /// Interfaces and addresses that come while Services, and other addresses, change without a pause.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn new_interfaces_and_addresses_are_served_however_much_else_changes() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let place = Place::new(api.address);
-    let mut node = Node::new("me", &place);
-    node.config.uplinks.clear();
-    node.config.pod_packets = true;
-    let address = api.address;
-    api.listen(node.run(move || TcpListener::bind(address).unwrap()));
+    let (_alone, api, _place, node) = begin_on_node().await;
     let stop = in_node(&node, &node.config).await.unwrap();
     let maps = || RealMaps::open(&node.config.datapath.pins).unwrap();
     let has = |address: &str| {
@@ -195,14 +188,7 @@ async fn new_interfaces_and_addresses_are_served_however_much_else_changes() {
 /// One whose programs cannot be attached at first: something is in the way of a pin.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_interface_that_could_not_be_served_is_tried_again() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let place = Place::new(api.address);
-    let mut node = Node::new("me", &place);
-    node.config.uplinks.clear();
-    node.config.pod_packets = true;
-    let address = api.address;
-    api.listen(node.run(move || TcpListener::bind(address).unwrap()));
+    let (_alone, _api, _place, node) = begin_on_node().await;
     let stop = in_node(&node, &node.config).await.unwrap();
     let link = |name: &str| node.config.datapath.pins.join("links").join(name);
     std::fs::create_dir(link("in_770")).unwrap();
@@ -217,14 +203,7 @@ async fn an_interface_that_could_not_be_served_is_tried_again() {
 /// What serves an interface stays while it is down, and goes with it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_interface_that_is_down_keeps_its_programs() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let place = Place::new(api.address);
-    let mut node = Node::new("me", &place);
-    node.config.uplinks.clear();
-    node.config.pod_packets = true;
-    let address = api.address;
-    api.listen(node.run(move || TcpListener::bind(address).unwrap()));
+    let (_alone, _api, _place, node) = begin_on_node().await;
     ip(&format!("-n {0} link add c0 type veth peer name c1", node.netns));
     ip(&format!("-n {} link set c0 up", node.netns));
     let stop = in_node(&node, &node.config).await.unwrap();

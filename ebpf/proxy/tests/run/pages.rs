@@ -3,11 +3,9 @@
 use std::net::{Ipv6Addr, SocketAddr};
 
 use orlop_base::testkit::{free_port, wait_until};
-use orlop_proxy::purge;
 use serde_json::{Value, json};
 
-use crate::api::FakeApi;
-use crate::{ALONE, PATIENCE, Place, ask, ask_health, health, server, service, slice, start};
+use crate::{PATIENCE, ask, ask_health, begin, end, health, server, service, slice, start};
 
 fn node(extra: Value) -> Value {
     let mut node = json!({"metadata": {"name": "me", "uid": "1"}, "spec": {}});
@@ -52,11 +50,9 @@ async fn answers_for(port: u16, name: &str, endpoints: usize) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn health_check_ports_follow_their_services() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let place = Place::new(api.address);
+    let (_alone, api, place) = begin().await;
     let at = server("a", SocketAddr::from(([127, 0, 0, 1], 0)));
-    let (stop, task) = start(&place.config).await;
+    let proxy = start(&place.config).await;
     let (one, two) = (free_port(), free_port());
 
     // A port that somebody else has is served when it is free.
@@ -85,20 +81,16 @@ async fn health_check_ports_follow_their_services() {
         answers_for(one, new, endpoints).await;
         wait_until("the other is closed", PATIENCE, || async { check(two).is_none().then_some(()) }).await;
     }
-    stop.cancel();
-    task.await.unwrap().unwrap();
-    purge(&place.config).unwrap();
+    end(proxy).await;
 }
 
 /// Connections that say nothing, more than there are places: who asks is answered all the same.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn silent_connections_keep_nobody_from_an_answer() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let place = Place::new(api.address);
+    let (_alone, api, place) = begin().await;
     let port = free_port();
     api.put("services", local("a", "127.96.21.1", port));
-    let (stop, task) = start(&place.config).await;
+    let proxy = start(&place.config).await;
     answers_for(port, "a", 0).await;
     let health_address = place.config.health_address.unwrap();
     let silent: Vec<_> = [health_address, SocketAddr::from(([127, 0, 0, 1], port))]
@@ -111,40 +103,32 @@ async fn silent_connections_keep_nobody_from_an_answer() {
         answers_for(port, "a", 0).await;
     }
     drop(silent);
-    stop.cancel();
-    task.await.unwrap().unwrap();
-    purge(&place.config).unwrap();
+    end(proxy).await;
 }
 
 /// Where node ports answer is where these ports do.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn health_check_ports_answer_on_node_port_addresses_only() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let mut place = Place::new(api.address);
+    let (_alone, api, mut place) = begin().await;
     let port = free_port();
     api.put("services", local("a", "127.96.22.1", port));
     let by_ipv6 = || std::net::TcpStream::connect((Ipv6Addr::LOCALHOST, port));
     for (nets, both) in [(vec!["127.0.0.0/8"], false), (vec![], true), (vec!["127.0.0.0/8", "::1/128"], true)]
     {
         place.config.node_port_addresses = nets.iter().map(|n| n.parse().unwrap()).collect();
-        let (stop, task) = start(&place.config).await;
+        let proxy = start(&place.config).await;
         answers_for(port, "a", 0).await;
         assert_eq!(by_ipv6().is_ok(), both, "{nets:?}");
-        stop.cancel();
-        task.await.unwrap().unwrap();
+        end(proxy).await;
     }
-    purge(&place.config).unwrap();
 }
 
 /// Load balancers are told when the node goes, those who would restart the proxy are not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_goes_says_so() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let place = Place::new(api.address);
+    let (_alone, api, place) = begin().await;
     api.put("nodes", node(json!({})));
-    let (stop, task) = start(&place.config).await;
+    let proxy = start(&place.config).await;
     let at = place.config.health_address.unwrap();
     let going =
         json!({"taints": [{"key": "ToBeDeletedByClusterAutoscaler", "value": "1", "effect": "NoSchedule"}]});
@@ -174,9 +158,7 @@ async fn a_node_that_goes_says_so() {
         health(at, "/healthz").await.starts_with("HTTP/1.1 503").then_some(())
     })
     .await;
-    stop.cancel();
-    task.await.unwrap().unwrap();
-    purge(&place.config).unwrap();
+    end(proxy).await;
 }
 
 /// Upstream's names (k8s.io/kubernetes pkg/proxy/metrics), as dashboards ask for them.
@@ -196,9 +178,7 @@ const UPSTREAM: [&str; 11] = [
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn metrics_say_what_happened() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let place = Place::new(api.address);
+    let (_alone, api, place) = begin().await;
     let at = server("a", SocketAddr::from(([127, 0, 0, 1], 0)));
     api.put("services", service("web", "127.96.30.1", json!({})));
     api.put("endpointslices", slice("web", at.port()));
@@ -207,7 +187,7 @@ async fn metrics_say_what_happened() {
     api.put("services", service("away", "127.96.30.2", json!({"internalTrafficPolicy": "Local"})));
     api.put("endpointslices", away);
     api.put("services", service("none", "127.96.30.3", json!({})));
-    let (stop, task) = start(&place.config).await;
+    let proxy = start(&place.config).await;
     let health_address = place.config.health_address.unwrap();
     for _ in 0..3 {
         ask("127.96.30.1:80").unwrap();
@@ -251,7 +231,5 @@ async fn metrics_say_what_happened() {
         (!health(health_address, "/metrics").await.contains("n/none")).then_some(())
     })
     .await;
-    stop.cancel();
-    task.await.unwrap().unwrap();
-    purge(&place.config).unwrap();
+    end(proxy).await;
 }

@@ -241,7 +241,7 @@ async fn churn(services: usize, time: Duration) {
         asked.put(&api, i, None);
     }
     let place = roomy(&api);
-    let (stop, task) = start(&place.config).await;
+    let proxy = start(&place.config).await;
 
     let (over, questions) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
     let askers: Vec<_> = (0..2)
@@ -286,8 +286,7 @@ async fn churn(services: usize, time: Duration) {
         begin.elapsed() - took
     );
     assert!(questions.load(Ordering::Relaxed) > ASKED, "every Service was asked");
-    stop.cancel();
-    task.await.unwrap().unwrap();
+    end(proxy).await;
 }
 
 /// `ORLOP_TEST_CHURN=1000,5` makes it smaller: so many Services, for so many seconds.
@@ -306,7 +305,7 @@ async fn at_scale(services: usize) -> (Duration, Duration) {
     let truth = fill(&api, services);
     let place = roomy(&api);
     let begin = Instant::now();
-    let (stop, task) = start(&place.config).await;
+    let proxy = start(&place.config).await;
     let full = begin.elapsed();
     assert!(said(&read(&place)).unwrap() == truth, "the maps do not say what the API says");
     let a = server("a", SocketAddr::from(([127, 0, 0, 1], 0)));
@@ -323,8 +322,7 @@ async fn at_scale(services: usize) -> (Duration, Duration) {
         times.push(begin.elapsed());
     }
     times.sort();
-    stop.cancel();
-    task.await.unwrap().unwrap();
+    end(proxy).await;
     (full, times[times.len() / 2])
 }
 

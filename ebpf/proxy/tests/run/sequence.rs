@@ -492,9 +492,7 @@ impl Sequence {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn maps_and_connections_survive_any_changes_and_kills() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let place = Place::new(api.address);
+    let (_alone, api, place) = begin().await;
     let port = numbered_echo(0, SocketAddr::from(([127, 0, 0, 1], 0))).port();
     let mut servers = vec![SocketAddr::from(([127, 0, 0, 1], port))];
     for n in 1..SERVERS as u8 {

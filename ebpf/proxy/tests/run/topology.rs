@@ -51,6 +51,18 @@ impl Node {
         thread.join().unwrap()
     }
 
+    /// The proxy is to serve every interface that it finds, pods' too.
+    pub fn serve_all_interfaces(&mut self) {
+        self.config.uplinks.clear();
+        self.config.pod_packets = true;
+    }
+
+    /// The API server answers on this node too.
+    pub fn reaches(&self, api: &FakeApi) {
+        let address = api.address;
+        api.listen(self.run(move || TcpListener::bind(address).unwrap()));
+    }
+
     async fn start(&mut self) {
         let mut c = Command::new("nsenter");
         c.arg(format!("--net=/run/netns/{}", self.netns)).arg(std::env::current_exe().unwrap());
@@ -119,9 +131,7 @@ fn nodes(names: [&str; 2]) -> serde_json::Value {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hints_decide_by_the_clients_node() {
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let place = Place::new(api.address);
+    let (_alone, api, place) = begin().await;
     let mut all = [Node::new("a", &place), Node::new("b", &place)];
     let [a, b] = &all;
     ip(&format!("-n {} link add peer type veth peer name peer netns {}", a.netns, b.netns));
@@ -133,8 +143,7 @@ async fn hints_decide_by_the_clients_node() {
         ip(&format!("-n {} route add {}/32 via {}", n.netns, ENDPOINTS[1 - i], LINK[1 - i]));
         let (name, at) = (n.name, format!("{}:8080", ENDPOINTS[i]));
         n.run(move || server(name, at.parse().unwrap()));
-        let address = api.address;
-        api.listen(n.run(move || TcpListener::bind(address).unwrap()));
+        n.reaches(&api);
         api.put("nodes", node(n.name, ["za", "zb"][i]));
     }
     api.put("services", service("w", VIP, json!({})));
@@ -174,9 +183,7 @@ async fn hints_decide_by_the_clients_node() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn host_routing_is_for_the_interfaces_that_are_there() {
     const POD: &str = "10.73.128.2";
-    let _alone = ALONE.lock().await;
-    let api = FakeApi::start().await;
-    let place = Place::new(api.address);
+    let (_alone, api, place) = begin().await;
     let [mut a, client, pod] = ["a", "c", "p"].map(|name| Node::new(name, &place));
     a.run(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap());
     ip(&format!("-n {} link add up0 type veth peer name peer netns {}", a.netns, client.netns));
@@ -197,8 +204,7 @@ async fn host_routing_is_for_the_interfaces_that_are_there() {
     ip(&format!("-n {} route add default via 169.254.1.1 dev eth0", pod.netns));
     ip(&format!("-n {} route add {POD}/32 dev pod0", a.netns));
     pod.run(|| server("pod", format!("{POD}:8080").parse().unwrap()));
-    let address = api.address;
-    api.listen(a.run(move || TcpListener::bind(address).unwrap()));
+    a.reaches(&api);
     api.put("nodes", node("a", "za"));
     let mut s = service("w", VIP, json!({}));
     s["spec"]["type"] = json!("NodePort");
