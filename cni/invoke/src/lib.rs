@@ -74,7 +74,7 @@ impl Cni {
     }
 
     /// [`Cni::with_limit`] on a machine where others may use the same networks. `builtin` serves its type, unless one of `bin_dirs`
-    /// before its own has a program of that name. It is not interrupted, neither by `limit` nor when a call is dropped: the next
+    /// before its own has a program of that name. It keeps to `limit` itself and goes on when a call is dropped: the next
     /// operation on its container waits for it.
     pub fn among(
         conf_dir: impl Into<PathBuf>,
@@ -406,6 +406,7 @@ impl Cni {
                     ifname: pod.ifname.clone(),
                     args,
                     conf: serde_json::to_vec(request).unwrap_or_default(),
+                    limit,
                 };
                 return builtin::call(builtin, call, held.clone()).await;
             }

@@ -16,16 +16,13 @@ mod wire;
 
 use std::cell::RefCell;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use orlop_cni_types::{Answer, Builtin, Call, Command, SpecVersion};
 use serde_json::Value;
 
 use conf::Conf;
 pub use error::Error;
-
-/// Whoever has the record of addresses takes well below a millisecond; one that was stopped with it may take for ever.
-const PATIENCE: Duration = Duration::from_secs(50);
 
 /// Whose process a call is carried out in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +73,7 @@ fn answer(
     }
     let conf = Conf::parse(&call.conf)?;
     *version = conf.version;
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + call.limit;
     let work = Work { call, conf: &conf, host, deadline, notes: RefCell::default() };
     let result = work.run();
     *notes = work.notes.into_inner();

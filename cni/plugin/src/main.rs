@@ -2,9 +2,13 @@
 
 use std::io::{Read, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use orlop_cni::{Error, Host, serve};
 use orlop_cni_types::{Answer, Call, Command, SpecVersion};
+
+/// Whoever has the record of addresses takes well below a millisecond; one that was stopped with it may take for ever.
+const PATIENCE: Duration = Duration::from_secs(50);
 
 fn env(name: &str) -> String {
     std::env::var(name).unwrap_or_default()
@@ -41,5 +45,6 @@ fn read() -> Result<Call, Error> {
         ifname: env("CNI_IFNAME"),
         args: env("CNI_ARGS"),
         conf,
+        limit: PATIENCE,
     })
 }

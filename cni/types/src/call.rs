@@ -1,6 +1,7 @@
 //! A plugin's work without a process of its own.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -17,6 +18,8 @@ pub struct Call {
     pub args: String,
     /// What a plugin reads from its standard input.
     pub conf: Vec<u8>,
+    /// How long to wait for others.
+    pub limit: Duration,
 }
 
 /// What a plugin says.
