@@ -7,6 +7,7 @@ use orlop_ebpf_common::{Uplink, addr_from, local_flags, uplink_flags};
 use orlop_ebpf_loader::{Maps, Op, purge};
 use orlop_proxy::model::{Slice, SlicePort};
 
+use crate::ask::{probe, serve};
 use crate::world::*;
 use crate::{Home, Kind, Ranges, Spec, State, program_with};
 
@@ -50,8 +51,8 @@ pub fn rules(net: &Net, text: &'static str) {
 }
 
 /// A pod on a bridge, as the reference plugin makes it, and one behind a tunnel, as flannel does.
-fn networks(w: &World) {
-    let (node, other, pod) = (&w.node, &w.other, &w.bridged);
+fn networks(w: &World, pod: &Net) {
+    let (node, other) = (&w.node, &w.other);
     node.ip("link add cni0 type bridge");
     node.ip(&format!("link add port0 type veth peer name eth0 netns {}", pod.0));
     node.ip("link set port0 master cni0 up");
@@ -111,7 +112,8 @@ fn foreign(w: &World) -> String {
 
 fn beside(force_clsact: bool) {
     let w = World::new();
-    networks(&w);
+    let pod = Net::new("b");
+    networks(&w, &pod);
     rules(&w.node, FOREIGN);
     output(&w.node, "tc qdisc add dev up0 clsact");
     output(&w.node, "tc filter add dev up0 ingress prio 60 protocol ip u32 match u32 0 0 classid 1:1");
@@ -119,12 +121,12 @@ fn beside(force_clsact: bool) {
     let mut home = Home::new(force_clsact);
     // A bridge has no driver that takes XDP programs: it is served without.
     home.config.xdp = vec!["cni0".into()];
-    serve(&w.bridged, "pod", BRIDGED);
+    serve(&pod, "pod", BRIDGED);
     serve(&w.other, "remote", TUNNELLED);
     serve(&w.outside, "world", OUTSIDE);
     let masqueraded = || {
         let to = SocketAddr::new(OUTSIDE[0].parse().unwrap(), BACKEND_PORT);
-        let seen = w.bridged.run(move || [false, true].map(|udp| probe(udp, to, 1))).join().unwrap();
+        let seen = pod.run(move || [false, true].map(|udp| probe(udp, to, 1))).join().unwrap();
         let expected = format!("world {}", NODE[0]);
         assert_eq!(seen, [expected.clone(), expected], "the others' rule goes on");
     };
@@ -174,7 +176,7 @@ fn beside(force_clsact: bool) {
     for v in [0, 1] {
         let to = SocketAddr::new(s.ip(Kind::ClusterIp, v == 0), 80);
         for udp in [false, true] {
-            let got = w.bridged.run(move || probe(udp, to, 2)).join().unwrap();
+            let got = pod.run(move || probe(udp, to, 2)).join().unwrap();
             assert_eq!(got, format!("pod {}, remote {}", NODE[v], BRIDGED[v]), "{to} udp={udp}");
         }
     }

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::ask::{probe, serve};
 use crate::wire::Wire;
 use crate::world::*;
 use crate::{Home, Kind, Ranges, Spec, State, program_with};

@@ -2,6 +2,7 @@
 //! maps are made from a model by the proxy's own code, the packets and sockets are the kernel's, and what must come out
 //! is said here by other means.
 
+mod ask;
 mod beside;
 mod evicted;
 mod fuzz;
@@ -13,6 +14,7 @@ mod tunnel;
 mod vlan;
 mod ways;
 mod wire;
+#[path = "../world/mod.rs"]
 mod world;
 
 use std::collections::BTreeMap;
@@ -23,6 +25,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use ask::serve;
 use orlop_base::testkit::unique_name;
 use orlop_ebpf_common::{TCP, UDP, Uplink, addr_from, config_flags, counters, local_flags, uplink_flags};
 use orlop_ebpf_loader::{Config, Datapath, Maps, Op, Range, Sizes, probe, purge};
@@ -379,7 +382,7 @@ fn asks_for_the_other() {
     let mut threads = Vec::new();
     for (netns, questions) in by_netns {
         threads.extend(spread(netns, questions, |(i, udp, want, to)| {
-            println!("@ {i} {}", world::probe(udp, to, want));
+            println!("@ {i} {}", ask::probe(udp, to, want));
         }));
     }
     threads.into_iter().for_each(|t| t.join().unwrap());
@@ -526,7 +529,7 @@ fn check(force_clsact: bool, host_routing: bool) {
         let list: Vec<(usize, Cell)> = others.iter().filter(|(_, c)| c.place == place).cloned().collect();
         let answers = answers.clone();
         threads.extend(spread(netns(&w, place).0.clone(), list, move |(i, c)| {
-            let answer = world::probe(c.udp, c.to, c.want());
+            let answer = ask::probe(c.udp, c.to, c.want());
             answers.lock().unwrap().insert(i, answer);
         }));
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use orlop_ebpf_common::counters;
 use orlop_proxy::tables::Tables;
 
+use crate::ask::{probe, serve};
 use crate::wire::set_options;
 use crate::world::*;
 use crate::*;

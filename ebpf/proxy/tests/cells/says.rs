@@ -8,6 +8,7 @@ use orlop_ebpf_common::{TCP, UDP};
 use orlop_proxy::model::{Endpoint, Hints, Model, Port, Service, Slice, SlicePort};
 use orlop_proxy::{Question, inspect};
 
+use crate::ask::serve;
 use crate::world::*;
 use crate::{Home, program_with};
 

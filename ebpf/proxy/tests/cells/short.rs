@@ -7,6 +7,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use orlop_ebpf_common::{config_flags, counters};
 use orlop_ebpf_loader::Datapath;
 
+use crate::ask::probe;
 use crate::beside::{output, rules};
 use crate::ways::{NARROW, TO_THE_CLIENT, both_families, bulk, echo, spec};
 use crate::world::*;

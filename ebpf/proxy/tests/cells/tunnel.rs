@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 
+use crate::ask::{probe, serve};
 use crate::ways::{bulk, echo};
 use crate::world::*;
 use crate::*;

@@ -13,6 +13,7 @@ use orlop_proxy::desired::{Selection, desired};
 use orlop_proxy::model::Model;
 use orlop_proxy::tables::Tables;
 
+use crate::ask::{probe, serve};
 use crate::world::*;
 use crate::{Home, Kind, Ranges, Spec, State, program_with};
 

@@ -10,10 +10,12 @@ mod scale;
 mod scrapes;
 mod sequence;
 mod topology;
+#[path = "../world/mod.rs"]
+mod world;
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use api::FakeApi;
@@ -29,6 +31,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// For reading ten thousand Services.
 const START: Duration = Duration::from_secs(120);
+
+/// No interface of this machine is served where packets are other tests' matter.
+const NO_INTERFACE: &str = "ebpf-none";
 
 /// A process is in one cgroup, so the tests take turns.
 static ALONE: Mutex<()> = Mutex::const_new(());
@@ -48,7 +53,7 @@ impl Place {
         let name = unique_name("ebpf-px");
         let cgroup = root.join(&name);
         std::fs::create_dir_all(&cgroup).expect("run as root");
-        std::fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string()).unwrap();
+        join(&cgroup).unwrap();
         let home = std::env::temp_dir().join(&name);
         std::fs::create_dir_all(&home).unwrap();
         let kubeconfig = home.join("kubeconfig");
@@ -62,8 +67,7 @@ impl Place {
         let mut config = Config::new(kubeconfig, "me".into());
         config.health_address = Some(free_address());
         config.metrics_address = None;
-        // No interface of this machine: packets are the loader's tests.
-        config.uplinks = vec!["ebpf-none".into()];
+        config.uplinks = vec![NO_INTERFACE.into()];
         config.pod_packets = false;
         config.datapath = DatapathConfig {
             pins: home.join("bpf"),
@@ -86,9 +90,14 @@ impl Drop for Place {
     fn drop(&mut self) {
         let _ = purge(&self.config);
         let _ = std::fs::remove_dir_all(&self.home);
-        let _ = std::fs::write(self.root.join("cgroup.procs"), std::process::id().to_string());
+        let _ = join(&self.root);
         let _ = std::fs::remove_dir(&self.cgroup);
     }
+}
+
+/// Moves this process into a cgroup.
+fn join(cgroup: &Path) -> io::Result<()> {
+    std::fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string())
 }
 
 /// What every test has for itself: its turn, an API server, and a place for its proxy.
@@ -258,9 +267,9 @@ async fn is_a_proxy_for_the_other() {
     config.health_address = Some(f[1].parse().unwrap());
     config.metrics_address = None;
     config.host_routing = f[5] == "true";
-    if !config.host_routing {
-        config.uplinks = vec!["ebpf-none".into()];
-        config.pod_packets = false;
+    config.pod_packets = f[6] == "true";
+    if !config.pod_packets {
+        config.uplinks = vec![NO_INTERFACE.into()];
     }
     config.datapath.pins = f[2].into();
     config.datapath.cgroup = Some(f[3].into());
@@ -280,14 +289,15 @@ impl Killed {
     /// Starts a proxy; `command` runs this program, maybe somewhere else.
     fn spawn(mut command: std::process::Command, c: &Config) -> Killed {
         let text = format!(
-            "{} {} {} {} {} {}",
+            "{} {} {} {} {} {} {}",
             c.kubeconfig.display(),
             c.health_address.unwrap(),
             c.datapath.pins.display(),
             c.datapath.cgroup.as_ref().unwrap().display(),
             c.node_name,
+            c.host_routing,
             // With it the proxy serves all interfaces that it finds.
-            c.host_routing
+            c.pod_packets
         );
         let command = command.args(["--exact", "is_a_proxy_for_the_other", "--nocapture"]).env(PROXY, text);
         let command = command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::null());

@@ -6,7 +6,8 @@ use std::process::{Command, Stdio};
 use orlop_ebpf_loader::RealMaps;
 
 use super::*;
-use crate::topology::{Node, ip};
+use crate::topology::Node;
+use crate::world::Net;
 
 const PAIRS: usize = 160;
 const ADDRESSES: u16 = 1_150;
@@ -26,8 +27,8 @@ fn address(i: u16) -> String {
 }
 
 /// Addresses of virtual services; pods' interfaces; an uplink, and a pod that came last.
-fn crowded(node: &Node, outside: &str, pod: &str) {
-    let n = &node.netns;
+fn crowded(node: &Node, outside: &Net, pod: &Net) {
+    let n = &node.net;
     let mut lines = String::new();
     for i in 0..ADDRESSES {
         writeln!(lines, "addr add {}/32 dev lo", address(i)).unwrap();
@@ -36,59 +37,36 @@ fn crowded(node: &Node, outside: &str, pod: &str) {
         writeln!(lines, "link add a{i} type veth peer name b{i}\nlink set a{i} up\nlink set b{i} up")
             .unwrap();
     }
-    batch(n, &lines);
-    ip(&format!("-n {n} link add up0 type veth peer name eth0 netns {outside}"));
-    ip(&format!("-n {n} addr add {NODE}/24 dev up0"));
-    ip(&format!("-n {n} link set up0 up"));
-    ip(&format!("-n {outside} addr add 10.74.1.2/24 dev eth0"));
-    ip(&format!("-n {outside} link set eth0 up"));
-    ip(&format!("-n {outside} route add default via {NODE}"));
+    batch(&n.0, &lines);
+    n.ip(&format!("link add up0 type veth peer name eth0 netns {}", outside.0));
+    n.ip(&format!("addr add {NODE}/24 dev up0"));
+    n.ip("link set up0 up");
+    outside.ip("addr add 10.74.1.2/24 dev eth0");
+    outside.ip("link set eth0 up");
+    outside.ip(&format!("route add default via {NODE}"));
     let (own, theirs) = ("02:74:00:00:00:01", "02:74:00:00:00:02");
-    ip(&format!("-n {n} link add last address {own} type veth peer name eth0 address {theirs} netns {pod}"));
-    ip(&format!("-n {n} link set last up"));
-    ip(&format!("-n {pod} link set eth0 up"));
-    ip(&format!("-n {pod} addr add {POD}/32 dev eth0"));
-    ip(&format!("-n {pod} neigh replace 169.254.1.1 lladdr {own} dev eth0 nud permanent"));
-    ip(&format!("-n {pod} route add 169.254.1.1 dev eth0 scope link"));
-    ip(&format!("-n {pod} route add default via 169.254.1.1 dev eth0"));
-    ip(&format!("-n {n} neigh replace {POD} lladdr {theirs} dev last nud permanent"));
-    ip(&format!("-n {n} route add {POD}/32 dev last"));
+    n.ip(&format!("link add last address {own} type veth peer name eth0 address {theirs} netns {}", pod.0));
+    n.ip("link set last up");
+    pod.ip("link set eth0 up");
+    pod.ip(&format!("addr add {POD}/32 dev eth0"));
+    pod.ip(&format!("neigh replace 169.254.1.1 lladdr {own} dev eth0 nud permanent"));
+    pod.ip("route add 169.254.1.1 dev eth0 scope link");
+    pod.ip("route add default via 169.254.1.1 dev eth0");
+    n.ip(&format!("neigh replace {POD} lladdr {theirs} dev last nud permanent"));
+    n.ip(&format!("route add {POD}/32 dev last"));
 }
 
-/// A namespace that goes with the test.
-struct Netns(String);
-
-impl Netns {
-    fn new() -> Netns {
-        let n = Netns(unique_name("pxm"));
-        ip(&format!("netns add {}", n.0));
-        n
-    }
-
-    /// Asks from in here, outside of every cgroup that is served.
-    fn ask(&self, at: String) -> Result<String, String> {
-        let path = format!("/run/netns/{}", self.0);
-        let thread = std::thread::spawn(move || {
-            let file = std::fs::File::open(path).unwrap();
-            nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-            ask(&at).map_err(|e| e.to_string())
-        });
-        thread.join().unwrap()
-    }
-}
-
-impl Drop for Netns {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
-    }
+/// Asks from in there, outside of every cgroup that is served.
+fn ask_from(net: &Net, at: String) -> Result<String, String> {
+    net.run(move || ask(&at).map_err(|e| e.to_string())).join().unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_interfaces_and_addresses_are_served() {
     let (_alone, api, place) = begin().await;
     let mut node = Node::new("me", &place);
-    let (outside, pod) = (Netns::new(), Netns::new());
-    crowded(&node, &outside.0, &pod.0);
+    let (outside, pod) = (Net::new("o"), Net::new("p"));
+    crowded(&node, &outside, &pod);
     node.serve_all_interfaces();
     let backend: SocketAddr = format!("{NODE}:8080").parse().unwrap();
     node.run(move || server("a", backend));
@@ -111,8 +89,8 @@ async fn many_interfaces_and_addresses_are_served() {
     assert_eq!(served, 2 * PAIRS + 2);
     for at in [NODE.to_owned(), address(0), address(ADDRESSES - 1)] {
         let at = format!("{at}:{NODE_PORT}");
-        assert_eq!(outside.ask(at.clone()), Ok("a".to_owned()), "{at} from outside");
-        assert_eq!(pod.ask(at.clone()), Ok("a".to_owned()), "{at} from the last pod");
+        assert_eq!(ask_from(&outside, at.clone()), Ok("a".to_owned()), "{at} from outside");
+        assert_eq!(ask_from(&pod, at.clone()), Ok("a".to_owned()), "{at} from the last pod");
     }
     stop.cancel();
     let Node { config, .. } = &node;
@@ -125,10 +103,7 @@ pub async fn in_node(node: &Node, config: &Config) -> Result<CancellationToken, 
     let (stop, ready, config) = (CancellationToken::new(), Ready::default(), config.clone());
     let (stopped, is_ready) = (stop.clone(), ready.clone());
     let (tell, end) = tokio::sync::oneshot::channel();
-    let path = format!("/run/netns/{}", node.netns);
-    std::thread::spawn(move || {
-        let file = std::fs::File::open(path).unwrap();
-        nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    node.net.run(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let result = runtime.block_on(run(config, is_ready, stopped));
         let _ = tell.send(result.map_err(|e| orlop_base::telemetry::chain(&e).to_string()));

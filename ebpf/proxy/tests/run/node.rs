@@ -8,8 +8,9 @@ use orlop_ebpf_loader::{Dump, Maps, RealMaps};
 use orlop_proxy::NodePortAddress;
 
 use super::many::in_node;
-use super::topology::{Node, ip};
+use super::topology::Node;
 use super::*;
+use crate::world::ip;
 
 /// A node whose proxy is to serve all interfaces that it finds.
 async fn begin_on_node() -> (MutexGuard<'static, ()>, FakeApi, Place, Node) {
@@ -154,25 +155,25 @@ async fn new_interfaces_and_addresses_are_served_however_much_else_changes() {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     });
-    ip(&format!("-n {} addr add 10.74.3.1/32 dev lo", node.netns));
-    ip(&format!("-n {0} link add c0 type veth peer name c1", node.netns));
-    ip(&format!("-n {} link set c0 up", node.netns));
+    node.net.ip("addr add 10.74.3.1/32 dev lo");
+    node.net.ip("link add c0 type veth peer name c1");
+    node.net.ip("link set c0 up");
     wait_until("the address is known", PATIENCE, || async { has("10.74.3.1").then_some(()) }).await;
     wait_until("the interface is served", PATIENCE, || async {
         (!maps().uplinks().is_empty()).then_some(())
     })
     .await;
 
-    let (netns, done) = (node.netns.clone(), over.clone());
+    let (netns, done) = (node.net.0.clone(), over.clone());
     let addresses = std::thread::spawn(move || {
         while !done.is_cancelled() {
             ip(&format!("-n {netns} addr add 10.74.3.9/32 dev lo"));
             ip(&format!("-n {netns} addr del 10.74.3.9/32 dev lo"));
         }
     });
-    ip(&format!("-n {} addr del 10.74.3.1/32 dev lo", node.netns));
-    ip(&format!("-n {} addr add 10.74.3.2/32 dev lo", node.netns));
-    ip(&format!("-n {} link del c0", node.netns));
+    node.net.ip("addr del 10.74.3.1/32 dev lo");
+    node.net.ip("addr add 10.74.3.2/32 dev lo");
+    node.net.ip("link del c0");
     wait_until("the new address is known, the old one not", PATIENCE, || async {
         (has("10.74.3.2") && !has("10.74.3.1")).then_some(())
     })
@@ -192,8 +193,8 @@ async fn an_interface_that_could_not_be_served_is_tried_again() {
     let stop = in_node(&node, &node.config).await.unwrap();
     let link = |name: &str| node.config.datapath.pins.join("links").join(name);
     std::fs::create_dir(link("in_770")).unwrap();
-    ip(&format!("-n {0} link add c0 index 770 type veth peer name c1", node.netns));
-    ip(&format!("-n {} link set c0 up", node.netns));
+    node.net.ip("link add c0 index 770 type veth peer name c1");
+    node.net.ip("link set c0 up");
     wait_until("one half is attached", PATIENCE, || async { link("out_770").exists().then_some(()) }).await;
     std::fs::remove_dir(link("in_770")).unwrap();
     wait_until("the other half is, too", PATIENCE, || async { link("in_770").is_file().then_some(()) }).await;
@@ -204,16 +205,16 @@ async fn an_interface_that_could_not_be_served_is_tried_again() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_interface_that_is_down_keeps_its_programs() {
     let (_alone, _api, _place, node) = begin_on_node().await;
-    ip(&format!("-n {0} link add c0 type veth peer name c1", node.netns));
-    ip(&format!("-n {} link set c0 up", node.netns));
+    node.net.ip("link add c0 type veth peer name c1");
+    node.net.ip("link set c0 up");
     let stop = in_node(&node, &node.config).await.unwrap();
     let maps = || RealMaps::open(&node.config.datapath.pins).unwrap();
     let served = || maps().uplinks().into_iter().map(|(index, _)| index).collect::<Vec<_>>();
     let before = served();
     assert_eq!(before.len(), 1);
-    ip(&format!("-n {} link set c0 down", node.netns));
+    node.net.ip("link set c0 down");
     // The proxy has seen the one when it has seen the other.
-    ip(&format!("-n {} addr add 10.74.3.1/32 dev lo", node.netns));
+    node.net.ip("addr add 10.74.3.1/32 dev lo");
     let wanted: IpAddr = "10.74.3.1".parse().unwrap();
     wait_until("the address is known", PATIENCE, || async {
         maps().dump().unwrap().locals.keys().any(|a| addr_to(a) == wanted).then_some(())
@@ -223,7 +224,7 @@ async fn an_interface_that_is_down_keeps_its_programs() {
     for end in ["in", "out"] {
         assert!(node.config.datapath.pins.join(format!("links/{end}_{}", before[0])).exists());
     }
-    ip(&format!("-n {} link del c0", node.netns));
+    node.net.ip("link del c0");
     wait_until("it goes with the interface", PATIENCE, || async { served().is_empty().then_some(()) }).await;
     stop.cancel();
 }

@@ -23,10 +23,16 @@ const LAG: Duration = Duration::from_secs(120);
 pub struct Random(pub u64);
 
 impl Random {
+    /// `ORLOP_TEST_SEED=N` repeats the numbers of a seed that was printed.
     pub fn new() -> Random {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
-        println!("seed {}", now.as_nanos() as u64);
-        Random(now.as_nanos() as u64 | 1)
+        let seed = match std::env::var("ORLOP_TEST_SEED") {
+            Ok(seed) => seed.parse().expect("ORLOP_TEST_SEED is a number"),
+            Err(_) => {
+                std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64
+            }
+        };
+        println!("seed {seed}");
+        Random(seed | 1)
     }
 
     /// Below `n`.

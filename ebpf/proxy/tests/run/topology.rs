@@ -2,10 +2,10 @@
 //! on the node's interfaces.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::process::{Command, Stdio};
 
 use super::*;
+use crate::world::Net;
 
 const VIP: &str = "10.73.96.1";
 /// The only endpoint on each node.
@@ -15,40 +15,27 @@ const LINK: [&str; 2] = ["10.73.0.1", "10.73.0.2"];
 /// A network namespace and a cgroup that stand for a node. Removed on drop, with the programs.
 pub struct Node {
     name: &'static str,
-    pub netns: String,
     pub config: Config,
+    pub net: Net,
     cgroup: PathBuf,
-    proxy: Option<Killed>,
-}
-
-pub fn ip(args: &str) {
-    let out = Command::new("ip").args(args.split(' ')).output();
-    let out = out.expect("`ip` is missing: apt-get install iproute2");
-    assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
+    /// The cgroup of this process, which is none of the node's.
+    own: PathBuf,
+    pub proxy: Option<Killed>,
 }
 
 impl Node {
     pub fn new(name: &'static str, place: &Place) -> Node {
-        let netns = unique_name("pxt");
-        ip(&format!("netns add {netns}"));
-        ip(&format!("-n {netns} link set lo up"));
-        let cgroup = place.root.join(&netns);
+        Node::within(Net::new("t"), name, place)
+    }
+
+    pub fn within(net: Net, name: &'static str, place: &Place) -> Node {
+        let cgroup = place.root.join(&net.0);
         std::fs::create_dir_all(&cgroup).expect("run as root");
         let mut config = place.config.clone();
         config.node_name = name.into();
         config.datapath.pins = place.home.join(format!("bpf-{name}"));
         config.datapath.cgroup = Some(cgroup.clone());
-        Node { name, netns, config, cgroup, proxy: None }
-    }
-
-    /// Runs `f` on a thread of its own inside the namespace.
-    pub fn run<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> T {
-        let path = format!("/run/netns/{}", self.netns);
-        let thread = std::thread::spawn(move || {
-            nix::sched::setns(File::open(path).unwrap(), nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-            f()
-        });
-        thread.join().unwrap()
+        Node { name, config, net, cgroup, own: place.cgroup.clone(), proxy: None }
     }
 
     /// The proxy is to serve every interface that it finds, pods' too.
@@ -57,27 +44,39 @@ impl Node {
         self.config.pod_packets = true;
     }
 
+    /// Runs `f` on a thread of its own inside the namespace.
+    pub fn run<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> T {
+        self.net.run(f).join().unwrap()
+    }
+
     /// The API server answers on this node too.
     pub fn reaches(&self, api: &FakeApi) {
         let address = api.address;
         api.listen(self.run(move || TcpListener::bind(address).unwrap()));
     }
 
-    async fn start(&mut self) {
+    /// Until this is dropped, sockets that this process makes are of the node's cgroup, and stay so.
+    pub fn enter(&self) -> Inside {
+        join(&self.cgroup).unwrap();
+        Inside(self.own.clone())
+    }
+
+    pub fn spawn(&mut self) {
         let mut c = Command::new("nsenter");
-        c.arg(format!("--net=/run/netns/{}", self.netns)).arg(std::env::current_exe().unwrap());
+        c.arg(format!("--net=/run/netns/{}", self.net.0)).arg(std::env::current_exe().unwrap());
         self.proxy = Some(Killed::spawn(c, &self.config));
+    }
+
+    pub fn is_in_step(&self) -> bool {
         let health = self.config.health_address.unwrap();
-        wait_until(
-            &format!("the proxy of node {} is in step", self.name),
-            Duration::from_secs(20),
-            || async {
-                self.run(move || {
-                    ask_health(health, "/healthz").ok()?.starts_with("HTTP/1.1 200").then_some(())
-                })
-            },
-        )
-        .await;
+        let page = self.run(move || ask_health(health, "/healthz"));
+        page.is_ok_and(|page| page.starts_with("HTTP/1.1 200"))
+    }
+
+    async fn start(&mut self) {
+        self.spawn();
+        let what = format!("the proxy of node {} is in step", self.name);
+        wait_until(&what, PATIENCE, || async { self.is_in_step().then_some(()) }).await;
     }
 
     /// Who answers a client on this node, of many questions.
@@ -87,7 +86,7 @@ impl Node {
             self.cgroup.display()
         );
         let out = Command::new("nsenter")
-            .arg(format!("--net=/run/netns/{}", self.netns))
+            .arg(format!("--net=/run/netns/{}", self.net.0))
             .args(["timeout", "10", "bash", "-c", &script])
             .stderr(Stdio::null())
             .output()
@@ -100,8 +99,16 @@ impl Drop for Node {
     fn drop(&mut self) {
         self.proxy = None;
         let _ = purge(&self.config);
-        let _ = Command::new("ip").args(["netns", "del", &self.netns]).status();
         let _ = std::fs::remove_dir(&self.cgroup);
+    }
+}
+
+/// The way back into this process's own cgroup.
+pub struct Inside(PathBuf);
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        let _ = join(&self.0);
     }
 }
 
@@ -134,13 +141,13 @@ async fn hints_decide_by_the_clients_node() {
     let (_alone, api, place) = begin().await;
     let mut all = [Node::new("a", &place), Node::new("b", &place)];
     let [a, b] = &all;
-    ip(&format!("-n {} link add peer type veth peer name peer netns {}", a.netns, b.netns));
+    a.net.ip(&format!("link add peer type veth peer name peer netns {}", b.net.0));
     for i in 0..2 {
         let n = &all[i];
-        ip(&format!("-n {} addr add {}/30 dev peer", n.netns, LINK[i]));
-        ip(&format!("-n {} link set peer up", n.netns));
-        ip(&format!("-n {} addr add {}/32 dev lo", n.netns, ENDPOINTS[i]));
-        ip(&format!("-n {} route add {}/32 via {}", n.netns, ENDPOINTS[1 - i], LINK[1 - i]));
+        n.net.ip(&format!("addr add {}/30 dev peer", LINK[i]));
+        n.net.ip("link set peer up");
+        n.net.ip(&format!("addr add {}/32 dev lo", ENDPOINTS[i]));
+        n.net.ip(&format!("route add {}/32 via {}", ENDPOINTS[1 - i], LINK[1 - i]));
         let (name, at) = (n.name, format!("{}:8080", ENDPOINTS[i]));
         n.run(move || server(name, at.parse().unwrap()));
         n.reaches(&api);
@@ -186,23 +193,20 @@ async fn host_routing_is_for_the_interfaces_that_are_there() {
     let (_alone, api, place) = begin().await;
     let [mut a, client, pod] = ["a", "c", "p"].map(|name| Node::new(name, &place));
     a.run(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap());
-    ip(&format!("-n {} link add up0 type veth peer name peer netns {}", a.netns, client.netns));
+    a.net.ip(&format!("link add up0 type veth peer name peer netns {}", client.net.0));
     for (n, dev, own) in [(&a, "up0", LINK[0]), (&client, "peer", LINK[1])] {
-        ip(&format!("-n {} addr add {own}/30 dev {dev}", n.netns));
-        ip(&format!("-n {} link set {dev} up", n.netns));
+        n.net.ip(&format!("addr add {own}/30 dev {dev}"));
+        n.net.ip(&format!("link set {dev} up"));
     }
     let gateway = "02:73:00:00:00:01";
-    ip(&format!(
-        "-n {} link add pod0 address {gateway} type veth peer name eth0 netns {}",
-        a.netns, pod.netns
-    ));
-    ip(&format!("-n {} link set pod0 up", a.netns));
-    ip(&format!("-n {} link set eth0 up", pod.netns));
-    ip(&format!("-n {} addr add {POD}/32 dev eth0", pod.netns));
-    ip(&format!("-n {} route add 169.254.1.1 dev eth0 scope link", pod.netns));
-    ip(&format!("-n {} neigh replace 169.254.1.1 lladdr {gateway} dev eth0 nud permanent", pod.netns));
-    ip(&format!("-n {} route add default via 169.254.1.1 dev eth0", pod.netns));
-    ip(&format!("-n {} route add {POD}/32 dev pod0", a.netns));
+    a.net.ip(&format!("link add pod0 address {gateway} type veth peer name eth0 netns {}", pod.net.0));
+    a.net.ip("link set pod0 up");
+    pod.net.ip("link set eth0 up");
+    pod.net.ip(&format!("addr add {POD}/32 dev eth0"));
+    pod.net.ip("route add 169.254.1.1 dev eth0 scope link");
+    pod.net.ip(&format!("neigh replace 169.254.1.1 lladdr {gateway} dev eth0 nud permanent"));
+    pod.net.ip("route add default via 169.254.1.1 dev eth0");
+    a.net.ip(&format!("route add {POD}/32 dev pod0"));
     pod.run(|| server("pod", format!("{POD}:8080").parse().unwrap()));
     a.reaches(&api);
     api.put("nodes", node("a", "za"));
@@ -213,6 +217,7 @@ async fn host_routing_is_for_the_interfaces_that_are_there() {
     let mut s = slice("w", 8080);
     s["endpoints"] = json!([{"addresses": [POD], "nodeName": "a", "conditions": {"ready": true}}]);
     api.put("endpointslices", s);
+    a.serve_all_interfaces();
     a.config.host_routing = true;
     a.start().await;
     for _ in 0..5 {
