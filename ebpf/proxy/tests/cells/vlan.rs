@@ -4,6 +4,7 @@
 use std::io::Write;
 use std::net::TcpListener;
 
+use crate::ask::probe;
 use crate::ways::{bulk, echo};
 use crate::world::*;
 use crate::*;

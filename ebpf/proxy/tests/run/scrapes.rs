@@ -53,10 +53,7 @@ async fn pages_that_are_read_at_a_time_are_each_complete() {
     let (node, pages, stop) = talkative(&api, &place).await;
     let readers: Vec<_> = (0..6)
         .map(|_| {
-            let netns = node.netns.clone();
-            std::thread::spawn(move || {
-                let file = std::fs::File::open(format!("/run/netns/{netns}")).unwrap();
-                nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            node.net.run(move || {
                 (0..15).for_each(|_| complete(&ask_health(pages, "/metrics").unwrap()));
             })
         })
