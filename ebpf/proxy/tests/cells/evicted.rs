@@ -171,14 +171,15 @@ fn datagrams_push_no_connection_out() {
         stay_on_this_cpu();
         let mut silent: Vec<TcpStream> = (OWN_PORTS..OWN_PORTS + SILENT).flat_map(open).collect();
         let own = entries(&tcp, OWN_PORTS..OWN_PORTS + SILENT);
-        let mut first = Vec::new();
-        let mut rounds = 0;
+        let (mut first, mut rounds) = (Vec::new(), 0);
         let many = flood(node, true, || {
             rounds += 1;
+            let tables = [&udp, &tcp];
             if first.is_empty() {
-                first = entries(&udp, FIRST..FIRST + 1);
+                first = tables.iter().flat_map(|t| entries(t, FIRST..FIRST + 1)).collect();
             }
-            rounds > 4 * TABLE / u32::from(AT_ONCE) && !first.is_empty() && left(&udp, &first) == 0
+            let evicted = !first.is_empty() && tables.iter().all(|t| left(t, &first) == 0);
+            evicted && rounds > 4 * TABLE / u32::from(AT_ONCE)
         });
         assert_eq!(left(&tcp, &own), own.len(), "after {many} flows");
         silent.iter_mut().for_each(|s| echoes(s, b"still here"));
