@@ -169,7 +169,8 @@ async fn a_command_ends_with_its_client() {
     let node = Node::start("gone", &[]).await;
     let id = sleeper(&node).await;
     for tty in [false, true] {
-        let url = exec_url(&node, &id, &["sleep", "4321"], tty).await;
+        // With what it has started itself.
+        let url = exec_url(&node, &id, &["sh", "-c", "sleep 4321 & sleep 4321; true"], tty).await;
         let client = Client::connect(&url).await.unwrap();
         runs(&node, &id, "sleep 4321", true).await;
         // No farewell.
