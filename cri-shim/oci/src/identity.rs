@@ -254,6 +254,32 @@ mod tests {
         }
     }
 
+    /// CVE-2024-21626: whatever folder of the host leads to it, a working directory outside the root is none.
+    #[test]
+    fn a_working_directory_outside_the_root_is_refused() {
+        use std::os::unix::process::CommandExt;
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        std::fs::create_dir(&root).unwrap();
+        let try_in = |folder: &Path| {
+            let (root, identity) = (root.clone(), Identity::new(&Process::default(), None, None));
+            let mut command = std::process::Command::new("/bin/true");
+            command.current_dir(folder);
+            let become_user = move || {
+                // The folder stays what it is.
+                std::os::unix::fs::chroot(&root)?;
+                let outcome = identity.assume_in(Path::new("."));
+                // Nothing is executed: the error tells how it went.
+                Err(io::Error::from_raw_os_error(outcome.map_or_else(|f| f.errno, |()| libc::EXDEV)))
+            };
+            // SAFETY: what runs between fork and exec is what a container's first process does there.
+            unsafe { command.pre_exec(become_user) };
+            command.spawn().unwrap_err().raw_os_error()
+        };
+        assert_eq!(try_in(&root), Some(libc::EXDEV), "inside");
+        assert_eq!(try_in(dir.path()), Some(libc::ENOENT), "outside");
+    }
+
     #[test]
     fn homes() {
         let passwd =
