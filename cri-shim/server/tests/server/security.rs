@@ -58,14 +58,18 @@ async fn image_users_are_who_they_say() {
     let node = Node::start("users", &[]).await;
     let config = sandbox_config(&node, "users", true);
     let pod = node.run_pod(&config).await.unwrap();
-    for (i, user) in ["4294967296", "2147483648", "-1", "0:4294967296", "4294967295:0", "www:nogroup", "big"]
-        .iter()
-        .enumerate()
+    for (i, user) in
+        ["4294967296", "2147483648", "-1", "0:4294967296", "4294967295:0", "www:nogroup", "big", "same"]
+            .iter()
+            .enumerate()
     {
         let image = format!("localhost/user{i}:1");
         node.add_image(&image, |root, config| {
-            fs::write(root.join("etc/passwd"), "root:x:0:0::/:\nwww:x:33:33::/:\nbig:x:4294967295:0::/:\n")
-                .unwrap();
+            fs::write(
+                root.join("etc/passwd"),
+                "root:x:0:0::/:\nwww:x:33:33::/:\nbig:x:4294967295:0::/:\nsame:x:7:4294967295::/:\n",
+            )
+            .unwrap();
             config.user((*user).to_owned())
         })
         .await;

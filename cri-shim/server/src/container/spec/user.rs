@@ -73,7 +73,8 @@ fn groups(text: &str) -> impl Iterator<Item = (&str, u32, &str)> {
     })
 }
 
-/// Ids beyond what the kernel takes, and -1, are refused (CVE-2024-40635: a huge id must not wrap round to root).
+/// Ids beyond what the kernel takes, and -1, are refused, wherever they come from (CVE-2024-40635: a huge id must not wrap round to
+/// root, nor must "no change", which -1 is for the kernel, keep root's).
 fn id(what: &str, value: i64) -> Result<u32> {
     u32::try_from(value)
         .ok()
@@ -83,7 +84,7 @@ fn id(what: &str, value: i64) -> Result<u32> {
 
 fn group_id(group: &str, accounts: &Accounts) -> Result<u32> {
     if let Some((_, gid, _)) = groups(&accounts.group).find(|(n, ..)| *n == group) {
-        return Ok(gid);
+        return id("group id", i64::from(gid));
     }
     match group.parse::<i64>() {
         Ok(n) => id("group id", n),
@@ -133,7 +134,7 @@ pub(crate) fn resolve(
     let gid = match (&security.run_as_group, group_part) {
         (Some(g), _) => id("group id", g.value)?,
         (None, Some(g)) => group_id(g, accounts)?,
-        (None, None) => entry.as_ref().map_or(0, |e| e.gid),
+        (None, None) => entry.as_ref().map_or(Ok(0), |e| id("group id", i64::from(e.gid)))?,
     };
     let mut all = Vec::new();
     let mut add = |g: u32| {
@@ -151,7 +152,7 @@ pub(crate) fn resolve(
     {
         for (_, g, members) in groups(&accounts.group) {
             if members.split(',').any(|m| m == entry.name) {
-                add(g);
+                add(id("group id", i64::from(g))?);
             }
         }
     }
@@ -164,9 +165,10 @@ mod tests {
 
     fn accounts() -> Accounts {
         Accounts {
-            passwd: "root:x:0:0:root:/root:/bin/sh\nwww:x:33:34::/:/bin/sh\nbig:x:4294967295:0::/:\nbroken\n"
+            passwd: "root:x:0:0:root:/root:/bin/sh\nwww:x:33:34::/:/bin/sh\nbig:x:4294967295:0::/:\nbroken\n\
+                     same:x:7:4294967295::/:\nmember:x:8:8::/:\n"
                 .into(),
-            group: "root:x:0:\nweb:x:34:\nextra:x:50:www,other\nnone:x:\n".into(),
+            group: "root:x:0:\nweb:x:34:\nextra:x:50:www,other\nnone:x:\nall:x:4294967295:member\n".into(),
         }
     }
 
@@ -199,6 +201,10 @@ mod tests {
             (None, "", None, "www:nogroup", None),
             (None, "", None, "4294967296", None),
             (None, "", None, "big", None),
+            (None, "", None, "same", None),
+            (None, "", None, "7", None),
+            (None, "", None, "0:all", None),
+            (None, "", None, "member", None),
             (Some(-1), "", None, "", None),
         ];
         for (user, name, group, image, want) in table {
