@@ -128,6 +128,14 @@ fn nothing_leaves_the_layer() {
             true,
         ),
         (
+            "owner and attributes of a link",
+            Layer::new()
+                .pax(&[("uid", b"1234"), ("gid", b"1234"), ("SCHILY.xattr.trusted.x", b"1")])
+                .symlink("v", &format!("{out}/victim"))
+                .bytes(),
+            true,
+        ),
+        (
             "mode through a link",
             Layer::new()
                 .symlink("l", out)
