@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 build_packages=(rustc-web rust-web-src llvm-22-dev libpolly-22-dev)
-test_packages=(linux-libc-dev busybox-static criu docker-registry skopeo nftables qemu-system-x86 linux-image-cloud-amd64 cpio curl iproute2 jq shellcheck containernetworking-plugins socat bind9-dnsutils containerd runc crun apparmor secilc m4 checkpolicy semodule-utils policycoreutils zstd systemd dbus-daemon dbus-system-bus-common)
+test_packages=(linux-libc-dev busybox-static criu docker-registry skopeo nftables iptables ipset ipvsadm qemu-system-x86 linux-image-cloud-amd64 cpio curl iproute2 jq shellcheck containernetworking-plugins socat bind9-dnsutils containerd runc crun apparmor secilc m4 checkpolicy semodule-utils policycoreutils zstd systemd dbus-daemon dbus-system-bus-common)
 bpf_linker_version=0.13.0
 
 die() { echo "deps: $*" >&2; exit 1; }

@@ -149,7 +149,7 @@ impl Guest {
         guest.text("/etc/group", "root:x:0:\n")?;
         guest.text("/etc/hosts", "127.0.0.1 localhost\n")?;
         guest.text("/etc/resolv.conf", "nameserver 127.0.0.1\n")?;
-        guest.modules(&modules)?;
+        guest.modules(&modules, &MODULES)?;
         guest.link("/vm/first", "/vm/run.sh")?;
         for name in ["orlop", "orlop-monitor", "orlop-cni"] {
             guest.program(&crate::program(name))?;
@@ -226,22 +226,30 @@ impl Guest {
         self.root().join(path.trim_start_matches('/'))
     }
 
-    fn modules(&self, from: &Path) -> Result<(), String> {
+    /// Loads these modules of the kernel's too.
+    pub fn load(&self, names: &[&str]) -> Result<(), String> {
+        self.modules(&kernel()?.1, names)
+    }
+
+    fn modules(&self, from: &Path, wanted: &[&str]) -> Result<(), String> {
         let list = from.join("modules.dep");
         let dependencies = io(&list, fs::read_to_string(&list))?;
         let mut order: Vec<String> = Vec::new();
-        for name in MODULES {
+        for name in wanted {
             let files = load_order(&dependencies, name).ok_or_else(|| {
                 format!("{}: no module {name}; install linux-image-cloud-amd64 again", list.display())
             })?;
             let new: Vec<String> = files.into_iter().filter(|f| !order.contains(f)).collect();
             order.extend(new);
         }
-        let mut names = String::new();
+        let mut names = fs::read_to_string(self.at("vm/modules/order")).unwrap_or_default();
         for file in order {
             let source = from.join(&file);
             let name = file.rsplit('/').next().unwrap_or_default();
             let plain = name.split_once(".ko").map(|(n, _)| format!("{n}.ko")).unwrap_or_default();
+            if names.lines().any(|n| n == plain) {
+                continue;
+            }
             let data = match source.extension().and_then(|e| e.to_str()) {
                 Some("xz") => run(Command::new("xz").arg("-dc").arg(&source))?,
                 Some("zst") => run(Command::new("zstd").arg("-dc").arg(&source))?,
