@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use futures::StreamExt;
 use orlop_images::{Build, GcReport, ImageStore, Options};
@@ -18,6 +19,8 @@ use crate::values::socket_path;
 use crate::{Failure, say};
 
 const DEFAULT_STORE: &str = "/var/lib/orlop/images";
+/// How long what a command has begun may take after it: layers are written to the disk.
+const CLOSING: Duration = Duration::from_secs(60);
 /// Bytes per message of an import.
 const CHUNK: usize = 1 << 20;
 
@@ -83,6 +86,7 @@ async fn import(archive: PathBuf, name: Option<String>, args: &StoreArgs) -> Res
             for image in store.import(&archive, name.as_deref()).await? {
                 say(format_args!("{} {}", image.id, image.repo_tags.join(" ")))?;
             }
+            store.close(CLOSING).await;
         }
         Store::Server(mut client, store) => {
             if archive.is_dir() {
@@ -170,6 +174,7 @@ async fn collect_garbage(args: &StoreArgs) -> Result<(), Failure> {
     let (layers, blobs, bytes) = match Store::open(args).await? {
         Store::Folder(store) => {
             let GcReport { layers, blobs, bytes } = store.gc().await?;
+            store.close(CLOSING).await;
             (layers as u64, blobs as u64, bytes)
         }
         Store::Server(mut client, store) => {

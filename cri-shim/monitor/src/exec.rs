@@ -13,6 +13,8 @@ pub const OUTPUT_LIMIT: usize = 16 << 20;
 
 #[derive(Debug)]
 pub struct Exec {
+    /// The container that it runs in.
+    pub container: String,
     /// Who waits for it; `None` once that client has gone.
     pub conn: Option<Token>,
     pub request: u64,

@@ -1,5 +1,6 @@
 //! What happens by itself: operations finish, output comes, processes end.
 
+use std::collections::{BTreeMap, HashSet};
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -10,7 +11,7 @@ use orlop_proto::monitor as pb;
 use pb::{Done, FailureKind, server_frame::Body};
 
 use crate::conn::{self, Role};
-use crate::container::{self, Exit};
+use crate::container::{self, Container, Exit};
 use crate::exec::{self, Exec};
 use crate::io::Chunk;
 use crate::journal::{self, Phase};
@@ -433,7 +434,7 @@ impl Monitor {
                 let exit = self.unclaimed.remove(&pid).map(|(code, _)| code);
                 e.exit = exit;
                 if e.conn.is_none() || e.timed_out {
-                    kill_group(pid);
+                    kill_session(pid, &self.containers, &e.container);
                 }
                 if exit.is_some() {
                     return self.exec_ended(id);
@@ -570,7 +571,7 @@ impl Monitor {
         e.deadline = None;
         e.timed_out = true;
         match e.pid {
-            Some(pid) => kill_group(pid),
+            Some(pid) => kill_session(pid, &self.containers, &e.container),
             None => self.kill_exec_helper(id),
         }
     }
@@ -584,7 +585,7 @@ impl Monitor {
         if let Some(pid) = e.pid
             && e.exit.is_none()
         {
-            kill_group(pid);
+            kill_session(pid, &self.containers, &e.container);
         }
     }
 
@@ -604,8 +605,24 @@ fn stream_body(stream: Stream, bytes: &[u8]) -> Body {
     }
 }
 
-/// The exec'd process leads a session, so its group holds what it has started unless that left on purpose.
-fn kill_group(pid: i32) {
+/// The exec'd process leads a session, which holds what it has started unless that left on purpose: its group, and those that a
+/// shell with job control has made.
+fn kill_session(pid: i32, containers: &BTreeMap<String, Container>, container: &str) {
+    let leader = Pid::from_raw(pid);
     let _ = cgroup::signal_pid(Pid::from_raw(-pid), libc::SIGKILL);
-    let _ = cgroup::signal_pid(Pid::from_raw(pid), libc::SIGKILL);
+    let _ = cgroup::signal_pid(leader, libc::SIGKILL);
+    let Some(c) = containers.get(container) else { return };
+    // Until none is left that was not seen before: what is not killed yet may fork.
+    let mut seen = HashSet::new();
+    for _ in 0..10 {
+        let all = cgroup::processes(&c.record.cgroups).into_iter();
+        let ours = all.filter(|p| nix::unistd::getsid(Some(*p)) == Ok(leader));
+        let fresh: Vec<Pid> = ours.filter(|p| seen.insert(*p)).collect();
+        if fresh.is_empty() {
+            return;
+        }
+        for p in fresh {
+            let _ = cgroup::signal_pid(p, libc::SIGKILL);
+        }
+    }
 }

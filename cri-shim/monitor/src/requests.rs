@@ -539,6 +539,7 @@ impl Monitor {
         self.execs.insert(
             exec,
             Exec {
+                container: r.container_id,
                 conn: Some(token),
                 request: id,
                 stream: r.stream,

@@ -168,9 +168,10 @@ async fn a_streaming_url_works_once() {
 async fn a_command_ends_with_its_client() {
     let node = Node::start("gone", &[]).await;
     let id = sleeper(&node).await;
-    for tty in [false, true] {
-        // With what it has started itself.
-        let url = exec_url(&node, &id, &["sh", "-c", "sleep 4321 & sleep 4321; true"], tty).await;
+    // With what it has started itself; with job control, each in a group of its own.
+    let (plain, jobs) = ("sleep 4321 & sleep 4321; true", "set -m; sleep 4321 & sleep 4321; true");
+    for (script, tty) in [(plain, false), (plain, true), (jobs, true)] {
+        let url = exec_url(&node, &id, &["sh", "-c", script], tty).await;
         let client = Client::connect(&url).await.unwrap();
         runs(&node, &id, "sleep 4321", true).await;
         // No farewell.
