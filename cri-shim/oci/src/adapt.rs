@@ -45,6 +45,12 @@ pub(crate) fn take(spec: &mut Spec, id: &str, tty: bool) -> Result<(Taken, Vec<A
     if process.args().as_ref().is_none_or(Vec::is_empty) {
         return Err(invalid("the process has no arguments"));
     }
+    let user = process.user();
+    let mut ids =
+        [user.uid(), user.gid()].into_iter().chain(user.additional_gids().iter().flatten().copied());
+    if ids.any(|id| id == u32::MAX) {
+        return Err(invalid("user and group ids end at 4294967294; for the kernel the next one is none"));
+    }
     if spec.root().is_none() {
         return Err(invalid("the spec has no root"));
     }
@@ -171,6 +177,21 @@ mod tests {
         assert_eq!(s.process().as_ref().unwrap().terminal(), Some(false));
         assert!(s.hooks().is_none());
         assert!(has_own_pid_namespace(&s));
+    }
+
+    /// Setting an id to -1 leaves it as it was: root's.
+    #[test]
+    fn ids_that_are_none_are_refused() {
+        let none = u32::MAX;
+        for (user, good) in [
+            (json!({"uid": none - 1, "gid": none - 1, "additionalGids": [none - 1]}), true),
+            (json!({"uid": none, "gid": 1}), false),
+            (json!({"uid": 1, "gid": none}), false),
+            (json!({"uid": 1, "gid": 1, "additionalGids": [1, none]}), false),
+        ] {
+            let taken = take(&mut spec(json!({"user": user}), json!({})), "id", false);
+            assert_eq!(taken.is_ok(), good, "{user}");
+        }
     }
 
     #[test]
