@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{Event, Node};
+use k8s_openapi::api::core::v1::{Event, Node, NodeCondition};
 use k8s_openapi::jiff::Timestamp;
 use kube::Api;
 use kube::api::ListParams;
@@ -117,16 +117,24 @@ pub async fn trouble(args: &UpArgs, node: &str, state: &State, began: Timestamp)
     }
     let client = orlop_client::client_from_kubeconfig(&args.server.write_kubeconfig).await.ok()?;
     let asked = async {
-        if state.node.is_none() {
-            let found = Api::<Node>::all(client).get_opt(node).await.ok()??;
-            let conditions = found.status?.conditions?;
-            return conditions.into_iter().find(|c| c.type_ == "Ready")?.message;
+        let found = Api::<Node>::all(client.clone()).get_opt(node).await.ok()??;
+        if let Some(said) = node_trouble(found.status?.conditions?, state.node.is_some()) {
+            return Some(said);
         }
         let warnings = ListParams::default().fields("type=Warning");
         let events = Api::<Event>::all(client).list(&warnings).await.ok()?.items;
         newest(events, began).map(|e| in_words(&e))
     };
     tokio::time::timeout(Duration::from_secs(2), asked).await.ok()?
+}
+
+/// What keeps pods off the node, in its own words.
+fn node_trouble(conditions: Vec<NodeCondition>, is_ready: bool) -> Option<String> {
+    let wrong = |c: &NodeCondition| match is_ready {
+        true => c.type_ != "Ready" && c.status == "True",
+        false => c.type_ == "Ready",
+    };
+    conditions.into_iter().find(wrong)?.message
 }
 
 fn seen(e: &Event) -> Option<Timestamp> {
@@ -170,6 +178,20 @@ mod tests {
         let all = || vec![event("old", 99, "x"), event("b", 102, "no\n  such image"), event("a", 101, "y")];
         assert_eq!(in_words(&newest(all(), began).unwrap()), "pod demo/b: Failed: no such image");
         assert!(newest(all(), Timestamp::from_second(103).unwrap()).is_none());
+    }
+
+    #[test]
+    fn what_the_node_lacks_goes_before_events() {
+        let condition = |kind: &str, status: &str| NodeCondition {
+            type_: kind.into(),
+            status: status.into(),
+            message: Some(format!("{kind} {status}")),
+            ..Default::default()
+        };
+        let all = |disk, ready| vec![condition("DiskPressure", disk), condition("Ready", ready)];
+        assert_eq!(node_trouble(all("True", "True"), true).unwrap(), "DiskPressure True");
+        assert_eq!(node_trouble(all("False", "True"), true), None);
+        assert_eq!(node_trouble(all("True", "False"), false).unwrap(), "Ready False");
     }
 
     #[test]

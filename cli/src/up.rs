@@ -34,7 +34,8 @@ pub fn lock_dir(args: &UpArgs) -> PathBuf {
 
 fn node(args: &UpArgs) -> Result<Node, Failure> {
     let server = &args.server;
-    Node::new(&args.node, &server.data_dir, &server.cluster_domain, &[server.cluster_cidr])
+    let node = Node::new(&args.node, &server.data_dir, &server.cluster_domain, &[server.cluster_cidr])?;
+    Ok(Node { is_whole_cluster: true, ..node })
 }
 
 pub async fn run(args: UpArgs) -> Result<(), Failure> {

@@ -4,7 +4,7 @@ use std::net::TcpListener;
 use std::process::Command;
 use std::time::Duration;
 
-use orlop_test_vms::{Cluster, program, refusal, run, wait_for};
+use orlop_test_vms::{Cluster, program, refusal, root, run, wait_for};
 
 #[test]
 fn a_taken_port() {
@@ -30,6 +30,23 @@ fn a_demo_that_cannot_start() {
         assert!(line.contains(words), "{words:?}: {line}");
     }
     assert!(line.contains(&*c.log().to_string_lossy()), "{line}");
+}
+
+#[test]
+fn a_disk_too_full_for_pods() {
+    let c = Cluster::prepare(19);
+    let manifests = c.path("data/server/manifests");
+    std::fs::create_dir_all(&manifests).unwrap();
+    std::fs::copy(root().join("deploy/demo/demo.yaml"), manifests.join("demo.yaml")).unwrap();
+    let config = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n\
+        evictionHard: {nodefs.available: 100%}\nimageGCHighThresholdPercent: 100\n";
+    std::fs::write(c.path("kubelet.yaml"), config).unwrap();
+    let line = refusal(c.command("up").args(["--detach", "--wait", "15"]));
+    let dir = c.path("kubelet");
+    for words in ["web 0/2", "insufficient disk space", dir.to_str().unwrap(), "nodefs.available wants 100%"]
+    {
+        assert!(line.contains(words), "{words:?}: {line}");
+    }
 }
 
 #[test]

@@ -47,16 +47,28 @@ fn threshold(ctx: &Context, signal: &str, total: u64) -> u64 {
     }
 }
 
+/// What the disk of the agent's folder lacks, and what to do.
+fn full_disk(ctx: &Context) -> Option<String> {
+    let dir = &ctx.config.root_dir;
+    let (total, free, inodes, free_inodes) = super::machine::file_system(dir)?;
+    let signals =
+        [("nodefs.available", "bytes", total, free), ("nodefs.inodesFree", "inodes", inodes, free_inodes)];
+    // Whole percents, for the status is written whenever it changes.
+    signals.into_iter().filter(|(signal, _, total, free)| *free < threshold(ctx, signal, *total)).map(|(signal, what, total, free)| {
+        format!(
+            "agent has insufficient disk space: {}% of the {what} of {}'s file system are free, evictionHard.{signal} wants {}; delete what is not needed or lower the threshold",
+            u128::from(free) * 100 / u128::from(total.max(1)),
+            dir.display(),
+            ctx.config.kubelet.eviction_hard.get(signal).map_or("0", String::as_str),
+        )
+    }).next()
+}
+
 fn verdicts(ctx: &Context) -> Vec<Verdict> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let available = super::machine::meminfo(&meminfo, "MemAvailable").unwrap_or(i64::MAX) as u64;
     let memory = available < threshold(ctx, "memory.available", ctx.node.memory_capacity() as u64);
-    let disk = super::machine::file_system(&ctx.config.root_dir).is_some_and(
-        |(total, free, inodes, free_inodes)| {
-            free < threshold(ctx, "nodefs.available", total)
-                || (inodes > 0 && free_inodes < threshold(ctx, "nodefs.inodesFree", inodes))
-        },
-    );
+    let disk = full_disk(ctx);
     let number = |p: &str| std::fs::read_to_string(p).ok().and_then(|t| t.trim().parse::<u64>().ok());
     let running = std::fs::read_to_string("/proc/loadavg")
         .ok()
@@ -68,6 +80,16 @@ fn verdicts(ctx: &Context) -> Vec<Verdict> {
         reason: if status { bad } else { good },
         message: format!("agent has {} {what}", if status { "insufficient" } else { "sufficient" }),
     };
+    let mut disk_pressure = pressure(
+        "DiskPressure",
+        disk.is_some(),
+        "KubeletHasDiskPressure",
+        "KubeletHasNoDiskPressure",
+        "disk space",
+    );
+    if let Some(lack) = disk {
+        disk_pressure.message = lack;
+    }
     let runtime = ctx.node.runtime();
     let silent = ctx.node.runtime_is_silent();
     let ready = runtime.runtime_ready && runtime.network_ready && !silent;
@@ -84,7 +106,7 @@ fn verdicts(ctx: &Context) -> Vec<Verdict> {
             "KubeletHasSufficientMemory",
             "memory available",
         ),
-        pressure("DiskPressure", disk, "KubeletHasDiskPressure", "KubeletHasNoDiskPressure", "disk space"),
+        disk_pressure,
         pressure("PIDPressure", pid, "KubeletHasInsufficientPID", "KubeletHasSufficientPID", "PID available"),
         Verdict {
             kind: "Ready",
