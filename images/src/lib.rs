@@ -1,7 +1,7 @@
 //! Container images on one node: a content store, pulls from registries, layers as overlay file systems, and garbage
 //! collection. See `docs/ARCHITECTURE.md` for how the CRI server uses it.
 //!
-//! What a crash may leave, and who repairs it: everything unfinished lies in `ingest/` or `trash/`, which
+//! What a crash may leave, and who repairs it: everything unfinished lies in `ingest/`, `writable/` or `trash/`, which
 //! [`ImageStore::open`] empties; a layer that the disk may not hold yet after a power cut says so in its own record
 //! and is dropped, with its images, by the next open.
 

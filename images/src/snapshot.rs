@@ -1,15 +1,15 @@
 //! Root file systems of containers and mounts of image volumes.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::fd::AsFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use orlop_base::durable::{self, Sync};
 
 use crate::idmap::{self, Mapped};
-use crate::layout::{Layout, RootfsRecord, VERSION};
+use crate::layout::{Ingest, Layout, ROOTFS_RECORD, RootfsRecord, VERSION};
 use crate::overlay::{self, Overlay};
 use crate::store::{Inner, blocking};
 use crate::{Digest, Error, Image, Result, RootfsOptions, UserNamespace, tree, unpack};
@@ -71,7 +71,8 @@ pub(crate) async fn prepare(
     };
     let known = old.is_some();
     let (layout, key2) = (inner.layout.clone(), key.to_owned());
-    let result = blocking(move || make(&layout, &key2, record, old.as_ref())).await;
+    let spare = inner.spare.lock().take_if(|_| !known && !options.readonly);
+    let result = blocking(move || make(&layout, &key2, record, old.as_ref(), spare)).await;
     if let Ok(record) = &result {
         inner.state.write().rootfs.insert(key.to_owned(), record.clone());
     } else if !known {
@@ -94,6 +95,7 @@ fn make(
     key: &str,
     record: RootfsRecord,
     old: Option<&RootfsRecord>,
+    spare: Option<Ingest>,
 ) -> Result<RootfsRecord> {
     let dir = layout.rootfs(key);
     match old {
@@ -101,9 +103,9 @@ fn make(
         Some(old) => {
             overlay::unmount_all(&old.target).map_err(Error::sys("unmount", &old.target))?;
             remove_mark(&dir)?;
-            durable::write_json(&dir.join("rootfs.json"), VERSION, &record, Sync::PageCache)?;
+            durable::write_json(&dir.join(ROOTFS_RECORD), VERSION, &record, Sync::PageCache)?;
         }
-        None => create_dirs(layout, &dir, &record)?,
+        None => create_dirs(layout, &dir, &record, spare)?,
     }
     fs::create_dir_all(&record.target).map_err(Error::io("create", &record.target))?;
     let target = record.target.clone();
@@ -120,7 +122,7 @@ fn make(
         tracing::warn!(key, why, "no layers with translated owners; every file changes its owner instead");
         let record = RootfsRecord { owners_changed: true, ..record.clone() };
         change_owners(layout, key, &record, ns).map_err(failed)?;
-        durable::write_json(&dir.join("rootfs.json"), VERSION, &record, Sync::PageCache)?;
+        durable::write_json(&dir.join(ROOTFS_RECORD), VERSION, &record, Sync::PageCache)?;
         mount(layout, &layout.layers(), key, &record).map_err(failed)?;
         return Ok(record);
     }
@@ -190,16 +192,46 @@ fn copy_root(layout: &Layout, top: &Digest, upper: &Path) -> Result<()> {
     unpack::copy_metadata(from.as_fd(), to.as_fd()).map_err(Error::sys("set metadata of", upper))
 }
 
-/// Appears in one step, with its record inside.
-fn create_dirs(layout: &Layout, dir: &Path, record: &RootfsRecord) -> Result<()> {
-    let made = layout.ingest();
+fn empty(layout: &Layout, writable: bool) -> Result<Ingest> {
+    let made = layout.writable();
     let mkdir =
         |path: &Path, mode| fs::DirBuilder::new().mode(mode).create(path).map_err(Error::io("create", path));
     mkdir(&made.path, 0o700)?;
+    if writable {
+        mkdir(&made.path.join("upper"), 0o755)?;
+        mkdir(&made.path.join("work"), 0o700)?;
+    }
+    Ok(made)
+}
+
+/// Puts an empty writable layer by. File systems without a journal (ext4) look through all inodes that were deleted in the last
+/// minutes before they give one out, so that these few take longer than the mount.
+pub(crate) fn make_spare(inner: &Inner) -> Result<()> {
+    if inner.spare.lock().is_some() {
+        return Ok(());
+    }
+    let made = empty(&inner.layout, true)?;
+    // Written in place when it is used.
+    let record = made.path.join(ROOTFS_RECORD);
+    File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&record)
+        .map_err(Error::io("create", &record))?;
+    *inner.spare.lock() = Some(made);
+    Ok(())
+}
+
+/// Appears in one step, with its record inside.
+fn create_dirs(layout: &Layout, dir: &Path, record: &RootfsRecord, spare: Option<Ingest>) -> Result<()> {
+    // It may have been cleaned up by hand.
+    let made = match spare.filter(|s| s.path.join("upper").is_dir()) {
+        Some(spare) => spare,
+        None => empty(layout, !record.readonly)?,
+    };
     if !record.readonly {
         let upper = made.path.join("upper");
-        mkdir(&upper, 0o755)?;
-        mkdir(&made.path.join("work"), 0o700)?;
         if let Some(top) = record.chain.last() {
             copy_root(layout, top, &upper)?;
         }
@@ -210,7 +242,7 @@ fn create_dirs(layout: &Layout, dir: &Path, record: &RootfsRecord) -> Result<()>
                 .map_err(Error::io("set owner of", &upper))?;
         }
     }
-    durable::write_json(&made.path.join("rootfs.json"), VERSION, record, Sync::PageCache)?;
+    durable::append_json(&made.path.join(ROOTFS_RECORD), VERSION, record)?;
     fs::rename(&made.path, dir).map_err(Error::io("create", dir))
 }
 

@@ -10,7 +10,7 @@ use std::time::Instant;
 use orlop_base::durable::{self, Sync};
 
 use crate::layout::{
-    ImageRecord, LayerRecord, Layout, RootfsRecord, VERSION, boot_id, keep_damaged, measure,
+    ImageRecord, LayerRecord, Layout, ROOTFS_RECORD, RootfsRecord, VERSION, boot_id, keep_damaged, measure,
 };
 use crate::mounts::{self, Mounted};
 use crate::snapshot::check_key;
@@ -338,7 +338,7 @@ fn load_rootfs(witness: &Witness<'_>) -> Result<BTreeMap<String, RootfsRecord>> 
     let mut all = BTreeMap::new();
     for key in entries(&layout.root.join("rootfs"))? {
         let dir = layout.rootfs(&key);
-        let file = dir.join("rootfs.json");
+        let file = dir.join(ROOTFS_RECORD);
         let why = match read(&file)? {
             Ok(record) => {
                 all.insert(key, record);

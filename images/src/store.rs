@@ -12,7 +12,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use crate::layout::{ImageRecord, LayerRecord, Layout, measure};
+use crate::layout::{ImageRecord, Ingest, LayerRecord, Layout, measure};
 use crate::pull::Pulls;
 use crate::state::{self, Entry, State};
 use crate::unpack::Slots;
@@ -35,6 +35,8 @@ pub(crate) struct Inner {
     pub slots: Arc<Slots>,
     pub pulls: Pulls,
     pub tasks: TaskGroup,
+    /// An empty writable layer for the next container.
+    pub spare: Mutex<Option<Ingest>>,
     /// When the store was opened.
     opened: Instant,
     _lock: DirLock,
@@ -161,6 +163,7 @@ impl ImageStore {
                 slots,
                 pulls: Pulls::default(),
                 tasks: TaskGroup::new(&CancellationToken::new()),
+                spare: Mutex::default(),
                 opened: Instant::now(),
                 _lock: lock,
             });
@@ -250,6 +253,12 @@ impl ImageStore {
         crate::snapshot::prepare(&self.inner, key, image, target, options).await
     }
 
+    /// Makes the folders of a writable layer ahead of time, if the next [`prepare_rootfs`](Self::prepare_rootfs) would have to.
+    pub async fn make_spare(&self) -> Result<()> {
+        let inner = self.inner.clone();
+        blocking(move || crate::snapshot::make_spare(&inner)).await
+    }
+
     /// Unmounts what [`prepare_rootfs`](Self::prepare_rootfs) or [`mount_image`](Self::mount_image) made and deletes
     /// the writable layer. Succeeds when there is nothing of that name.
     pub async fn remove_rootfs(&self, key: &str) -> Result<()> {
@@ -322,6 +331,7 @@ impl ImageStore {
         self.inner.tasks.stop_token().cancel();
         // Only essential tasks can fail a group, and none of these is.
         let _ = self.inner.tasks.clone().run_until_stopped(drain).await;
+        drop(self.inner.spare.lock().take());
     }
 
     /// The folder that holds everything; for `ImageFsInfo`.

@@ -4,11 +4,13 @@
 //! ends of a process less need, and says there how its start went. Any other starter, a shell or a server of an earlier release, waits
 //! for the end of the process that it started; the daemon is a child of init.
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::unistd::{pipe2, setsid};
 use orlop_oci::helper::{fork_clean, inherit_nothing, leave};
@@ -21,6 +23,21 @@ impl Starter {
     /// The socket listens: a starter that waits exits 0.
     pub fn ready(self) {
         let _ = rustix::io::write(&self.0, b"+");
+    }
+
+    /// The folder that a server names; `None` when it has ended instead.
+    pub fn folder(&self) -> io::Result<Option<PathBuf>> {
+        let mut path = vec![0; 4096];
+        let n = loop {
+            match rustix::io::read(&self.0, &mut path) {
+                Err(rustix::io::Errno::INTR) => {}
+                // A starter that waits has only one end of a pipe to hear with.
+                Err(rustix::io::Errno::BADF) => return Err(io::Error::other("--spare is for servers")),
+                other => break other?,
+            }
+        };
+        path.truncate(n);
+        Ok((n > 0).then(|| OsString::from_vec(path).into()))
     }
 
     /// A starter that waits prints `message` and exits 1.

@@ -143,6 +143,11 @@ impl Config {
         self.state_dir.join("containers").join(id)
     }
 
+    /// Where folders of records are made before they come to their place.
+    pub(crate) fn workshop_dir(&self, kind: &str) -> PathBuf {
+        self.state_dir.join("new").join(kind)
+    }
+
     /// Archives on their way into or out of the image store. Beside the records rather than in the run folder, which may lie in memory.
     pub(crate) fn transfer_dir(&self) -> PathBuf {
         self.state_dir.join("transfer")

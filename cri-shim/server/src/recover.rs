@@ -25,7 +25,8 @@ use crate::mounts;
 use crate::runtime::Runtime;
 use crate::store::names::{container_name, sandbox_name};
 use crate::store::{
-    Container, ContainerPhase, ContainerRecord, Encoded, Sandbox, SandboxPhase, SandboxRecord, read_record,
+    CONTAINER_RECORD, Container, ContainerPhase, ContainerRecord, Encoded, SANDBOX_RECORD, Sandbox,
+    SandboxPhase, SandboxRecord, read_record,
 };
 
 /// How long a monitor may take to tell its state before the start goes on without it.
@@ -98,7 +99,7 @@ impl Runtime {
     fn load(&self) -> Result<HalfMade> {
         let (mut sandboxes, mut containers) = (Vec::new(), Vec::new());
         for id in folders(&self.config.state_dir.join("sandboxes"))? {
-            let file = self.config.sandbox_state_dir(&id).join("sandbox.json");
+            let file = self.config.sandbox_state_dir(&id).join(SANDBOX_RECORD);
             let answered = |r: &SandboxRecord| r.id == id && r.phase != SandboxPhase::Creating;
             let record = match read_record(&file, answered) {
                 Ok(Some(r)) if r.id == id => r,
@@ -123,7 +124,7 @@ impl Runtime {
         }
         for id in folders(&self.config.state_dir.join("containers"))? {
             let dir = self.config.container_state_dir(&id);
-            let file = dir.join("container.json");
+            let file = dir.join(CONTAINER_RECORD);
             let answered = |r: &ContainerRecord| r.id == id && r.phase != ContainerPhase::Creating;
             let record = match read_record(&file, answered) {
                 Ok(Some(r)) if r.id == id => r,
@@ -266,7 +267,7 @@ impl Runtime {
         for id in folders(&self.config.run_dir.join("s")).unwrap_or_default() {
             if self.store.sandbox(&id).is_err() {
                 let monitor = Monitor::at(self.config.sandbox_run_dir(&id));
-                let file = self.config.sandbox_state_dir(&id).join("sandbox.json");
+                let file = self.config.sandbox_state_dir(&id).join(SANDBOX_RECORD);
                 self.take_back_sandbox(&Sandbox::new(unknown_sandbox(&id), file, monitor)).await;
             } else if let Ok(bundles) = folders(&self.config.sandbox_run_dir(&id).join("bundles")) {
                 for c in bundles.iter().filter(|c| self.store.container(c).is_err()) {

@@ -12,10 +12,11 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::facts::Facts;
+use crate::monitor::Starter;
 use crate::network::Network;
 use crate::nri::Plugins;
 use crate::stats::layers::Layers;
-use crate::store::Store;
+use crate::store::{Folders, Store};
 use crate::streaming::Sessions;
 
 /// The server behind both services.
@@ -23,7 +24,10 @@ pub(crate) struct Runtime {
     pub config: Config,
     pub images: ImageStore,
     pub network: Network,
+    pub monitors: Starter,
     pub store: Store,
+    pub sandbox_folders: Folders,
+    pub container_folders: Folders,
     pub events: Events,
     pub sessions: Sessions,
     pub facts: Facts,
@@ -65,8 +69,40 @@ impl Runtime {
             }
         });
     }
+
+    /// Keeps ready what the next pod's start would have to wait for, as long as the server runs.
+    pub fn keep_spares(self: &Arc<Self>) {
+        let (this, stop) = (self.clone(), self.tasks.stop_token());
+        self.tasks.spawn(async move {
+            let forever = async {
+                loop {
+                    this.monitors.spare_wanted().await;
+                    tokio::time::sleep(SPARE_PAUSE).await;
+                    this.monitors.make_spare();
+                    let made = async {
+                        this.sandbox_folders.make_spare()?;
+                        this.container_folders.make_spare()?;
+                        Ok::<_, Error>(this.images.make_spare().await?)
+                    };
+                    // A full disk is for those to tell who need the folders.
+                    if let Err(e) = made.await {
+                        tracing::debug!(error = %orlop_base::telemetry::chain(&e), "no spare folders");
+                    }
+                }
+            };
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = forever => {}
+            }
+            this.monitors.end().await;
+            this.sandbox_folders.drop_spare();
+            this.container_folders.drop_spare();
+        });
+    }
 }
 
+/// Between a container's start and the making of spares: the answer is on its way, and its caller at work.
+const SPARE_PAUSE: Duration = Duration::from_millis(5);
 /// What takes longer than this is told of by [`noticed`].
 const LONG: Duration = Duration::from_millis(500);
 

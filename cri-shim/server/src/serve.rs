@@ -18,15 +18,17 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{CgroupDriver, Config};
+use crate::container::create::SANDBOX_FILES;
 use crate::deadline::Deadline;
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::facts::Facts;
+use crate::monitor::Starter;
 use crate::network::Network;
 use crate::nri::Plugins;
-use crate::runtime::Runtime;
+use crate::runtime::{Runtime, new_id};
 use crate::service::Service;
-use crate::store::Store;
+use crate::store::{CONTAINER_RECORD, Folders, SANDBOX_RECORD, Store};
 use crate::streaming::{self, Sessions};
 
 /// The largest message either way: upstream's kubelet and crictl use the same.
@@ -59,6 +61,9 @@ async fn open(
         network: Network::new(&config),
         images,
         store: Store::default(),
+        sandbox_folders: Folders::new(config.workshop_dir("sandboxes"), SANDBOX_RECORD, &SANDBOX_FILES)?,
+        container_folders: Folders::new(config.workshop_dir("containers"), CONTAINER_RECORD, &[])?,
+        monitors: Starter::new(&config.monitor, config.sandbox_run_dir(&new_id()).as_os_str().len()),
         events: Events::default(),
         sessions: Sessions::new(streaming_at),
         facts: Facts::read(),
@@ -156,6 +161,7 @@ pub async fn run(config: Config, ready: Ready, stop: CancellationToken) -> Resul
             () = async { stopped.cancelled().await; tokio::time::sleep(DRAIN / 2).await } => Ok(()),
         }
     });
+    runtime.keep_spares();
     tracing::info!(socket = %socket.display(), streaming = %at, "CRI server is ready");
     ready.set();
     let ended = tasks.run_until_stopped(DRAIN).await;

@@ -1,12 +1,10 @@
 //! CreateContainer: root file system, spec, and the OCI "create" in the pod's monitor. Whatever fails, all of it is taken back.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use oci_spec::image::ImageConfiguration;
-use orlop_base::durable::{self, Sync};
 use orlop_base::failpoint;
 use orlop_images::{Image, RootfsOptions};
 use orlop_nri::api::Event;
@@ -24,10 +22,10 @@ use crate::mounts::{self, Propagation};
 use crate::runtime::{Runtime, new_id, now_ns};
 use crate::selinux;
 use crate::store::names::container_name;
-use crate::store::{Container, ContainerPhase, ContainerRecord, Encoded, RECORD_VERSION, Sandbox};
+use crate::store::{CONTAINER_RECORD, Container, ContainerPhase, ContainerRecord, Encoded, Sandbox};
 
 /// The pod's own files, which each of its containers sees.
-const SANDBOX_FILES: [&str; 3] = ["resolv.conf", "hostname", "hosts"];
+pub(crate) const SANDBOX_FILES: [&str; 3] = ["resolv.conf", "hostname", "hosts"];
 
 /// What is known of the image's own config without the rest of it.
 fn image_user(image: &ImageConfiguration) -> String {
@@ -111,6 +109,11 @@ impl Runtime {
             match this.make_container(&sandbox, record, &image).await {
                 Ok(container) => {
                     this.emit(&container, cri::ContainerEventType::ContainerCreatedEvent);
+                    // The answer need not wait for it; a removal does.
+                    this.tasks.spawn(async move {
+                        let _held = container.op.lock().await;
+                        container.keep_copy();
+                    });
                     Ok(cri::CreateContainerResponse { container_id: id })
                 }
                 Err(e) => {
@@ -130,13 +133,9 @@ impl Runtime {
     ) -> Result<Arc<Container>> {
         sandbox.ready("create a container in it")?;
         let state_dir = self.config.container_state_dir(&record.id);
-        let file = state_dir.join("container.json");
-        let container = Container::new(record, file.clone());
+        let container = Container::new(record, state_dir.join(CONTAINER_RECORD));
         let built = async {
-            fs::create_dir_all(&state_dir).map_err(Error::io("create", &state_dir))?;
-            fs::set_permissions(&state_dir, fs::Permissions::from_mode(0o700))
-                .map_err(Error::io("set the mode of", &state_dir))?;
-            durable::write_json(&file, RECORD_VERSION, &*container.record(), Sync::PageCache)?;
+            self.container_folders.place(&state_dir, &*container.record())?;
             self.build_container(sandbox, &container, image).await
         }
         .await;
@@ -229,7 +228,6 @@ impl Runtime {
             r.user = spec.1;
             r.created_at_ns = now_ns();
         })?;
-        container.keep_copy()?;
         self.store.add_container(container.clone());
         drop(told);
         self.plugins_see(container, Event::PostCreateContainer).await;

@@ -74,6 +74,8 @@ impl Runtime {
                 this.emit(&container, cri::ContainerEventType::ContainerStartedEvent);
             }
             this.plugins_see(&container, Event::PostStartContainer).await;
+            // Not in the middle of the pod's start, which it would slow down.
+            this.monitors.want_spare();
             Ok(cri::StartContainerResponse {})
         })
         .await

@@ -7,17 +7,15 @@ mod frame;
 mod pidfd;
 mod process;
 mod seal;
+mod start;
 
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use orlop_proto::monitor::{self as proto, server_frame};
-use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::process::Child;
 use tokio::time::timeout;
 
 pub(crate) use proto::FailureKind as Kind;
@@ -119,47 +117,12 @@ pub(crate) struct Connection {
 }
 
 pub(crate) use frame::{FrameReader, FrameWriter};
+pub(crate) use start::Starter;
 
 impl Monitor {
     /// The monitor that works, or worked, in `dir`.
     pub fn at(dir: PathBuf) -> Monitor {
         Monitor { dir }
-    }
-
-    /// Starts `program` in `dir` and returns when it listens.
-    pub async fn start(program: &Path, dir: PathBuf) -> Result<Monitor> {
-        let spawn_err = |source| Error::Spawn { program: program.to_owned(), source };
-        let (word, theirs) = word_of_child().map_err(spawn_err)?;
-        // The descriptor's name is looked up by the child, before it is closed there.
-        let sealed = seal::read_only(program).ok();
-        let path = sealed.as_ref().map(|s| PathBuf::from(format!("/proc/self/fd/{}", s.as_raw_fd())));
-        let child = tokio::process::Command::new(path.as_deref().unwrap_or(program))
-            .arg0(program)
-            .arg("--dir")
-            .arg(&dir)
-            .env_clear()
-            .current_dir("/")
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(spawn_err)?;
-        drop(sealed);
-        let mut starting = Starting(Some(child));
-        match timeout(Duration::from_secs(20), starting.outcome(word)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(message)) => return Err(Error::Start { program: program.to_owned(), dir, message }),
-            Err(_) => return Err(Error::Timeout("its start")),
-        }
-        // Reaped by the runtime when it ends, or by init when this server does before.
-        let pid = starting.0.take().and_then(|child| child.id()).and_then(|pid| i32::try_from(pid).ok());
-        // Before it has anything to start. It ends by our word, so the number is not another's yet.
-        if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw)
-            && let Err(error) = orlop_base::descriptors::give_found(pid)
-        {
-            tracing::warn!(%error, "the pod's containers may open more files than they should");
-        }
-        Ok(Monitor { dir })
     }
 
     fn socket(&self) -> PathBuf {
@@ -336,53 +299,6 @@ impl Monitor {
 
     pub async fn subscribe(&self) -> Result<Connection> {
         self.stream("Subscribe", Request::Subscribe(proto::Subscribe {})).await
-    }
-}
-
-/// The socket on which a monitor says how its start went, and the monitor's end of it.
-fn word_of_child() -> std::io::Result<(UnixStream, OwnedFd)> {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-    rustix::io::ioctl_fionbio(&theirs, false)?;
-    Ok((UnixStream::from_std(ours.into())?, theirs))
-}
-
-/// A monitor that is not known to serve yet. It is killed when nobody waits for it any more.
-struct Starting(Option<Child>);
-
-impl Starting {
-    /// Returns when it listens, or why it does not.
-    async fn outcome(&mut self, mut word: UnixStream) -> std::result::Result<(), String> {
-        let mut said = [0; 4096];
-        let n = word.read(&mut said).await.unwrap_or(0);
-        match said[..n].split_first() {
-            Some((b'+', _)) => return Ok(()),
-            Some((_, message)) => return Err(String::from_utf8_lossy(message).trim().to_owned()),
-            None => {}
-        }
-        // Dead, or a release that ends once its daemon listens.
-        let Some(child) = &mut self.0 else { return Ok(()) };
-        let status = child.wait().await.map_err(|e| e.to_string())?;
-        if status.success() {
-            return Ok(());
-        }
-        let mut message = Vec::new();
-        if let Some(stderr) = child.stderr.take() {
-            // Whoever still holds the pipe's other end must not hold this one up.
-            let _ = timeout(Duration::from_secs(1), stderr.take(4096).read_to_end(&mut message)).await;
-        }
-        let message = String::from_utf8_lossy(&message).trim().to_owned();
-        Err(if message.is_empty() { status.to_string() } else { message })
-    }
-}
-
-impl Drop for Starting {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
-            // One that has ended is as good.
-            let _ = child.start_kill();
-        }
     }
 }
 

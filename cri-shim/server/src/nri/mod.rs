@@ -374,7 +374,8 @@ impl Runtime {
             r.resources = Encoded(merged);
             r.config.0.annotations.extend(annotations);
         })?;
-        container.keep_copy()
+        container.keep_copy();
+        Ok(())
     }
 }
 

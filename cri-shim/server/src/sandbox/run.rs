@@ -1,12 +1,12 @@
 //! RunPodSandbox: a monitor, namespaces, network. Whatever fails, all of it is taken back.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use orlop_base::durable::{self, Sync};
 use orlop_base::failpoint;
 use orlop_nri::Held;
 use orlop_proto::{cri, monitor as proto};
@@ -19,7 +19,7 @@ use crate::network::{netns_path, resolv_conf};
 use crate::runtime::{Runtime, new_id, now_ns};
 use crate::store::names::sandbox_name;
 use crate::store::records::namespaces;
-use crate::store::{RECORD_VERSION, Sandbox, SandboxPhase, SandboxRecord};
+use crate::store::{SANDBOX_RECORD, Sandbox, SandboxPhase, SandboxRecord};
 use crate::{mounts, store};
 
 /// The size that Docker and containerd give /dev/shm.
@@ -181,6 +181,11 @@ impl Runtime {
                     this.emit_sandbox(&sandbox, cri::ContainerEventType::ContainerCreatedEvent);
                     this.emit_sandbox(&sandbox, cri::ContainerEventType::ContainerStartedEvent);
                     tracing::info!(sandbox = %id, pod = %sandbox_name(&sandbox.record().metadata()), "pod sandbox runs");
+                    // The answer need not wait for it; a removal does.
+                    this.tasks.spawn(async move {
+                        let _held = sandbox.op.lock().await;
+                        sandbox.keep_copy();
+                    });
                     Ok(cri::RunPodSandboxResponse { pod_sandbox_id: id })
                 }
                 Err(e) => {
@@ -200,14 +205,13 @@ impl Runtime {
     async fn make_sandbox(&self, record: SandboxRecord) -> Result<(Arc<Sandbox>, Held)> {
         let state_dir = self.config.sandbox_state_dir(&record.id);
         let run_dir = self.config.sandbox_run_dir(&record.id);
-        let file = state_dir.join("sandbox.json");
-        let sandbox = Sandbox::new(record, file.clone(), Monitor::at(run_dir.clone()));
+        let sandbox = Sandbox::new(record, state_dir.join(SANDBOX_RECORD), Monitor::at(run_dir.clone()));
         let built = async {
+            self.sandbox_folders.place(&state_dir, &*sandbox.record())?;
+            fs::create_dir_all(&run_dir).map_err(Error::io("create", &run_dir))?;
             for dir in [&state_dir, &run_dir] {
-                fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
                 protect(dir, sandbox.record().user_namespace().as_ref())?;
             }
-            durable::write_json(&file, RECORD_VERSION, &*sandbox.record(), Sync::PageCache)?;
             self.build_sandbox(&sandbox, &state_dir, &run_dir).await
         }
         .await;
@@ -239,7 +243,7 @@ impl Runtime {
             fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         }
         failpoint::pass("run-sandbox-before-monitor")?;
-        Monitor::start(&self.config.monitor, run_dir.to_owned()).await?;
+        self.monitors.start(run_dir.to_owned()).await?;
         failpoint::pass("run-sandbox-before-namespaces")?;
         let created = sandbox.monitor.create_sandbox(self.sandbox_request(&record, &hostname)).await?;
         if ns.ipc() != cri::NamespaceMode::Node {
@@ -263,7 +267,6 @@ impl Runtime {
             r.ips = ips;
             r.init_pid = created.init_pid;
         })?;
-        sandbox.keep_copy()?;
         Ok(told)
     }
 
@@ -341,7 +344,10 @@ fn write_files(config: &cri::PodSandboxConfig, hostname: &str, dir: &Path) -> Re
         [("resolv.conf", resolv), ("hostname", format!("{hostname}\n")), ("hosts", host("/etc/hosts"))];
     for (name, text) in files {
         let path = dir.join(name);
-        durable::write_atomic(&path, text.as_bytes(), 0o644, Sync::PageCache)?;
+        // Nobody reads it before the pod's first container is made.
+        let file = File::options().write(true).create(true).truncate(true).mode(0o644).open(&path);
+        let written = file.and_then(|mut f| f.write_all(text.as_bytes()));
+        written.map_err(Error::io("write", &path))?;
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Sandboxes and containers: what is on disk, what is in memory, and how they are found.
 
 mod encoded;
+mod folders;
 mod journal;
 pub(crate) mod names;
 pub(crate) mod records;
@@ -17,6 +18,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::{Notify, watch};
 
 pub(crate) use encoded::Encoded;
+pub(crate) use folders::Folders;
 use journal::Journal;
 pub(crate) use names::Names;
 pub(crate) use records::{ContainerPhase, ContainerRecord, SandboxPhase, SandboxRecord};
@@ -28,16 +30,27 @@ use crate::nri::Told;
 /// Version of both records' on-disk form.
 pub(crate) const RECORD_VERSION: u32 = 1;
 
-/// Beside a record: what it was when the creation was answered, for when the record is damaged. What has happened since, the pod's
+/// A sandbox's record, in its folder.
+pub(crate) const SANDBOX_RECORD: &str = "sandbox.json";
+/// A container's.
+pub(crate) const CONTAINER_RECORD: &str = "container.json";
+
+/// Beside a record: what it was soon after the creation was answered, for when the record is damaged. What has happened since, the pod's
 /// monitor tells.
 const ANSWERED: &str = "answered.json";
 
 /// Between two tries to write what the disk did not take.
 const WRITE_AGAIN: Duration = Duration::from_secs(2);
 
-/// Writes the record's copy.
-fn keep_copy<T: Serialize>(file: &Path, record: &T) -> Result<()> {
-    Ok(durable::write_json(&file.with_file_name(ANSWERED), RECORD_VERSION, record, Sync::PageCache)?)
+/// Writes the record's copy, unless it was removed.
+fn write_copy<T: Serialize>(file: &Path, record: &T) {
+    let copy = file.with_file_name(ANSWERED);
+    if let Err(e) = durable::write_json(&copy, RECORD_VERSION, record, Sync::PageCache)
+        && file.exists()
+    {
+        let error = orlop_base::telemetry::chain(&e);
+        tracing::warn!(copy = %copy.display(), error, "a record has no copy, should it get damaged");
+    }
 }
 
 /// A record, or its copy if that is `good` and the record is not: then the copy takes its place.
@@ -118,8 +131,8 @@ impl Sandbox {
     }
 
     /// Keeps a copy of the record: called when something is in it that only a caller knows.
-    pub fn keep_copy(&self) -> Result<()> {
-        keep_copy(&self.journal.file, &*self.record())
+    pub fn keep_copy(&self) {
+        write_copy(&self.journal.file, &*self.record());
     }
 }
 
@@ -173,8 +186,8 @@ impl Container {
     }
 
     /// See [`Sandbox::keep_copy`].
-    pub fn keep_copy(&self) -> Result<()> {
-        keep_copy(&self.journal.file, &*self.record())
+    pub fn keep_copy(&self) {
+        write_copy(&self.journal.file, &*self.record());
     }
 
     /// Returns when the container runs no process any more.
