@@ -465,17 +465,70 @@ fn is_zombie(pid: u32) -> bool {
         .is_ok_and(|s| s.rsplit_once(')').unwrap().1.starts_with(" Z"))
 }
 
-/// What a starter that goes on hears, and the process that it started.
-fn start_attached(dir: &Path) -> (std::process::Child, String) {
-    use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv, socketpair};
+/// A process of a starter that goes on, and the starter's socket.
+fn attached(flag: &str, value: &Path) -> (std::process::Child, std::os::fd::OwnedFd) {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
     let (ours, theirs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     let mut command = std::process::Command::new(MONITOR);
-    let child = command.arg("--dir").arg(dir).stdin(theirs).stderr(std::process::Stdio::piped()).spawn();
-    drop(command);
+    command.arg(flag).arg(value).stdin(theirs).stderr(std::process::Stdio::piped());
+    (command.spawn().unwrap(), ours)
+}
+
+fn word(of: &std::os::fd::OwnedFd) -> String {
     let mut word = [0; 4096];
-    let (n, _) = recv(&ours, &mut word, RecvFlags::empty()).unwrap();
-    (child.unwrap(), String::from_utf8_lossy(&word[..n]).into_owned())
+    let n = rustix::io::read(of, &mut word).unwrap();
+    String::from_utf8_lossy(&word[..n]).into_owned()
+}
+
+/// What a starter that goes on hears, and the process that it started.
+fn start_attached(dir: &Path) -> (std::process::Child, String) {
+    let (child, ours) = attached("--dir", dir);
+    (child, word(&ours))
+}
+
+#[test]
+fn a_spare_one_serves_the_folder_that_it_is_told() {
+    let pod = Pod::prepare("spare");
+    let room = |bytes: usize| std::path::PathBuf::from(" ".repeat(bytes));
+    let path = pod.dir.to_str().unwrap().as_bytes();
+    let told = |child: &std::process::Child| {
+        let line = fs::read(format!("/proc/{}/cmdline", child.id())).unwrap();
+        line.windows(path.len() + 8).any(|w| w == [b"\0--dir\0", path, b"\0"].concat())
+    };
+    let (mut child, ours) = attached("--spare", &room(path.len()));
+    assert!(!told(&child));
+    rustix::io::write(&ours, path).unwrap();
+    assert_eq!(word(&ours), "+");
+    drop(ours);
+    assert!(told(&child), "others find it by its arguments");
+    assert_eq!(pod.monitor_pid(), child.id() as i32);
+    let mut c = pod.client();
+    pod.create(&mut c, "a", &["true"], json!({}));
+    c.start("a");
+    assert_eq!(c.wait_exit("a").exit_code, 0);
+    // What it cannot be is said, and is its end: a folder that does not fit, one that is none, one that is served.
+    for (bytes, dir, why) in [
+        (path.len() - 3, path, "room"),
+        (99, b"relative".as_slice(), "absolute"),
+        (path.len(), path, "already"),
+    ] {
+        let (mut child, ours) = attached("--spare", &room(bytes));
+        rustix::io::write(&ours, dir).unwrap();
+        let word = word(&ours);
+        assert!(word.starts_with('-') && word.contains(why), "{word}");
+        assert!(!child.wait().unwrap().success());
+    }
+    // Its server is gone; nobody is its server.
+    let (mut unneeded, ours) = attached("--spare", &room(9));
+    drop(ours);
+    assert!(unneeded.wait().unwrap().success());
+    let alone = std::process::Command::new(MONITOR).args(["--spare", " "]).output().unwrap();
+    let said = String::from_utf8_lossy(&alone.stderr);
+    assert!(!alone.status.success() && said.contains("for servers"), "{said}");
+    let end = std::thread::spawn(move || child.wait().unwrap());
+    pod.finish();
+    assert!(end.join().unwrap().success());
 }
 
 #[test]

@@ -433,9 +433,11 @@ impl Node {
                 .unwrap_or_default();
             assert!(left.is_empty(), "cgroups left in {}: {left:?}", group.display());
         }
-        let roots = self.dir.join("images/rootfs");
-        let left = fs::read_dir(&roots).map(|d| d.flatten().count()).unwrap_or(0);
-        assert_eq!(left, 0, "root file systems left in {}", roots.display());
+        for place in ["images/rootfs", "images/writable", "state/new/sandboxes", "state/new/containers"] {
+            let place = self.dir.join(place);
+            let left = fs::read_dir(&place).map(|d| d.flatten().count()).unwrap_or(0);
+            assert_eq!(left, 0, "folders left in {}", place.display());
+        }
     }
 
     pub fn stop_and_check(mut self) {

@@ -72,6 +72,22 @@ async fn pods_of_an_earlier_release_go_on() {
     node.purge_and_check();
 }
 
+/// It knows of no spare ones, which pods must not notice.
+#[tokio::test]
+async fn an_earlier_monitor_program_serves_pod_after_pod() {
+    let mut node = Node::start("upgrade-program", &[]).await;
+    node.kill();
+    node.flags = vec!["--monitor".into(), previous_monitor().to_string_lossy().into_owned()];
+    node.restart(&[]).await;
+    for name in ["first", "second", "third"] {
+        let config = sandbox_config(&node, name, true);
+        let pod = node.run_pod(&config).await.unwrap();
+        let id = node.run_container(&pod, container_config("main", &["sleep", "1000"]), &config).await;
+        assert_eq!(shell(&node, &id, "echo old").await, "old");
+    }
+    node.purge_and_check();
+}
+
 /// A pod with all that a monitor keeps for it: a network, a PID namespace of its own for all containers, a terminal.
 #[tokio::test]
 async fn an_old_pod_with_everything_goes_on() {
