@@ -12,10 +12,10 @@ const LOOK: Duration = Duration::from_secs(1);
 /// So little processor time between two looks counts as rest: what polling clients take.
 const REST: Duration = Duration::from_millis(20);
 /// Less work than this has touched too little to be worth a round, which takes a millisecond or a few.
-const BURST: Duration = Duration::from_millis(50);
+const BURST: Duration = Duration::from_millis(20);
 /// Rounds take no more than this part of the processor time that the process uses: with a large heap each may take a hundred milliseconds,
 /// in which nobody else allocates.
-const SHARE: u32 = 50;
+const SHARE: u32 = 20;
 
 /// For a process that is to stay small: few heaps, and large buffers apart from them, so that they leave no holes.
 pub fn keep_small() {
@@ -186,7 +186,7 @@ mod tests {
                 rest.ends(worked);
             }
         }
-        assert_eq!(rounds, 2, "a fiftieth of twelve seconds");
+        assert_eq!(rounds, 6, "a twentieth of twelve seconds");
     }
 
     #[test]

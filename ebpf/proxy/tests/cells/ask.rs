@@ -1,7 +1,7 @@
 //! What clients ask, and servers that say who they are.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
@@ -12,33 +12,45 @@ use crate::world::*;
 /// For an answer that must come, and for one that must not.
 const PATIENCE: [Duration; 2] = [Duration::from_secs(30), Duration::from_millis(300)];
 
-/// Says its name and the source that it sees, on both families and protocols.
-pub fn serve(net: &Net, name: &'static str, addresses: Both) {
+/// Answers on both families and protocols at the backends' port; returns when it does.
+pub fn serve_by(
+    net: &Net,
+    addresses: Both,
+    connection: impl Fn(TcpStream) + Clone + Send + 'static,
+    datagram: impl Fn(&[u8], SocketAddr) -> Vec<u8> + Clone + Send + 'static,
+) {
     let (tell, ready) = std::sync::mpsc::channel();
     for addr in addresses {
         let at = SocketAddr::new(addr.parse().unwrap(), BACKEND_PORT);
-        let told = tell.clone();
+        let (told, connection) = (tell.clone(), connection.clone());
         net.run(move || {
             let l = TcpListener::bind(at).unwrap();
             told.send(()).unwrap();
-            for mut s in l.incoming().flatten() {
-                let text = s.peer_addr().map(|p| format!("{name} {}", p.ip())).unwrap_or_default();
-                let _ = s.write_all(text.as_bytes());
-            }
+            l.incoming().flatten().for_each(connection);
         });
-        let told = tell.clone();
+        let (told, datagram) = (tell.clone(), datagram.clone());
         net.run(move || {
             let s = UdpSocket::bind(at).unwrap();
             told.send(()).unwrap();
-            let mut buf = [0; 64];
-            while let Ok((_, from)) = s.recv_from(&mut buf) {
-                let _ = s.send_to(format!("{name} {}", from.ip()).as_bytes(), from);
+            let mut buf = [0; 2048];
+            while let Ok((n, from)) = s.recv_from(&mut buf) {
+                // Refused while the way's size is being learned; the client asks again.
+                let _ = s.send_to(&datagram(&buf[..n], from), from);
             }
         });
     }
     for _ in 0..4 {
         ready.recv().unwrap();
     }
+}
+
+/// Says its name and the source that it sees.
+pub fn serve(net: &Net, name: &'static str, addresses: Both) {
+    let said = move |from: SocketAddr| format!("{name} {}", from.ip());
+    let connection = move |mut s: TcpStream| {
+        let _ = s.write_all(s.peer_addr().map(said).unwrap_or_default().as_bytes());
+    };
+    serve_by(net, addresses, connection, move |_, from| said(from).into_bytes());
 }
 
 /// Port 0 stands for a ping. What a client saw: answers as `name source`, sorted, or `refused`, or `dropped`. `want`: how many different answers

@@ -1,7 +1,7 @@
 //! What happens on the way to an answer: sizes, fragments, and the errors of routers.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use orlop_proxy::desired::{Selection, desired};
 use orlop_proxy::model::Model;
 use orlop_proxy::tables::Tables;
 
-use crate::ask::{probe, serve};
+use crate::ask::{probe, serve, serve_by};
 use crate::world::*;
 use crate::{Home, Kind, Ranges, Spec, State, program_with};
 
@@ -28,34 +28,13 @@ pub fn spec(state: State) -> Spec {
 
 /// Gives back what comes: a datagram as it is, a connection after its end.
 pub fn echo(net: &Net, addresses: Both) {
-    let (tell, ready) = std::sync::mpsc::channel();
-    for addr in addresses {
-        let at = SocketAddr::new(addr.parse().unwrap(), BACKEND_PORT);
-        let told = tell.clone();
-        net.run(move || {
-            let l = TcpListener::bind(at).unwrap();
-            told.send(()).unwrap();
-            for mut s in l.incoming().flatten() {
-                let mut all = Vec::new();
-                if s.read_to_end(&mut all).is_ok() {
-                    let _ = s.write_all(&all);
-                }
-            }
-        });
-        let told = tell.clone();
-        net.run(move || {
-            let s = UdpSocket::bind(at).unwrap();
-            told.send(()).unwrap();
-            let mut buf = [0; 2048];
-            while let Ok((n, from)) = s.recv_from(&mut buf) {
-                // Refused while the way's size is being learned; the client asks again.
-                let _ = s.send_to(&buf[..n], from);
-            }
-        });
-    }
-    for _ in 0..4 {
-        ready.recv().unwrap();
-    }
+    let connection = |mut s: TcpStream| {
+        let mut all = Vec::new();
+        if s.read_to_end(&mut all).is_ok() {
+            let _ = s.write_all(&all);
+        }
+    };
+    serve_by(net, addresses, connection, |said, _| said.to_vec());
 }
 
 /// Sends much and gets it back.
