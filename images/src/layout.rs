@@ -105,7 +105,7 @@ fn spread(dir: &Path) {
     }
 }
 
-/// A new file or folder in `ingest/` that vanishes unless it is moved to its place.
+/// A new file or folder that vanishes unless it is moved to its place.
 #[derive(Debug)]
 pub(crate) struct Ingest {
     pub path: PathBuf,
@@ -200,14 +200,14 @@ impl Layout {
         self.root.join("rootfs").join(key)
     }
 
-    /// The same for a container's writable layer, which has nothing to do with the others.
-    pub fn writable(&self) -> Ingest {
-        Ingest { path: self.root.join("writable").join(self.unique()) }
-    }
-
     /// A name in `ingest/` that nothing has yet.
     pub fn ingest(&self) -> Ingest {
         Ingest { path: self.root.join("ingest").join(self.unique()) }
+    }
+
+    /// The same for a container's writable layer, which has nothing to do with the others.
+    pub fn writable(&self) -> Ingest {
+        Ingest { path: self.root.join("writable").join(self.unique()) }
     }
 
     /// A name that nothing has yet, for mounts of the layers with translated owners.

@@ -53,15 +53,18 @@ fn full_disk(ctx: &Context) -> Option<String> {
     let (total, free, inodes, free_inodes) = super::machine::file_system(dir)?;
     let signals =
         [("nodefs.available", "bytes", total, free), ("nodefs.inodesFree", "inodes", inodes, free_inodes)];
-    // Whole percents, for the status is written whenever it changes.
-    signals.into_iter().filter(|(signal, _, total, free)| *free < threshold(ctx, signal, *total)).map(|(signal, what, total, free)| {
+    // Some file systems count no inodes.
+    let counted = signals.into_iter().filter(|(.., total, _)| *total > 0);
+    let mut lacking = counted.filter(|(signal, _, total, free)| *free < threshold(ctx, signal, *total));
+    lacking.next().map(|(signal, what, total, free)| {
+        // Whole percents, for the status is written whenever it changes.
         format!(
             "agent has insufficient disk space: {}% of the {what} of {}'s file system are free, evictionHard.{signal} wants {}; delete what is not needed or lower the threshold",
-            u128::from(free) * 100 / u128::from(total.max(1)),
+            u128::from(free) * 100 / u128::from(total),
             dir.display(),
             ctx.config.kubelet.eviction_hard.get(signal).map_or("0", String::as_str),
         )
-    }).next()
+    })
 }
 
 fn verdicts(ctx: &Context) -> Vec<Verdict> {

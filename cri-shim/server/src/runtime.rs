@@ -74,25 +74,22 @@ impl Runtime {
     pub fn keep_spares(self: &Arc<Self>) {
         let (this, stop) = (self.clone(), self.tasks.stop_token());
         self.tasks.spawn(async move {
-            let forever = async {
-                loop {
-                    this.monitors.spare_wanted().await;
-                    tokio::time::sleep(SPARE_PAUSE).await;
-                    this.monitors.make_spare();
-                    let made = async {
-                        this.sandbox_folders.make_spare()?;
-                        this.container_folders.make_spare()?;
-                        Ok::<_, Error>(this.images.make_spare().await?)
-                    };
-                    // A full disk is for those to tell who need the folders.
-                    if let Err(e) = made.await {
-                        tracing::debug!(error = %orlop_base::telemetry::chain(&e), "no spare folders");
-                    }
+            loop {
+                tokio::select! {
+                    () = stop.cancelled() => break,
+                    () = this.monitors.spare_wanted() => {}
                 }
-            };
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = forever => {}
+                tokio::time::sleep(SPARE_PAUSE).await;
+                this.monitors.make_spare();
+                let made = async {
+                    this.sandbox_folders.make_spare()?;
+                    this.container_folders.make_spare()?;
+                    Ok::<_, Error>(this.images.make_spare().await?)
+                };
+                // A full disk is for those to tell who need the folders.
+                if let Err(e) = made.await {
+                    tracing::debug!(error = %orlop_base::telemetry::chain(&e), "no spare folders");
+                }
             }
             this.monitors.end().await;
             this.sandbox_folders.drop_spare();
