@@ -67,8 +67,12 @@ impl Starter {
     /// The spare one, if it is alive.
     fn take(&self) -> Option<Box<Started>> {
         let mut spare = self.spare.lock();
-        let Spare::Waits(mut started) = std::mem::replace(&mut *spare, Spare::None) else {
-            return None;
+        let mut started = match std::mem::replace(&mut *spare, Spare::None) {
+            Spare::Waits(started) => started,
+            other => {
+                *spare = other;
+                return None;
+            }
         };
         let ended = started.child.as_mut().map(Child::try_wait);
         match ended {
@@ -209,4 +213,39 @@ fn word_of_child() -> std::io::Result<(UnixStream, OwnedFd)> {
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
     rustix::io::ioctl_fionbio(&theirs, false)?;
     Ok((UnixStream::from_std(ours.into())?, theirs))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// With a spare one that has run `script` to its end.
+    async fn after(script: &str) -> Starter {
+        // Refuses what it is asked to be, as an earlier release does.
+        let starter = Starter::new(Path::new("/bin/false"), 10);
+        let mut child = tokio::process::Command::new("sh").args(["-c", script]).spawn().unwrap();
+        child.wait().await.unwrap();
+        let (word, _) = word_of_child().unwrap();
+        *starter.spare.lock() = Spare::Waits(Box::new(Started { child: Some(child), word }));
+        starter
+    }
+
+    #[tokio::test]
+    async fn a_program_that_knows_no_spare_ones_is_started_in_vain_once() {
+        let starter = after("exit 1").await;
+        for _ in 0..3 {
+            assert!(starter.take().is_none());
+            starter.make_spare();
+            assert!(matches!(*starter.spare.lock(), Spare::NeverAgain));
+        }
+    }
+
+    #[tokio::test]
+    async fn one_that_was_killed_is_replaced() {
+        let starter = after("kill -9 $$").await;
+        assert!(starter.take().is_none());
+        starter.make_spare();
+        assert!(matches!(*starter.spare.lock(), Spare::Waits(_)));
+        starter.end().await;
+    }
 }
