@@ -109,11 +109,6 @@ impl Runtime {
             match this.make_container(&sandbox, record, &image).await {
                 Ok(container) => {
                     this.emit(&container, cri::ContainerEventType::ContainerCreatedEvent);
-                    // The answer need not wait for it; a removal does.
-                    this.tasks.spawn(async move {
-                        let _held = container.op.lock().await;
-                        container.keep_copy();
-                    });
                     Ok(cri::CreateContainerResponse { container_id: id })
                 }
                 Err(e) => {
@@ -228,6 +223,7 @@ impl Runtime {
             r.user = spec.1;
             r.created_at_ns = now_ns();
         })?;
+        container.keep_copy()?;
         self.store.add_container(container.clone());
         drop(told);
         self.plugins_see(container, Event::PostCreateContainer).await;

@@ -374,8 +374,7 @@ impl Runtime {
             r.resources = Encoded(merged);
             r.config.0.annotations.extend(annotations);
         })?;
-        container.keep_copy();
-        Ok(())
+        container.keep_copy()
     }
 }
 

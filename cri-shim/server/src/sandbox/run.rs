@@ -181,11 +181,6 @@ impl Runtime {
                     this.emit_sandbox(&sandbox, cri::ContainerEventType::ContainerCreatedEvent);
                     this.emit_sandbox(&sandbox, cri::ContainerEventType::ContainerStartedEvent);
                     tracing::info!(sandbox = %id, pod = %sandbox_name(&sandbox.record().metadata()), "pod sandbox runs");
-                    // The answer need not wait for it; a removal does.
-                    this.tasks.spawn(async move {
-                        let _held = sandbox.op.lock().await;
-                        sandbox.keep_copy();
-                    });
                     Ok(cri::RunPodSandboxResponse { pod_sandbox_id: id })
                 }
                 Err(e) => {
@@ -267,6 +262,7 @@ impl Runtime {
             r.ips = ips;
             r.init_pid = created.init_pid;
         })?;
+        sandbox.keep_copy()?;
         Ok(told)
     }
 

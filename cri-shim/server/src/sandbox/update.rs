@@ -24,7 +24,7 @@ impl Runtime {
                 linux.overhead = Some(merge(&linux.overhead.take().unwrap_or_default(), new));
             }
         })?;
-        sandbox.keep_copy();
+        sandbox.keep_copy()?;
         self.plugins_see_pod(&sandbox, Event::PostUpdatePodSandbox).await;
         Ok(cri::UpdatePodSandboxResourcesResponse {})
     }

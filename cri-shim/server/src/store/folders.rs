@@ -13,7 +13,7 @@ use orlop_base::durable;
 use parking_lot::Mutex;
 use serde::Serialize;
 
-use super::RECORD_VERSION;
+use super::{ANSWERED, RECORD_VERSION};
 use crate::error::{Error, Result};
 use crate::mounts;
 
@@ -62,7 +62,7 @@ impl Folders {
         }
         let made = self.empty()?;
         let files = self.files.iter().map(|name| (*name, 0o644));
-        for (name, mode) in files.chain([(self.record, 0o600)]) {
+        for (name, mode) in files.chain([(self.record, 0o600), (ANSWERED, 0o600)]) {
             let path = made.0.join(name);
             let file = File::options().write(true).create_new(true).mode(mode).open(&path);
             file.map_err(Error::io("create", &path))?;
@@ -75,7 +75,7 @@ impl Folders {
         drop(self.spare.lock().take());
     }
 
-    /// The folder `at`, which must not exist, with `record` in it; its other files may be there, empty.
+    /// The folder `at`, which must not exist, with `record` in it; the others and the record's copy may be there, empty.
     pub fn place<T: Serialize>(&self, at: &Path, record: &T) -> Result<()> {
         let spare = self.spare.lock().take();
         // Somebody may have cleaned up.
@@ -122,7 +122,10 @@ mod tests {
         assert_eq!(names(&workshop).len(), 1);
         let spare = places.join("spare");
         folders.place(&spare, &2u32).unwrap();
-        assert_eq!((record(&spare), names(&spare)), (Some(2), vec!["hosts".into(), "r.json".into()]));
+        assert_eq!(
+            (record(&spare), names(&spare)),
+            (Some(2), vec![ANSWERED.into(), "hosts".into(), "r.json".into()])
+        );
         for at in [&fresh, &spare] {
             let mode = |p: &Path| fs::metadata(p).unwrap().mode() & 0o777;
             assert_eq!((mode(at), mode(&at.join("r.json"))), (0o700, 0o600));

@@ -35,22 +35,16 @@ pub(crate) const SANDBOX_RECORD: &str = "sandbox.json";
 /// A container's.
 pub(crate) const CONTAINER_RECORD: &str = "container.json";
 
-/// Beside a record: what it was soon after the creation was answered, for when the record is damaged. What has happened since, the pod's
+/// Beside a record: what it was when the creation was answered, for when the record is damaged. What has happened since, the pod's
 /// monitor tells.
 const ANSWERED: &str = "answered.json";
 
 /// Between two tries to write what the disk did not take.
 const WRITE_AGAIN: Duration = Duration::from_secs(2);
 
-/// Writes the record's copy, unless it was removed.
-fn write_copy<T: Serialize>(file: &Path, record: &T) {
-    let copy = file.with_file_name(ANSWERED);
-    if let Err(e) = durable::write_json(&copy, RECORD_VERSION, record, Sync::PageCache)
-        && file.exists()
-    {
-        let error = orlop_base::telemetry::chain(&e);
-        tracing::warn!(copy = %copy.display(), error, "a record has no copy, should it get damaged");
-    }
+/// Writes the record's copy.
+fn keep_copy<T: Serialize>(file: &Path, record: &T) -> Result<()> {
+    Ok(durable::append_json(&file.with_file_name(ANSWERED), RECORD_VERSION, record)?)
 }
 
 /// A record, or its copy if that is `good` and the record is not: then the copy takes its place.
@@ -131,8 +125,8 @@ impl Sandbox {
     }
 
     /// Keeps a copy of the record: called when something is in it that only a caller knows.
-    pub fn keep_copy(&self) {
-        write_copy(&self.journal.file, &*self.record());
+    pub fn keep_copy(&self) -> Result<()> {
+        keep_copy(&self.journal.file, &*self.record())
     }
 }
 
@@ -186,8 +180,8 @@ impl Container {
     }
 
     /// See [`Sandbox::keep_copy`].
-    pub fn keep_copy(&self) {
-        write_copy(&self.journal.file, &*self.record());
+    pub fn keep_copy(&self) -> Result<()> {
+        keep_copy(&self.journal.file, &*self.record())
     }
 
     /// Returns when the container runs no process any more.
